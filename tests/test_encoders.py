@@ -1,0 +1,185 @@
+"""Encoders against timm's own forward passes."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny import VIT, write_vision
+
+from tinyvl import UserError
+from tinyvl.encoders import build_image_encoder, load_image_encoder
+
+
+def encoder_of(architecture, args=None, **kwargs):
+    torch.manual_seed(0)
+    config = {"architecture": architecture, "model_args": args or {}}
+    encoder = build_image_encoder(config, **kwargs)
+    for p in encoder.model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    return encoder
+
+
+def pixels(side, n=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (n, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def normalised(encoder, x):
+    return (x.float() / 255 - encoder.mean) / encoder.std
+
+
+def test_vit_tokens_are_timms_and_summaries_are_cls_after_the_final_norm():
+    encoder = encoder_of("vit_tiny_patch16_224", VIT)
+    x = pixels(32)
+    percept = encoder(x)
+    with torch.no_grad():
+        expected = encoder.model.forward_features(normalised(encoder, x))
+        # a slow reference for the summaries: block by block, final norm, token 0
+        model, levels = encoder.model, []
+        h = model.patch_embed(normalised(encoder, x))
+        h = model.norm_pre(model._pos_embed(h))
+        for block in model.blocks:
+            h = block(h)
+            levels.append(model.norm(h)[:, 0])
+    assert percept.tokens.shape == (2, 17, 32)  # 16 patches and [CLS]
+    torch.testing.assert_close(percept.tokens, expected, rtol=0, atol=1e-5)
+    assert len(percept.summaries) == 3
+    for ours, theirs in zip(percept.summaries, levels, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_levels_counts_from_the_last():
+    encoder = encoder_of("vit_tiny_patch16_224", VIT)
+    some = encoder_of("vit_tiny_patch16_224", VIT, levels=2)
+    some.model.load_state_dict(encoder.model.state_dict())
+    x = pixels(32)
+    assert len(some(x).summaries) == 2
+    for a, b in zip(some(x).summaries, encoder(x).summaries[1:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_clip_vit_is_quickgelu_before_the_projection():
+    """The encoder of the paper, small: against the same computation written out."""
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    encoder = encoder_of("vit_base_patch16_clip_quickgelu_224", args)
+    assert encoder.final_norm
+    assert encoder.width == 32
+    x = pixels(32)
+    model = encoder.model
+    h = model.norm_pre(model._pos_embed(model.patch_embed(normalised(encoder, x))))
+    for block in model.blocks:
+        h = h + block.attn(block.norm1(h))
+        inner = block.mlp.fc1(block.norm2(h))
+        h = h + block.mlp.fc2(inner * torch.sigmoid(1.702 * inner))
+    torch.testing.assert_close(encoder(x).tokens, model.norm(h), rtol=0, atol=1e-5)
+
+
+def test_the_papers_encoder_gives_197_tokens_of_768():
+    with torch.device("meta"):
+        encoder = build_image_encoder({"architecture": "vit_base_patch16_clip_quickgelu_224"})
+    assert (encoder.width, encoder.size) == (768, 224)
+    assert encoder.model.patch_embed.num_patches + encoder.model.num_prefix_tokens == 197
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_cnn_maps_become_normalised_tokens(name):
+    encoder = encoder_of(name)
+    x = pixels(encoder.size)
+    percept = encoder(x)
+    with torch.no_grad():
+        fmap = encoder.model.forward_features(normalised(encoder, x))  # (B, C, H, W)
+    if fmap.shape[1] == encoder.width:
+        slow = torch.stack(
+            [fmap[:, :, i, j] for i in range(fmap.shape[2]) for j in range(fmap.shape[3])], 1
+        )
+        slow = (slow - slow.mean(-1, keepdim=True)) / (
+            slow.var(-1, unbiased=False, keepdim=True) + 1e-5
+        ).sqrt()
+        torch.testing.assert_close(percept.tokens, slow, rtol=0, atol=1e-4)
+    assert percept.tokens.shape[-1] == encoder.width
+    torch.testing.assert_close(
+        percept.tokens.mean(-1), torch.zeros(percept.tokens.shape[:2]), atol=1e-3, rtol=0
+    )
+    assert len(percept.summaries) >= 4  # a stage each
+    assert all(s.ndim == 2 for s in percept.summaries)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_vit2", "test_vit3", "test_byobnet", "test_nfnet", "test_mambaout",
+     "swin_tiny_patch4_window7_224", "tiny_vit_5m_224", "mobilevit_xxs", "maxvit_rmlp_pico_rw_256"],
+)  # fmt: skip
+def test_any_other_timm_model_gives_tokens_and_summaries(name):
+    encoder = encoder_of(name)
+    percept = encoder(pixels(encoder.size, 1))
+    assert percept.tokens.ndim == 3
+    assert percept.tokens.shape[-1] == encoder.width
+    assert percept.tokens.shape[1] >= 9
+    assert torch.isfinite(percept.tokens).all()
+    assert all(s.ndim == 2 and len(s) == 1 for s in percept.summaries)
+
+
+def test_a_vit_without_a_final_norm_gets_one_without_parameters():
+    encoder = encoder_of("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "fc_norm": True})
+    tokens = encoder(pixels(32)).tokens
+    torch.testing.assert_close(tokens, F.layer_norm(tokens, (32,)), rtol=0, atol=1e-2)
+
+
+def test_a_batch_is_encoded_like_its_pictures_one_by_one():
+    encoder = encoder_of("test_efficientnet")
+    x = pixels(encoder.size, 3)
+    alone = torch.cat([encoder(p[None]).tokens for p in x])
+    torch.testing.assert_close(encoder(x).tokens, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (64, 500), (32, 32)])
+def test_the_transform_is_timms_own(size):
+    from timm.data import create_transform
+
+    encoder = encoder_of("test_vit")
+    generator = torch.Generator().manual_seed(0)
+    array = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    picture = Image.fromarray(array.numpy())
+    theirs = create_transform(**encoder.data_config, is_training=False)(picture)
+    ours = encoder.transform()(picture)
+    assert ours.dtype == torch.uint8
+    torch.testing.assert_close(normalised(encoder, ours), theirs, rtol=0, atol=1e-5)
+
+
+def test_squash_keeps_the_edges_of_the_picture():
+    picture = Image.new("RGB", (400, 100), "black")
+    picture.paste("white", (0, 0, 40, 100))  # a tenth at the left edge
+    crop = encoder_of("test_vit").transform()(picture)
+    squash = encoder_of("test_vit", fit="squash").transform()(picture)
+    assert crop.float().mean() < 1
+    assert squash.float().mean() == pytest.approx(25.5, rel=0.1)
+    assert squash.shape == crop.shape
+
+
+def test_it_is_frozen_and_stays_in_eval_mode(tmp_path):
+    encoder = load_image_encoder(write_vision(tmp_path / "v"))
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.train().model.training
+
+
+def test_folders_load(tmp_path):
+    folder = write_vision(tmp_path / "v", "test_resnet", {})
+    encoder = load_image_encoder(folder)
+    peer = timm.create_model("test_resnet")
+    from safetensors.torch import load_file
+
+    peer.load_state_dict(load_file(folder / "model.safetensors"))
+    x = pixels(encoder.size)
+    with torch.no_grad():
+        fmap = peer.eval().forward_features(normalised(encoder, x)).flatten(2).transpose(1, 2)
+    expected = F.layer_norm(fmap, fmap.shape[-1:])
+    torch.testing.assert_close(encoder(x).tokens, expected, rtol=0, atol=1e-4)
+
+
+def test_unknown_models_and_missing_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="no_such_model"):
+        build_image_encoder({"architecture": "no_such_model"})
+    folder = write_vision(tmp_path / "v", state={"cls_token": torch.zeros(1, 1, 32)})
+    with pytest.raises(UserError, match="missing"):
+        load_image_encoder(folder)

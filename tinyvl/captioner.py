@@ -1,0 +1,210 @@
+"""What the captioners (I-Tuning, ClipCap, eP-ALM) share: frozen parts, loss, decoding.
+
+A sequence is ``[bos] prompt text [eos]``. A method says what it adds to the decoder: `see`
+turns an encoder's percept into whatever its modules read, once for each image, and `run` is one
+pass of the decoder with that added.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyvl import decode
+from tinyvl.decoder import Cache, Decoder
+from tinyvl.encoders import ImageEncoder, Percept
+
+
+class Text:
+    """A tokenizer with the decoder's begin and end: text <-> ids."""
+
+    def __init__(self, tokenizer, bos: int, eos: int):
+        self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of the bare texts, without begin and end."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        """One line of text: line breaks a model may produce become spaces."""
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+
+@dataclass
+class Batch:
+    """A micro-batch: captions, grouped by picture."""
+
+    pictures: Tensor  # uint8 (I, 3, H, W), or an encoder's tokens (I, S, D) from a cache
+    rows: Tensor  # (B,) which picture each caption belongs to
+    ids: Tensor  # (B, T) [bos] prompt text [eos], padded on the right
+    targets: Tensor  # (B, T) True where the token is predicted by the one before it
+
+    def to(self, device: torch.device) -> "Batch":
+        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(move(self.pictures), move(self.rows), move(self.ids), move(self.targets))
+
+    def split(self, pieces: int) -> list["Batch"]:
+        """The same captions in this many smaller batches."""
+        if pieces == 1:
+            return [self]
+        size = -(-len(self.ids) // pieces)
+        out = []
+        for i in range(0, len(self.ids), size):
+            used, rows = self.rows[i : i + size].unique(return_inverse=True)
+            part = slice(i, i + size)
+            out.append(Batch(self.pictures[used], rows, self.ids[part], self.targets[part]))
+        return out
+
+
+def collate(
+    captions: list[list[int]], rows: list[int], pictures: Tensor, text: Text, prompt: list[int]
+) -> Batch:
+    """Bare caption ids to a `Batch`. Padding is on the right: with a causal decoder no real
+    token sees it, so no mask is needed (a test compares it with left padding)."""
+    width = max(map(len, captions)) + len(prompt) + 2
+    ids = torch.full((len(captions), width), text.eos)
+    targets = torch.zeros(len(captions), width, dtype=torch.bool)
+    for i, caption in enumerate(captions):
+        line = [text.bos, *prompt, *caption, text.eos]
+        ids[i, : len(line)] = torch.tensor(line)
+        targets[i, 1 + len(prompt) : len(line)] = True
+    return Batch(pictures, torch.tensor(rows), ids, targets)
+
+
+class Captioner(nn.Module):
+    """A frozen encoder and a frozen decoder with trainable modules between them."""
+
+    def __init__(self, encoder: ImageEncoder | None, decoder: Decoder, text: Text, prompt: str):
+        super().__init__()
+        self.encoder, self.decoder, self.text = encoder, decoder, text
+        self.prompt = text.encode([prompt])[0] if prompt else []
+        self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
+
+    @staticmethod
+    def trainable(name: str) -> bool:
+        """Which parameters are trained, saved and counted."""
+        return not name.startswith(("encoder.", "decoder."))
+
+    def see(self, percept: Percept) -> Any:
+        """An encoder's percept (I images) to what the method's modules read, rows of I."""
+        raise NotImplementedError
+
+    def pick(self, visual: Any, rows: Tensor) -> Any:
+        """The rows of what `see` gave."""
+        raise NotImplementedError
+
+    def run(
+        self, ids: Tensor, visual: Any, cache: Cache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """One pass of the decoder, ids (B, T) -> final hidden states (B, T, d).
+
+        Rows of ids are grouped by image, the same number for each of visual's.
+        """
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.weight.device
+
+    def autocast(self):
+        """Mixed precision where the model was placed with it."""
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def percept(self, pictures: Tensor) -> Percept:
+        """uint8 pictures through the encoder; cached tokens as they are."""
+        if pictures.dtype == torch.uint8:
+            return self.encoder(pictures)
+        return Percept(pictures.float() if self.amp is None else pictures, [])
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of the target tokens, in nats, and their number."""
+        batch = batch.to(self.device)
+        with self.autocast():
+            visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
+            read = batch.targets[:, 1:]
+            real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
+            hidden = self.run(batch.ids[:, :-1], visual, mask=real)
+            logits = self.decoder.logits(hidden[read])  # only where a token is predicted
+        losses = F.cross_entropy(logits, batch.ids[:, 1:][read], reduction="sum")
+        return losses, read.sum()
+
+    def accumulate(
+        self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None
+    ) -> dict[str, float]:
+        """Adds the gradients of one optimizer step: the mean over all its real tokens.
+
+        -> {"loss": nats per token, "tokens": how many, "captions": how many}.
+        """
+        tokens = sum(int(batch.targets[:, 1:].sum()) for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss, _ = self.loss(batch)
+            share = loss / tokens
+            (scaler.scale(share) if scaler else share).backward()
+            total += share.detach()
+        captions = sum(len(batch.ids) for batch in batches)
+        return {"loss": total.item(), "tokens": tokens, "captions": captions}
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> float:
+        """Mean cross-entropy per token, nats."""
+        total, tokens = 0.0, 0
+        for batch in batches:
+            loss, count = self.loss(batch)
+            total, tokens = total + loss.item(), tokens + count.item()
+        return total / max(tokens, 1)
+
+    def stepper(self, visual: Any, images: int) -> decode.Step:
+        """`decode`'s step function for a batch of images, with a cache of its own."""
+        cache = Cache(self.decoder.config.layers)
+        state = {"visual": visual, "image": torch.arange(images, device=self.device)}
+
+        def step(ids: Tensor, rows: Tensor | None) -> Tensor:
+            if rows is not None:
+                cache.reorder(rows)
+                image = state["image"][rows]  # which image each row belongs to
+                alive = image.unique_consecutive()
+                left = state["image"].unique_consecutive()
+                if len(alive) != len(left):  # finished images leave the batch
+                    keep = torch.searchsorted(left, alive)
+                    state["visual"] = self.pick(state["visual"], keep)
+                state["image"] = image
+            with self.autocast():
+                hidden = self.run(ids, state["visual"], cache)
+                return self.decoder.logits(hidden[:, -1])
+
+        return step
+
+    @torch.no_grad()
+    def caption(
+        self,
+        pictures: Tensor,
+        *,
+        beams: int = 5,
+        max_tokens: int = 40,
+        length_penalty: float = 1.0,
+        sampling: dict | None = None,
+    ) -> list[tuple[str, float]]:
+        """Captions of a batch of pictures (I, 3, H, W), each with its mean log-probability.
+
+        ``sampling`` (temperature, top_k, top_p, seed) samples instead of searching.
+        """
+        with self.autocast():
+            visual = self.see(self.percept(pictures.to(self.device)))
+        prompt = torch.tensor([[self.text.bos, *self.prompt]] * len(pictures), device=self.device)
+        step, eos = self.stepper(visual, len(pictures)), self.text.eos
+        common = {"eos": eos, "max_new_tokens": max_tokens}
+        if sampling is not None:
+            found = decode.sample(step, prompt, **common, **sampling)
+        elif beams == 1:
+            found = decode.greedy(step, prompt, **common)
+        else:
+            search = decode.beam(step, prompt, beams=beams, length_penalty=length_penalty, **common)
+            found = [best[0] for best in search]
+        return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]

@@ -1,0 +1,308 @@
+"""Text from a step function: greedy, beam search and sampling.
+
+Nothing here knows a model. A ``Step`` gives the logits of the next token, and its owner keeps the
+caches::
+
+    step(ids, rows) -> (N, V) logits of the last position, float32 or castable
+
+    first call   ids (B, T) the prompts, LEFT padded (the owner knows the mask); rows None
+    later calls  ids (N, 1) the last token of each row; rows (N,) int64: row j continues row
+                 rows[j] of the previous call, and the owner re-orders its caches by it
+
+What an owner may rely on: a finished prompt leaves the batch, its rows are never passed again; the
+rows of one prompt are contiguous and prompts keep their order; greedy and sampling have one row
+per live prompt, beam search exactly ``beams`` (after the first call, which has one), so that what
+belongs to an image is kept once per image and read by all its beams.
+
+A prompt's result depends on nothing else in the batch. A step synchronises with the device once.
+
+Beam search is that of transformers 5 (``GenerationMixin._beam_search``), to the sequence and the
+score. Top-k: https://arxiv.org/abs/1805.04833; top-p: https://arxiv.org/abs/1904.09751.
+"""
+
+import math
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Step = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class Hypothesis:
+    """One continuation of a prompt.
+
+    ``tokens`` are the new tokens, without prompt and without end token. ``logprob`` is the sum of
+    the model's natural log-probabilities, the end token's included. ``score`` is what the search
+    ranks by, ``logprob / length ** length_penalty`` (greedy and sampling: penalty 1), where length
+    counts the end token. ``finished``: an end token was produced within ``max_new_tokens``.
+    """
+
+    tokens: list[int]
+    score: float
+    logprob: float
+    finished: bool
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability per generated token, the end token included: a caption's score."""
+        return self.logprob / (len(self.tokens) + self.finished)
+
+
+def greedy(
+    step: Step,
+    prompt: Tensor,
+    *,
+    eos: int | Collection[int],
+    max_new_tokens: int,
+    forbid: Sequence[int] = (),
+) -> list[Hypothesis]:
+    """Take the likeliest token at every step.
+
+    Args:
+        step: see the module.
+        prompt: (B, T) int64 token ids, left padded.
+        eos: the token that ends a text, or several.
+        max_new_tokens: upper bound of a text's length, the end token included.
+        forbid: tokens that are never produced: their logits become -inf before the softmax.
+
+    Returns:
+        One hypothesis per prompt. Raises ValueError where an option is out of its range.
+    """
+
+    def pick(logits: Tensor, live: Tensor, t: int) -> Tensor:
+        return logits.argmax(-1)
+
+    return _single(step, prompt, pick, eos, max_new_tokens, forbid)
+
+
+def sample(
+    step: Step,
+    prompt: Tensor,
+    *,
+    eos: int | Collection[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int,
+    indices: Sequence[int] | None = None,
+    forbid: Sequence[int] = (),
+) -> list[Hypothesis]:
+    """Draw every token from the model's distribution, after temperature, top-k and top-p.
+
+    Args:
+        step, prompt, eos, max_new_tokens, forbid: as for `greedy`.
+        temperature: the logits are divided by it; above 0.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the fewest tokens that together have this probability; 1 keeps all.
+        seed: the random numbers are a function of (seed, index of the prompt, position).
+        indices: each prompt's index (default 0 to B-1). Who passes a prompt's index among all
+            inputs gets the same text however the inputs are batched.
+
+    Returns:
+        One hypothesis per prompt. Its log-probability is the model's own, before temperature,
+        top-k and top-p, and so compares with those of the other searches.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 (or use greedy)")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (off)")
+    indices = range(len(prompt)) if indices is None else indices
+    if len(indices) != len(prompt):
+        raise ValueError(f"{len(indices)} indices for {len(prompt)} prompts")
+    # Drawn ahead, on the host: the same numbers on every device and in every batch.
+    generators = [random.Random(f"{seed}/{index}") for index in indices]
+    uniform = torch.tensor(
+        [[generator.random() for _ in range(max_new_tokens)] for generator in generators],
+        dtype=torch.float32,
+        device=prompt.device,
+    )  # (B, L)
+
+    def pick(logits: Tensor, live: Tensor, t: int) -> Tensor:
+        weight, order = truncate(logits / temperature, top_k, top_p)
+        cdf = weight.cumsum(-1)
+        at = torch.searchsorted(cdf, uniform[live, t, None] * cdf[:, -1:], right=True)
+        # A float32 number may round to 1, and a parallel sum may still grow over the zeros.
+        at = torch.minimum(at, weight.count_nonzero(-1)[:, None] - 1)
+        return order.gather(-1, at)[:, 0]
+
+    return _single(step, prompt, pick, eos, max_new_tokens, forbid)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Top-k, then top-p: (N, V) logits to weights, likeliest first, and the token of each weight.
+
+    What is cut has weight 0; the rest is not normalised again. Both (N, V). Keeps what
+    transformers' TopKLogitsWarper and then TopPLogitsWarper keep: ties with the k-th token stay.
+    """
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < values.shape[-1]:
+        values = values.masked_fill(values < values[:, top_k - 1, None], -math.inf)
+    weight = values.softmax(-1)
+    if top_p < 1:
+        tail = weight.flip(-1).cumsum(-1).flip(-1)  # of a token and all that are less likely
+        cut = tail <= 1 - top_p
+        cut[:, 0] = False
+        weight = weight.masked_fill(cut, 0.0)
+    return weight, order
+
+
+@torch.no_grad()
+def beam(
+    step: Step,
+    prompt: Tensor,
+    *,
+    beams: int,
+    eos: int | Collection[int],
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    returned: int = 1,
+    forbid: Sequence[int] = (),
+) -> list[list[Hypothesis]]:
+    """Beam search with the rules of transformers' ``generate``.
+
+    At every step the best (1 + number of end tokens) * beams continuations of a prompt are found.
+    Those among the first ``beams`` that end join its finished texts, of which the ``beams`` best
+    by score are kept; the best ``beams`` that do not end go on. In the last step all end.
+    One beam is greedy search, whatever ``early_stopping`` says.
+
+    Args:
+        step, prompt, eos, max_new_tokens, forbid: as for `greedy`. transformers counts the
+            forbidden tokens' probability in (``suppress_tokens``); here the rest adds up to 1
+            (its ``renormalize_logits``).
+        beams: texts kept per prompt.
+        length_penalty: a text's score is its log-probability / length ** length_penalty. More
+            than 0 favours long texts.
+        early_stopping: when a prompt with ``beams`` finished texts is done. True: at once. False:
+            when its best running text, scored at its present length, is no better than the worst
+            of them. "never": the same, but scored at the length most favourable to it.
+        returned: how many texts per prompt, at most ``beams``.
+
+    Returns:
+        For each prompt its hypotheses, best first; fewer than ``returned`` only where no more
+        texts exist. Raises ValueError where an option is out of its range.
+    """
+    if not 1 <= returned <= beams:
+        raise ValueError(f"returned is {returned}; it must be between 1 and beams ({beams})")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping is {early_stopping!r}; it must be True, False or 'never'")
+    stop, banned = _ids(prompt, eos, max_new_tokens, forbid)
+    stops = set(stop.tolist())
+    if beams == 1:
+        early_stopping = True
+    width = max(2, 1 + len(stops)) * beams  # of which at least `beams` do not end
+
+    found: list[list[Hypothesis]] = [[] for _ in range(len(prompt))]
+    live = list(range(len(prompt)))  # the prompts still in the batch, n of them
+    ids, rows = prompt, None
+    running = prompt.new_zeros(len(live), 1, dtype=torch.float32)  # log-probability, best first
+    texts = prompt.new_full((len(live), 1, max_new_tokens), -1)  # their tokens, -1: none yet
+    done = running.new_full((len(live), beams), -math.inf)  # scores of finished texts, best first
+    done_texts = texts.expand(-1, beams, -1)
+    for t in range(max_new_tokens):
+        logprobs = _logits(step, ids, rows, banned).log_softmax(-1)  # (n * r, V); r: 1, then beams
+        r, vocabulary = running.shape[1], logprobs.shape[-1]
+        total = (running.flatten()[:, None] + logprobs).view(len(live), -1)  # (n, r * V)
+        if total.shape[1] < width:
+            total = F.pad(total, (0, width - total.shape[1]), value=-math.inf)
+        score, index = total.topk(width)  # (n, width), best first
+        parent, token = (index // vocabulary).clamp(max=r - 1), index % vocabulary
+        texts = _take(texts, parent)
+        texts[:, :, t] = token
+        ends = torch.isin(token, stop) | (t + 1 == max_new_tokens)
+
+        ended = (score / (t + 1) ** length_penalty).masked_fill(~ends, -math.inf)[:, :beams]
+        done, best = torch.cat((done, ended), 1).topk(beams)
+        done_texts = _take(torch.cat((done_texts, texts[:, :beams]), 1), best)
+        running, best = score.masked_fill(ends, -math.inf).topk(beams)
+        texts, parent, token = _take(texts, best), parent.gather(1, best), token.gather(1, best)
+
+        hopeful = max_new_tokens if early_stopping == "never" and length_penalty > 0 else t + 1
+        worst = done[:, -1]  # -inf where fewer than `beams` are done
+        over = ~(running[:, 0] / hopeful**length_penalty > worst)
+        if early_stopping is True:
+            over |= worst > -math.inf
+        stays = []
+        for i, leaves in enumerate(over.tolist()):  # the one synchronisation
+            if not leaves:
+                stays.append(i)
+                continue
+            scored = zip(done_texts[i].tolist(), done[i].tolist(), strict=True)
+            found[live[i]] = [
+                _hypothesis(text, score, length_penalty, stops)
+                for text, score in list(scored)[:returned]
+                if score != -math.inf
+            ]
+        if not stays:
+            break
+        live = [live[i] for i in stays]
+        keep = torch.tensor(stays, device=prompt.device)
+        rows = (keep[:, None] * r + parent[keep]).flatten()
+        ids = token[keep].view(-1, 1)
+        running, texts, done, done_texts = (x[keep] for x in (running, texts, done, done_texts))
+    return found
+
+
+@torch.no_grad()
+def _single(
+    step: Step,
+    prompt: Tensor,
+    pick: Callable[[Tensor, Tensor, int], Tensor],
+    eos: int | Collection[int],
+    max_new_tokens: int,
+    forbid: Sequence[int],
+) -> list[Hypothesis]:
+    """One text per prompt; ``pick(logits (n, V), prompts (n,), position)`` chooses (n,) tokens."""
+    stop, banned = _ids(prompt, eos, max_new_tokens, forbid)
+    texts = prompt.new_full((len(prompt), max_new_tokens), -1)
+    total = prompt.new_zeros(len(prompt), dtype=torch.float32)
+    live = torch.arange(len(prompt), device=prompt.device)  # (n,) the prompts still in the batch
+    ids, rows = prompt, None
+    for t in range(max_new_tokens):
+        logits = _logits(step, ids, rows, banned)  # (n, V)
+        token = pick(logits, live, t)
+        texts[live, t] = token
+        total[live] += logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        rows = (~torch.isin(token, stop)).nonzero()[:, 0]  # the one synchronisation
+        if not len(rows):
+            break
+        live, ids = live[rows], token[rows, None]
+    stops, means = set(stop.tolist()), total / (texts >= 0).sum(-1)
+    scored = zip(texts.tolist(), means.tolist(), strict=True)
+    return [_hypothesis(text, score, 1.0, stops) for text, score in scored]
+
+
+def _ids(
+    prompt: Tensor, eos: int | Collection[int], max_new_tokens: int, forbid: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    ends = {eos} if isinstance(eos, int) else set(eos)
+    return prompt.new_tensor(sorted(ends)), prompt.new_tensor(list(forbid))
+
+
+def _logits(step: Step, ids: Tensor, rows: Tensor | None, banned: Tensor) -> Tensor:
+    return step(ids, rows).float().index_fill(-1, banned, -math.inf)
+
+
+def _take(texts: Tensor, index: Tensor) -> Tensor:
+    """(n, a, L) texts, (n, b) which of the a -> (n, b, L)."""
+    return texts.take_along_dim(index[:, :, None], 1)
+
+
+def _hypothesis(
+    text: list[int], score: float, length_penalty: float, stops: set[int]
+) -> Hypothesis:
+    text = [token for token in text if token >= 0]
+    finished = text[-1] in stops
+    logprob = score * len(text) ** length_penalty
+    return Hypothesis(text[:-1] if finished else text, score, logprob, finished)

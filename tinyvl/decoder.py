@@ -1,0 +1,527 @@
+"""The frozen language model: one plain-PyTorch decoder for the GPT-2, OPT and Llama families.
+
+The methods live inside the decoder's layers, so it is ours. What they need of it:
+
+- ``branches``: a function beside the feed-forward of a layer (I-Tuning), given its input;
+- ``prefix``: keys and values of extra tokens that the text of a layer may attend to and that
+  never attend to the text (eP-ALM's slot token, deep prompts), made by `Decoder.prefix`;
+- soft prompts: `forward` takes embeddings as well as token ids;
+- ``first``/``last``: run only some of the layers (states below the first module can be reused).
+
+Weights come from transformers checkpoints (`load_decoder`); logits equal transformers'.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinyvl import UserError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+Branches = dict[int, Callable[[Tensor], Tensor]]
+Prefix = dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that tells one decoder from another. ``rope`` None means learned positions."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_positions: int
+    activation: str
+    eps: float
+    embed_size: int  # width of the token embeddings; differs from hidden_size in OPT-350M
+    gated: bool = False  # SwiGLU feed-forward
+    rms_norm: bool = False
+    pre_norm: bool = True  # False: OPT-350M normalises after each residual
+    final_norm: bool = True
+    qkv_bias: bool = True
+    o_bias: bool = True
+    ffn_bias: bool = True
+    tied: bool = True  # output head shares the token embedding
+    position_offset: int = 0  # OPT keeps two unused rows before position 0
+    rope: dict | None = field(default=None, hash=False)  # transformers' rope_parameters
+
+
+def decoder_config(config: dict) -> DecoderConfig:
+    """Reads transformers' ``config.json`` (a dict); refuses by name what we would not compute."""
+    kind = config.get("model_type")
+
+    def refuse(what: str):
+        raise UserError(
+            f"This {kind} checkpoint uses {what}, which tinyvl's decoder does not implement; "
+            "choose another language model (GPT-2, OPT, Llama, SmolLM2, TinyLlama or Qwen2/2.5).",
+            2,
+        )
+
+    if config.get("quantization_config"):
+        refuse("quantised weights")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(key):
+            refuse(f"soft-capping ({key})")
+    if kind == "gpt2":
+        if config.get("scale_attn_by_inverse_layer_idx") or not config.get(
+            "scale_attn_weights", True
+        ):
+            refuse("another attention scale")
+        d, heads = config["n_embd"], config["n_head"]
+        return DecoderConfig(
+            config["vocab_size"], d, config["n_layer"], heads, heads, d // heads,
+            config.get("n_inner") or 4 * d, config["n_positions"],
+            config.get("activation_function", "gelu_new"),
+            config.get("layer_norm_epsilon", 1e-5), d,
+            tied=config.get("tie_word_embeddings", True),
+        )  # fmt: skip
+    if kind == "opt":
+        if not config.get("layer_norm_elementwise_affine", True):
+            refuse("LayerNorms without weights")
+        d, heads, bias = (
+            config["hidden_size"],
+            config["num_attention_heads"],
+            config.get("enable_bias", True),
+        )
+        pre = config.get("do_layer_norm_before", True)
+        return DecoderConfig(
+            config["vocab_size"], d, config["num_hidden_layers"], heads, heads, d // heads,
+            config["ffn_dim"], config["max_position_embeddings"],
+            config.get("activation_function", "relu"), 1e-5,
+            config.get("word_embed_proj_dim") or d,
+            pre_norm=pre, final_norm=pre and not config.get("_remove_final_layer_norm", False),
+            qkv_bias=bias, o_bias=bias, ffn_bias=bias,
+            tied=config.get("tie_word_embeddings", True), position_offset=2,
+        )  # fmt: skip
+    if kind in ("llama", "qwen2"):
+        if config.get("use_sliding_window"):
+            refuse("sliding-window attention")
+        if "full_attention" not in (config.get("layer_types") or ["full_attention"]):
+            refuse("layers without full attention")
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        if rope["rope_type"] not in ("default", "linear", "llama3"):
+            refuse(f"RoPE scaling of the type {rope['rope_type']!r}")
+        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+            refuse("partial rotary embeddings")
+        d, heads = config["hidden_size"], config["num_attention_heads"]
+        bias = config.get("attention_bias", False)
+        return DecoderConfig(
+            config["vocab_size"], d, config["num_hidden_layers"], heads,
+            config.get("num_key_value_heads") or heads, config.get("head_dim") or d // heads,
+            config["intermediate_size"], config["max_position_embeddings"],
+            config.get("hidden_act", "silu"), config.get("rms_norm_eps", 1e-6), d,
+            gated=True, rms_norm=True, qkv_bias=kind == "qwen2" or bias, o_bias=bias,
+            ffn_bias=config.get("mlp_bias", False),
+            tied=config.get("tie_word_embeddings", False), rope=rope,
+        )  # fmt: skip
+    raise UserError(
+        f"A language model of the type {kind!r} is not one tinyvl can read; "
+        "it reads GPT-2, OPT, Llama (SmolLM2, TinyLlama) and Qwen2 checkpoints.",
+        2,
+    )
+
+
+class Cache:
+    """Keys and values of what has been read, (B, kv_heads, S, head_dim) for each layer.
+
+    A layer's own prefix lies before its text, so layers may differ in S; ``length`` counts text.
+    """
+
+    def __init__(self, layers: int):
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.mask: Tensor | None = None  # (B, length) True where a token is real
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys[layer] is not None:
+            k = torch.cat((self.keys[layer], k), 2)
+            v = torch.cat((self.values[layer], v), 2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row j goes on from the former row rows[j]."""
+        pick = lambda x: None if x is None else x.index_select(0, rows)  # noqa: E731
+        self.keys = [pick(k) for k in self.keys]
+        self.values = [pick(v) for v in self.values]
+        self.mask = pick(self.mask)
+
+
+@dataclass
+class Context:
+    """What all layers of one forward pass share."""
+
+    rope: tuple[Tensor, Tensor] | None  # cos, sin (B or 1, 1, T, head_dim)
+    mask: Tensor | None  # (B or 1, 1, T, S) True where a query may look; None: causal
+    cache: Cache | None
+    prefix: Prefix
+    causal: bool  # no mask is needed beyond the causal one
+    shape: tuple[int, int]  # B, T
+    real: Tensor | None  # (N,) which of the B * T tokens are not padding; None: all
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (N, d): padding costs the token-wise layers nothing."""
+        return x if self.real is None else x.flatten(0, 1).index_select(0, self.real)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, d) -> (B, T, d), zeros where there is padding."""
+        if self.real is None:
+            return x
+        batch, length = self.shape
+        padded = x.new_zeros(batch * length, x.shape[-1]).index_copy(0, self.real, x)
+        return padded.view(batch, length, -1)
+
+
+def norm_layer(config: DecoderConfig, size: int) -> nn.Module:
+    return (nn.RMSNorm if config.rms_norm else nn.LayerNorm)(size, eps=config.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with grouped keys and values, RoPE where the family has it."""
+
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.head_dim, self.grouped = c.head_dim, c.kv_heads != c.heads
+        self.q = nn.Linear(c.hidden_size, c.heads * c.head_dim, c.qkv_bias)
+        self.k = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o = nn.Linear(c.heads * c.head_dim, c.hidden_size, c.o_bias)
+
+    def heads(self, x: Tensor) -> Tensor:  # (B, T, h * head_dim) -> (B, h, T, head_dim)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
+        q, k, v = (self.heads(context.spread(project(x))) for project in (self.q, self.k, self.v))
+        if context.rope is not None:
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        mask = context.mask
+        new = layer in context.prefix and not (context.cache and context.cache.length)
+        if new:  # the prefix stands before the text; later steps find it in the cache
+            before = context.prefix[layer]
+            groups = len(k) // len(before[0])  # rows that share one image
+            k, v = (
+                torch.cat((p.to(t.dtype).repeat_interleave(groups, 0), t), 2)
+                for p, t in zip(before, (k, v), strict=True)
+            )
+        if context.cache is not None:
+            k, v = context.cache.append(layer, k, v)
+        if mask is not None and (extra := k.shape[2] - mask.shape[-1]):
+            mask = F.pad(mask, (extra, 0), value=True)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=context.causal, enable_gqa=self.grouped
+        )
+        return self.o(context.pack(out.transpose(1, 2).flatten(2)))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves convention of transformers' Llama."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.up = nn.Linear(c.hidden_size, c.ffn_size, c.ffn_bias)
+        self.gate = nn.Linear(c.hidden_size, c.ffn_size, c.ffn_bias) if c.gated else None
+        self.down = nn.Linear(c.ffn_size, c.hidden_size, c.ffn_bias)
+        self.activation = ACTIVATIONS[c.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normalised before (or, OPT-350M, after)."""
+
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.pre_norm = c.pre_norm
+        self.norm1, self.norm2 = norm_layer(c, c.hidden_size), norm_layer(c, c.hidden_size)
+        self.attention, self.ffn = Attention(c), FeedForward(c)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, d), or (N, d) where there is padding
+        layer: int,
+        context: Context,
+        branch: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        pre = self.pre_norm
+        x = x + self.attention(self.norm1(x) if pre else x, layer, context)
+        inner = self.norm2(x) if pre else self.norm1(x)  # what the feed-forward reads
+        out = self.ffn(inner)
+        if branch is not None:
+            out = out + context.pack(branch(context.spread(inner))).to(out.dtype)
+        return x + out if pre else self.norm2(inner + out)
+
+
+class Decoder(nn.Module):
+    """A frozen causal language model.
+
+    Token ids (B, T), or embeddings (B, T, d), to final hidden states (B, T, d); `logits` maps
+    those to the vocabulary, so that logits are computed only where something reads them.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.embed_size)
+        wide = c.embed_size != c.hidden_size
+        self.project_in = nn.Linear(c.embed_size, c.hidden_size, False) if wide else None
+        self.project_out = nn.Linear(c.hidden_size, c.embed_size, False) if wide else None
+        rows = c.max_positions + c.position_offset
+        self.positions = None if c.rope else nn.Embedding(rows, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = norm_layer(c, c.hidden_size) if c.final_norm else None
+        self.head = None if c.tied else nn.Linear(c.embed_size, c.vocab_size, False)
+        self.checkpointing = False  # recompute layers that carry gradients in backward
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        branches: Branches | None = None,
+        prefix: Prefix | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Tensor:
+        """Hidden states of the layers [first, last), normalised if last is the last.
+
+        Args:
+            x: token ids (B, T), embeddings (B, T, d) as `embed_tokens` gives them, or, with
+                first > 0, the hidden states that layer reads.
+            mask: (B, T) True where a token is real. Padding may stand on either side; None: all
+                are real. Padded positions return numbers without meaning.
+            cache: read and extended. The mask is for the new tokens.
+            branches: {layer: function of the feed-forward's input, added to its output}.
+            prefix: {layer: keys and values} from `prefix`; rows of x are grouped by image.
+        """
+        last = self.config.layers if last is None else last
+        past = cache.length if cache is not None else 0
+        if x.dtype == torch.long:
+            x = self.embed_tokens(x)
+        batch, length = x.shape[:2]
+        if mask is not None and bool(mask.all()) and (cache is None or cache.mask is None):
+            mask = None  # no padding: the fast causal path
+        positions, attend = self._positions(batch, length, past, mask, cache, x.device)
+        if self.positions is not None and first == 0:
+            x = x + self.positions(positions + self.config.position_offset)
+        context = Context(
+            rope=None if self.positions is not None else self._rope(positions),
+            mask=attend,
+            cache=cache,
+            prefix=prefix or {},
+            causal=attend is None and length > 1,
+            shape=(batch, length),
+            real=None if mask is None else mask.flatten().nonzero()[:, 0],
+        )
+        if context.prefix and context.causal:  # a causal mask cannot see past its own square
+            context.mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            context.causal = False
+        x = context.pack(x)
+        for i in range(first, last):
+            block, branch = self.layers[i], (branches or {}).get(i)
+            carries = torch.is_grad_enabled() and (x.requires_grad or branch is not None)
+            if self.checkpointing and carries:
+                x = checkpoint(block, x, i, context, branch, use_reentrant=False)
+            else:
+                x = block(x, i, context, branch)
+        x = context.spread(x)
+        if cache is not None:
+            cache.length += length
+        return self.norm(x) if self.norm is not None and last == self.config.layers else x
+
+    def _positions(self, batch, length, past, mask, cache, device) -> tuple[Tensor, Tensor | None]:
+        """Positions (B or 1, T) and the attention mask (B or 1, 1, T, S), None where causal."""
+        if cache is not None and (mask is not None or cache.mask is not None):
+            before = cache.mask
+            if before is None:
+                before = torch.ones(batch, past, dtype=torch.bool, device=device)
+            if mask is None:
+                mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+            cache.mask = mask = torch.cat((before, mask), 1)
+        if mask is None:
+            positions = torch.arange(past, past + length, device=device)[None]
+            if past == 0 or length == 1:
+                return positions, None
+            reach = torch.ones(length, past + length, dtype=torch.bool, device=device)
+            return positions, reach.tril(past)[None, None]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        causal = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+        own = torch.ones(length, past + length, dtype=torch.bool, device=device)
+        own = own.tril(past).triu(past)  # a padded query sees itself: softmax stays finite
+        return positions, ((causal & mask[:, None, :]) | own)[:, None]
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B or 1, 1, T, head_dim), in float32."""
+        angles = positions[..., None].float() * inverse_frequencies(self.config, positions.device)
+        angles = torch.cat((angles, angles), -1)[:, None]
+        return angles.cos(), angles.sin()
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, d), positions not yet added."""
+        x = self.embed(ids)
+        return x if self.project_in is None else self.project_in(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (..., d) to float32 logits (..., vocab_size)."""
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(hidden.to(weight.dtype), weight).float()
+
+    def prefix(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (I, kv_heads, P, head_dim) of extra tokens (I, P, d) entering a layer.
+
+        They carry no position: a learned one is never added, and RoPE turns them by zero.
+        """
+        block = self.layers[layer]
+        x = block.norm1(hidden) if block.pre_norm else hidden
+        attention = block.attention
+        return attention.heads(attention.k(x)), attention.heads(attention.v(x))
+
+    def train(self, mode: bool = True):
+        """A frozen model stays in eval mode."""
+        return super().train(False)
+
+
+def inverse_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
+    """RoPE's frequencies (head_dim / 2,); transformers' own function where they are scaled."""
+    theta, kind = config.rope["rope_theta"], config.rope["rope_type"]
+    steps = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    if kind == "default":
+        return 1.0 / theta**steps
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    peer = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rope_parameters=config.rope,
+    )
+    return ROPE_INIT_FUNCTIONS[kind](peer, device)[0]
+
+
+# Our names for transformers' ones, by family; {i} is the layer.
+NAMES = {
+    "gpt2": {
+        "embed": "wte", "positions": "wpe", "norm": "ln_f", "layers.{i}.norm1": "h.{i}.ln_1",
+        "layers.{i}.norm2": "h.{i}.ln_2", "layers.{i}.attention.o": "h.{i}.attn.c_proj",
+        "layers.{i}.ffn.up": "h.{i}.mlp.c_fc", "layers.{i}.ffn.down": "h.{i}.mlp.c_proj",
+    },
+    "opt": {
+        "embed": "embed_tokens", "positions": "embed_positions", "norm": "final_layer_norm",
+        "project_in": "project_in", "project_out": "project_out",
+        "layers.{i}.norm1": "layers.{i}.self_attn_layer_norm",
+        "layers.{i}.norm2": "layers.{i}.final_layer_norm",
+        "layers.{i}.attention.q": "layers.{i}.self_attn.q_proj",
+        "layers.{i}.attention.k": "layers.{i}.self_attn.k_proj",
+        "layers.{i}.attention.v": "layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.o": "layers.{i}.self_attn.out_proj",
+        "layers.{i}.ffn.up": "layers.{i}.fc1", "layers.{i}.ffn.down": "layers.{i}.fc2",
+    },
+    "llama": {
+        "embed": "embed_tokens", "norm": "norm",
+        "layers.{i}.norm1": "layers.{i}.input_layernorm",
+        "layers.{i}.norm2": "layers.{i}.post_attention_layernorm",
+        "layers.{i}.attention.q": "layers.{i}.self_attn.q_proj",
+        "layers.{i}.attention.k": "layers.{i}.self_attn.k_proj",
+        "layers.{i}.attention.v": "layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.o": "layers.{i}.self_attn.o_proj",
+        "layers.{i}.ffn.up": "layers.{i}.mlp.up_proj",
+        "layers.{i}.ffn.gate": "layers.{i}.mlp.gate_proj",
+        "layers.{i}.ffn.down": "layers.{i}.mlp.down_proj",
+    },
+}  # fmt: skip
+NAMES["qwen2"] = NAMES["llama"]
+STEMS = ("transformer.", "model.decoder.", "decoder.", "model.")  # longest first where nested
+
+
+def convert_state(kind: str, state: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """A transformers state dict under our names. Nothing is copied but GPT-2's transposes."""
+
+    def bare(name: str) -> str:
+        return next((name[len(s) :] for s in STEMS if name.startswith(s)), name)
+
+    head = state.get("lm_head.weight")
+    state = {bare(name): tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    out = {} if config.tied or head is None else {"head.weight": head}
+    transposed = kind == "gpt2"  # Conv1D keeps its weight as (in, out)
+    for ours, theirs in NAMES[kind].items():
+        for i in range(config.layers) if "{i}" in ours else (None,):
+            for part in ("weight", "bias"):
+                tensor = state.get(f"{theirs.format(i=i)}.{part}")
+                if tensor is None:
+                    continue
+                linear = transposed and tensor.ndim == 2 and "{i}" in ours
+                out[f"{ours.format(i=i)}.{part}"] = tensor.T.contiguous() if linear else tensor
+    if kind == "gpt2":
+        for i in range(config.layers):
+            for part in ("weight", "bias"):
+                fused = state[f"h.{i}.attn.c_attn.{part}"]
+                for name, tensor in zip("qkv", fused.chunk(3, -1), strict=True):
+                    tensor = tensor.T.contiguous() if part == "weight" else tensor.clone()
+                    out[f"layers.{i}.attention.{name}.{part}"] = tensor
+    return out
+
+
+def load_decoder(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Decoder:
+    """A frozen `Decoder` from a transformers checkpoint folder (safetensors, sharded or not)."""
+    from safetensors.torch import load_file
+
+    raw = json.loads((folder / "config.json").read_text())
+    config = decoder_config(raw)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no .safetensors weights in this folder.")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_file(file, device=str(device)))
+    return build_decoder(raw["model_type"], state, config, dtype, str(folder)).to(device)
+
+
+def build_decoder(
+    kind: str, state: dict[str, Tensor], config: DecoderConfig, dtype: torch.dtype, where: str
+) -> Decoder:
+    """A frozen decoder of these transformers weights; ``where`` names them in errors."""
+    state = convert_state(kind, state, config)
+    if not config.tied and "head.weight" not in state:
+        config = replace(config, tied=True)  # the file was saved without its (shared) head
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    wanted = dict(decoder.named_parameters())
+    missing = sorted(wanted.keys() - state.keys())
+    wrong = [n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape]
+    if missing or wrong:
+        raise UserError(f"{where}: weights missing or of another shape: {(missing + wrong)[:3]}.")
+    state = {name: state[name].to(dtype) for name in wanted}
+    decoder.load_state_dict(state, assign=True)
+    return decoder.requires_grad_(False).eval()

@@ -1,0 +1,290 @@
+"""The drawn set: pictures of shapes with captions in English and German, made by this file alone.
+
+A scene is one object at a place ("a small red circle on the left of a grey picture") or two
+objects side by side or above one another ("a big blue star above a small red ring in a pink
+picture"). A caption is a function of its scene, and everything it says can be seen at 64 x 64
+pixels, so a model that has learnt the set captions new renders exactly.
+
+In training, `WITHHELD` pairs of shape and colour never occur. The held-out part has new renders
+of scenes that training shows too (``"combination": "seen"``) and, one in five, scenes with a
+withheld pair (``"unseen"``). No two held-out scenes share a caption.
+
+Everything is a pure function of the seed. The shapes are inequalities on a supersampled grid and
+not Pillow's, so that the pixels do not depend on the version of a rasteriser.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tinyvl import UserError
+
+SIDE = 64  # pixels
+SUPERSAMPLE = 4  # sub-pixels per pixel and axis
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (214, 32, 36),
+    "green": (32, 148, 60),
+    "blue": (36, 70, 205),
+    "yellow": (246, 226, 34),
+    "purple": (126, 40, 152),
+    "orange": (243, 130, 20),
+    "white": (252, 252, 252),
+    "black": (18, 18, 20),
+}
+SIZES = {"small": (7.5, 8.5), "big": (12.5, 13.5)}  # radius in pixels, from and to
+PLACES = {  # of one object: its centre in pixels
+    "left": (16, 32),
+    "right": (48, 32),
+    "top": (32, 16),
+    "bottom": (32, 48),
+    "middle": (32, 32),
+}
+RELATIONS = {  # of two objects: the centres of the first and of the second
+    "left of": ((16, 32), (48, 32)),
+    "above": ((32, 16), (32, 48)),
+}
+BACKGROUNDS = {"grey": (140, 140, 142), "beige": (222, 206, 170), "pink": (238, 178, 196)}
+WITHHELD = {  # shape: the colour it never has in training
+    "circle": "yellow",
+    "square": "purple",
+    "triangle": "white",
+    "star": "blue",
+    "cross": "orange",
+    "ring": "green",
+}
+LANGUAGES = ("en", "de")
+
+ENGLISH_PLACE = {
+    "left": "on the left of",
+    "right": "on the right of",
+    "top": "at the top of",
+    "bottom": "at the bottom of",
+    "middle": "in the middle of",
+}
+GERMAN = {
+    **{"small": "klein", "big": "groß"},
+    **{"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "purple": "violett"},
+    **{"orange": "orangefarben", "white": "weiß", "black": "schwarz"},
+    **{"circle": "Kreis", "square": "Quadrat", "triangle": "Dreieck", "star": "Stern"},
+    **{"cross": "Kreuz", "ring": "Ring"},
+    **{"left": "links", "right": "rechts", "top": "oben", "bottom": "unten"},
+    **{"middle": "in der Mitte", "left of": "links neben", "above": "über"},
+    **{"grey": "grauem", "beige": "beigem", "pink": "rosa"},
+}
+MASCULINE = {"circle", "star", "ring"}  # in German; the other shapes are neuter
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: a shape with a colour and a size."""
+
+    shape: str
+    colour: str
+    size: str
+
+    @property
+    def withheld(self) -> bool:
+        return WITHHELD[self.shape] == self.colour
+
+    def english(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+    def german(self, *, dative: bool = False) -> str:
+        article, ending = ("einem", "en") if dative else ("ein", "es")
+        if self.shape in MASCULINE and not dative:
+            ending = "er"
+        adjectives = f"{GERMAN[self.size]}{ending} {GERMAN[self.colour]}{ending}"
+        return f"{article} {adjectives} {GERMAN[self.shape]}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; its captions follow from it.
+
+    ``place`` is one of `PLACES` for one object and one of `RELATIONS` when there is a ``second``.
+    """
+
+    first: Thing
+    second: Thing | None
+    place: str
+    background: str
+
+    @property
+    def unseen(self) -> bool:
+        """Whether an object has a pair of shape and colour that training never shows."""
+        return self.first.withheld or (self.second is not None and self.second.withheld)
+
+    def caption(self, lang: str = "en") -> str:
+        """The one caption of this scene in English (``"en"``) or German (``"de"``)."""
+        if lang == "de":
+            other = f" {self.second.german(dative=True)}" if self.second else ""
+            ground = GERMAN[self.background]
+            return f"{self.first.german()} {GERMAN[self.place]}{other} auf {ground} Grund"
+        if self.second:
+            where = f"{self.place} {self.second.english()} in"
+        else:
+            where = ENGLISH_PLACE[self.place]
+        return f"{self.first.english()} {where} a {self.background} picture"
+
+    def labels(self) -> dict[str, str | None]:
+        """The attributes by name, for fitting an image encoder; the second object's end in 2."""
+        second = asdict(self.second) if self.second else dict.fromkeys(asdict(self.first))
+        return {
+            **asdict(self.first),
+            "place": self.place,
+            "background": self.background,
+            **{f"{name}2": value for name, value in second.items()},
+        }
+
+
+def draw_images(
+    folder: str | Path, train: int = 2000, held_out: int = 300, seed: int = 0
+) -> list[dict]:
+    """Draw the set into ``folder``: ``drawn.jsonl`` and ``images/*.png`` (64 x 64, RGB).
+
+    Each picture has two records, one a language, in the record format of `tinyvl.data` with
+    ``split`` (``"train"`` or ``"test"``), ``lang``, ``combination`` and the scene's labels.
+
+    Args:
+        folder: made if it is missing; an earlier drawing in it is replaced.
+        train, held_out: numbers of pictures.
+        seed: everything follows from it and from the two numbers.
+
+    Returns:
+        The records as written.
+
+    Raises:
+        UserError: the folder holds pictures that are not a drawing, or the held-out part asks for
+            more distinct scenes than the training part has.
+    """
+    folder = Path(folder)
+    pictures, listing = folder / "images", folder / "drawn.jsonl"
+    if pictures.is_dir() and any(pictures.iterdir()) and not listing.exists():
+        raise UserError(f"{pictures} holds files that tinyvl did not draw; name an empty folder", 2)
+    pictures.mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, (scene, split) in enumerate(scenes(train, held_out, seed)):
+        name = f"images/{index:04d}.png"
+        Image.fromarray(render(scene, seed, index)).save(folder / name)
+        for lang in LANGUAGES:
+            records.append(
+                {
+                    "image": name,
+                    "captions": [scene.caption(lang)],
+                    "id": f"{index:04d}",
+                    "split": split,
+                    "lang": lang,
+                    "combination": "unseen" if scene.unseen else "seen",
+                    **scene.labels(),
+                }
+            )
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    listing.write_text("".join(lines), encoding="utf-8", newline="\n")
+    return records
+
+
+def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:
+    """The scenes of both parts with their split: first ``"train"``, then ``"test"``."""
+    rng = np.random.Generator(np.random.PCG64([seed, 0]))
+    shown = [_invent(rng, unseen=False) for _ in range(train)]
+    distinct = list(dict.fromkeys(shown))
+    seen = held_out - held_out // 5
+    if seen > len(distinct):
+        raise UserError(
+            f"{held_out} held-out pictures need {seen} distinct training scenes and {train} "
+            f"training pictures show {len(distinct)}: ask for more of these or fewer of those",
+            2,
+        )
+    held = [distinct[i] for i in rng.permutation(len(distinct))[:seen]]
+    new: dict[Scene, None] = {}  # an ordered set
+    while len(new) < held_out // 5:
+        new[_invent(rng, unseen=True)] = None
+    return [(scene, "train") for scene in shown] + [(scene, "test") for scene in [*held, *new]]
+
+
+def render(scene: Scene, seed: int, index: int) -> np.ndarray:
+    """Paint a scene with the jitter of picture ``index``.
+
+    Place, size, tilt, hue and background differ from render to render, less than any word of the
+    caption does.
+
+    Returns:
+        Pixels, (64, 64, 3), uint8.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, 1, index]))
+    ramp = np.linspace(-1, 1, SIDE)
+    slope = rng.uniform(-8, 8, 2)
+    # A slope and a coarse mottle: noise to a model, yet a PNG of about 1 kB.
+    mottle = np.kron(rng.uniform(-4, 4, (8, 8)), np.ones((SIDE // 8, SIDE // 8)))
+    light = slope[0] * ramp[:, None] + slope[1] * ramp + mottle  # (64, 64)
+    canvas = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-6, 6, 3) + light[..., None]
+    things = [scene.first] if scene.second is None else [scene.first, scene.second]
+    centres = [PLACES[scene.place]] if len(things) == 1 else RELATIONS[scene.place]
+    for thing, (x, y) in zip(things, centres, strict=True):
+        dx, dy = rng.uniform(-1, 1, 2)
+        radius, tilt = rng.uniform(*SIZES[thing.size]), rng.uniform(-0.06, 0.06)
+        paint = np.array(COLOURS[thing.colour]) + rng.uniform(-10, 10, 3)
+        alpha = _coverage(thing.shape, x + dx, y + dy, radius, tilt)[..., None]
+        canvas = canvas * (1 - alpha) + paint * alpha
+    return canvas.round().clip(0, 255).astype(np.uint8)
+
+
+def _invent(rng: np.random.Generator, *, unseen: bool) -> Scene:
+    """A random scene, one object or two, that has a withheld pair or has none."""
+
+    def pick(options) -> str:
+        options = list(options)
+        return options[rng.integers(len(options))]
+
+    while True:
+        first, second = (Thing(pick(SHAPES), pick(COLOURS), pick(SIZES)) for _ in range(2))
+        if rng.random() < 0.5:
+            scene = Scene(first, None, pick(PLACES), pick(BACKGROUNDS))
+        elif first.shape != second.shape and first.colour != second.colour:
+            scene = Scene(first, second, pick(RELATIONS), pick(BACKGROUNDS))
+        else:
+            continue
+        if scene.unseen == unseen:
+            return scene
+
+
+def _coverage(shape: str, x: float, y: float, radius: float, tilt: float) -> np.ndarray:
+    """The share of each pixel that a shape covers, (64, 64), centred on (x, y), tilt in radians."""
+
+    def span(centre: float) -> tuple[slice, np.ndarray]:
+        """The pixels that the shape can reach on one axis, and their sub-pixels in radii."""
+        low = max(0, int(centre - 1.2 * radius))
+        high = min(SIDE, int(centre + 1.2 * radius) + 1)
+        grid = (np.arange(low * SUPERSAMPLE, high * SUPERSAMPLE) + 0.5) / SUPERSAMPLE
+        return slice(low, high), (grid - centre) / radius
+
+    (columns, right), (rows, down) = span(x), span(y)
+    down = down[:, None]
+    u = np.cos(tilt) * right + np.sin(tilt) * down  # the shape's own frame, in radii
+    v = np.cos(tilt) * down - np.sin(tilt) * right
+    if shape == "circle":
+        inside = u**2 + v**2 < 0.95**2
+    elif shape == "ring":
+        inside = (u**2 + v**2 < 1) & (u**2 + v**2 > 0.5**2)
+    elif shape == "square":
+        inside = np.maximum(abs(u), abs(v)) < 0.87
+    elif shape == "cross":
+        inside = (np.maximum(abs(u), abs(v)) < 1) & (np.minimum(abs(u), abs(v)) < 0.3)
+    elif shape == "triangle":
+        inside = (v < 0.75) & (v > 1.85 * abs(u) - 1.05)
+    else:  # star: fold the plane into one tenth, where its edge is a straight line
+        tip, notch, tenth = 1.1, 0.42, np.pi / 5
+        angle = abs((np.arctan2(u, -v) + tenth) % (2 * tenth) - tenth)  # from the nearest tip
+        distance = np.hypot(u, v)
+        along, across = distance * np.cos(angle), distance * np.sin(angle)
+        rise, run = notch * np.sin(tenth), tip - notch * np.cos(tenth)
+        inside = (along - tip) * rise + across * run < 0
+    covered = np.zeros((SIDE, SIDE))
+    blocks = inside.reshape(len(down) // SUPERSAMPLE, SUPERSAMPLE, -1, SUPERSAMPLE)
+    covered[rows, columns] = blocks.mean(axis=(1, 3))
+    return covered  # (64, 64)

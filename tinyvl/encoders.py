@@ -1,0 +1,156 @@
+"""Frozen perceptual encoders behind one result, `Percept`: any timm image model by name.
+
+``tokens`` is the map a method may attend to (I-Tuning): the final tokens of a transformer, [CLS]
+included and before any projection, or the cells of a CNN's last feature map. They arrive
+normalised: after the encoder's own final norm, or after a LayerNorm without parameters where it
+has none. ``summaries`` has one vector a level (eP-ALM): the [CLS] token of each block after the
+final norm, or the mean of each stage's feature map.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyvl import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+
+@dataclass
+class Percept:
+    """What an encoder makes of a batch of pictures."""
+
+    tokens: Tensor  # (B, S, D)
+    summaries: list[Tensor]  # a level each, lowest first: (B, D_level)
+
+
+class ImageEncoder(nn.Module):
+    """A frozen timm model. Pictures come as uint8 (B, 3, H, W); it normalises them itself."""
+
+    def __init__(self, model: nn.Module, *, fit: str = "crop", levels: int | None = None):
+        """Args:
+        fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
+            whole picture to the model's square, so that nothing at its edges is lost.
+        levels: how many summaries, counted from the last level; None: all.
+        """
+        super().__init__()
+        from timm.data import resolve_data_config
+
+        self.model = model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.fit, self.levels = fit, levels
+        self.data_config = resolve_data_config(model=model)
+        if fit == "squash":
+            self.data_config |= {"crop_mode": "squash", "crop_pct": 1.0}
+        self.size: int = self.data_config["input_size"][-1]
+        mean, std = (torch.tensor(self.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        norm = getattr(model, "norm", None)
+        self.final_norm = norm is not None and isinstance(norm, NORMS)
+        self.width: int = model.num_features
+
+    def transform(self) -> "Callable[[Image], Tensor]":
+        """A picklable function: RGB picture -> uint8 tensor (3, H, W)."""
+        from timm.data import create_transform
+
+        config = {k: v for k, v in self.data_config.items() if k not in ("mean", "std")}
+        return create_transform(**config, is_training=False, normalize=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Percept:
+        """uint8 (B, 3, H, W) -> Percept, in the dtype of the encoder's weights."""
+        dtype = next(self.model.parameters()).dtype
+        x = ((images.float() / 255 - self.mean) / self.std).to(
+            dtype, memory_format=torch.channels_last
+        )
+        maps = hasattr(self.model, "feature_info") and not hasattr(self.model, "cls_token")
+        flat = {} if maps else {"norm": True, "return_prefix_tokens": True, "output_fmt": "NLC"}
+        try:
+            last, levels = self.model.forward_intermediates(x, indices=self.levels, **flat)
+        except TypeError:  # a model with prefix tokens of another kind, or none to return
+            flat.pop("return_prefix_tokens", None)
+            last, levels = self.model.forward_intermediates(x, indices=self.levels, **flat)
+        tokens = channels_last(last, self.width)
+        if not self.final_norm:
+            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:]).to(tokens.dtype)
+        return Percept(tokens, [summary(level) for level in levels])
+
+    def train(self, mode: bool = True):
+        """A frozen encoder stays in eval mode."""
+        return super().train(False)
+
+
+def channels_last(x: Tensor, width: int) -> Tensor:
+    """(B, C, H, W), (B, H, W, C) or (B, S, C) -> (B, S, C)."""
+    if x.ndim == 4:
+        return x.flatten(2).transpose(1, 2) if x.shape[1] == width else x.flatten(1, 2)
+    return x
+
+
+def summary(level: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """One level to (B, D): its [CLS] token, or the mean of its map."""
+    if isinstance(level, tuple):  # (patches, prefix tokens): [CLS] is the first prefix token
+        return level[1][:, 0] if level[1] is not None else level[0].mean(1)
+    return level.mean((2, 3)) if level.ndim == 4 else level.mean(1)
+
+
+def norm_types() -> tuple[type, ...]:
+    from timm.layers import LayerNorm, RmsNorm
+
+    return (nn.LayerNorm, LayerNorm, RmsNorm, nn.RMSNorm)
+
+
+NORMS = norm_types()
+
+
+def load_image_encoder(
+    folder: Path,
+    *,
+    fit: str = "crop",
+    levels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> ImageEncoder:
+    """An encoder from a timm checkpoint folder: ``config.json`` and ``model.safetensors``."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    encoder = build_image_encoder(config, fit=fit, levels=levels)
+    state = load_file(folder / "model.safetensors")
+    missing, _ = encoder.model.load_state_dict(state, strict=False)  # a classifier may be extra
+    if missing:
+        raise UserError(f"{folder}: the weights of {missing[0]} (and maybe more) are missing.")
+    return encoder.to(device=device, dtype=dtype)
+
+
+def build_image_encoder(
+    config: dict, *, fit: str = "crop", levels: int | None = None
+) -> ImageEncoder:
+    """The encoder a timm ``config.json`` describes, with random weights, without classifier."""
+    import timm
+
+    try:
+        model = timm.create_model(
+            config["architecture"],
+            pretrained=False,
+            num_classes=0,
+            pretrained_cfg=config.get("pretrained_cfg"),
+            **config.get("model_args", {}),
+        )
+    except RuntimeError as error:
+        raise UserError(f"timm has no image model named {config['architecture']!r}.", 2) from error
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(
+            f"timm's {config['architecture']} has no forward_intermediates, so its tokens cannot "
+            "be read; choose another image encoder.",
+            2,
+        )
+    return ImageEncoder(model, fit=fit, levels=levels)

