@@ -156,8 +156,8 @@ def tidy(caption: str) -> str:
     """A caption as training reads it; tidying twice changes nothing more.
 
     White space is collapsed, the space that tokenised captions have before ``. , ; : ! ?``,
-    ``'s`` and ``n't`` is dropped, and so are LaTeX quotes (for ``"``) and the final full stop:
-    about half of Flickr8k's captions have one, and the metrics' tokenizer ignores it.
+    ``'s`` and ``n't`` is dropped, LaTeX quotes become ``"``, and the final full stop goes: nine in
+    ten of Flickr8k's captions have one and the rest do not, and the metrics' tokenizer ignores it.
     """
     text = " ".join(caption.split())
     text = re.sub(r" (?=[.,;:!?](?!\w)|(?:'s|n't)\b)", "", text)  # (?!\w): not before ".5"
@@ -259,6 +259,14 @@ def read_coco(path: Path) -> Iterator[Record]:
             yield Record(name, captions[number], str(number))
 
 
+# The second number of results.csv is not always followed by a bar: one line of the original lacks
+# it ("2199200615.jpg| 4   A dog runs across the grass .").
+FLICKR_TOKEN = re.compile(r"([^\t]+)#\d+\t\s*(.*)")
+FLICKR_RESULTS = re.compile(r"([^|,]+?)\s*\|\s*\d+\s*\|?\s*(.*)")
+FLICKR_CSV = re.compile(r"[^,\t|]+\.(jpg|jpeg|png)\s*,.*", re.IGNORECASE)
+FLICKR_HEADER = re.compile(r"image,\s*caption|image_name\s*\|\s*comment_number\s*\|\s*comment")
+
+
 def read_flickr(path: Path) -> Iterator[Record]:
     """Flickr8k's and Flickr30k's caption lists, in each of the three shapes they come in.
 
@@ -272,7 +280,7 @@ def read_flickr(path: Path) -> Iterator[Record]:
             continue
         match = FLICKR_TOKEN.fullmatch(line) or FLICKR_RESULTS.fullmatch(line)
         name, *rest = match.groups() if match else next(csv.reader([line]))
-        if not rest:
+        if not rest or IMAGE_SUFFIXES.isdisjoint(Path(name.lower()).suffixes):
             raise UserError(
                 f"{where}: expected 'x.jpg#0<tab>caption', 'x.jpg,caption' or 'x.jpg| 0| caption', "
                 f"found {line[:60]!r}"
@@ -314,14 +322,6 @@ READERS = {
 }
 
 
-# The second number of results.csv is not always followed by a bar: one line of the original lacks
-# it ("2199200615.jpg| 4   A dog runs across the grass .").
-FLICKR_TOKEN = re.compile(r"([^\t]+)#\d+\t\s*(.*)")
-FLICKR_RESULTS = re.compile(r"([^|]+?)\s*\|\s*\d+\s*\|?\s*(.*)")
-FLICKR_CSV = re.compile(r"[^,\t|]+\.(jpg|jpeg|png)\s*,.*", re.IGNORECASE)
-FLICKR_HEADER = re.compile(r"image,\s*caption|image_name\s*\|\s*comment_number\s*\|\s*comment")
-
-
 def _recognise(path: Path) -> tuple[Path, str]:
     """The file to read and its format; for a folder, the one data set in it or the folder."""
     if not path.is_dir():
@@ -336,7 +336,7 @@ def _recognise(path: Path) -> tuple[Path, str]:
     files = sorted({file for pattern in listings for file in path.glob(pattern) if file.is_file()})
     found = [(file, format) for file in files if (format := _sniff(file))]
     if len(found) > 1:
-        names = ", ".join(file.name for file, _ in found)
+        names = ", ".join(file.name for file, _ in found[:3]) + (", …" if len(found) > 3 else "")
         raise UserError(f"{path} holds several data sets ({names}): name one of these files", 2)
     return found[0] if found else (path, "folder")
 

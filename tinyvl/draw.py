@@ -1,11 +1,11 @@
 """The drawn set: pictures of shapes with captions in English and German, made by this file alone.
 
 A scene is one object at a place ("a small red circle on the left of a grey picture") or two
-objects side by side or above one another ("a big blue star above a small red ring in a pink
+objects side by side or above one another ("a big black star above a small red ring in a pink
 picture"). A caption is a function of its scene, and everything it says can be seen at 64 x 64
 pixels, so a model that has learnt the set captions new renders exactly.
 
-In training, `WITHHELD` pairs of shape and colour never occur. The held-out part has new renders
+In training, the `WITHHELD` pairs of shape and colour never occur. The held-out part has new renders
 of scenes that training shows too (``"combination": "seen"``) and, one in five, scenes with a
 withheld pair (``"unseen"``). No two held-out scenes share a caption.
 
@@ -166,25 +166,27 @@ def draw_images(
     pictures, listing = folder / "images", folder / "drawn.jsonl"
     if pictures.is_dir() and any(pictures.iterdir()) and not listing.exists():
         raise UserError(f"{pictures} holds files that tinyvl did not draw; name an empty folder", 2)
+    drawn = scenes(train, held_out, seed)
+    records = [
+        {
+            "image": f"images/{index:04d}.png",
+            "captions": [scene.caption(lang)],
+            "id": f"{index:04d}",
+            "split": split,
+            "lang": lang,
+            "combination": "unseen" if scene.unseen else "seen",
+            **scene.labels(),
+        }
+        for index, (scene, split) in enumerate(drawn)
+        for lang in LANGUAGES
+    ]
     pictures.mkdir(parents=True, exist_ok=True)
-    records = []
-    for index, (scene, split) in enumerate(scenes(train, held_out, seed)):
-        name = f"images/{index:04d}.png"
-        Image.fromarray(render(scene, seed, index)).save(folder / name)
-        for lang in LANGUAGES:
-            records.append(
-                {
-                    "image": name,
-                    "captions": [scene.caption(lang)],
-                    "id": f"{index:04d}",
-                    "split": split,
-                    "lang": lang,
-                    "combination": "unseen" if scene.unseen else "seen",
-                    **scene.labels(),
-                }
-            )
+    for old in pictures.glob("[0-9]*.png"):
+        old.unlink()
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     listing.write_text("".join(lines), encoding="utf-8", newline="\n")
+    for index, (scene, _) in enumerate(drawn):
+        Image.fromarray(render(scene, seed, index)).save(pictures / f"{index:04d}.png")
     return records
 
 

