@@ -19,8 +19,8 @@ from tinyvl import data, draw
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("drawn")
-    draw.draw_images(root / "data", train=2000, held_out=300, seed=0)
-    state, scenes, right = fit_drawn_vit()
+    draw.draw_images(root / "data", train=6000, held_out=300, seed=0)
+    state, scenes, right = fit_drawn_vit(6000, 300, epochs=10)
     unseen = torch.tensor([scene.unseen for scene in scenes])
     assert right[~unseen].float().mean() >= 0.98  # the encoder can tell what captions say
     records = data.read(root / "data", lang="en")
@@ -43,11 +43,11 @@ def tinyvl(*args: str) -> str:
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_itune_captions_new_renders_exactly(family, drawn, tmp_path):
-    lm = fit_decoder(tmp_path / "lm", family, drawn["texts"])
+    lm = fit_decoder(tmp_path / "lm", family, drawn["texts"], epochs=2)
     started = time.monotonic()
     tinyvl(
         "train", "itune", "--data", drawn["data"], "--lm", str(lm), "--vision", drawn["vision"],
-        "--fit", "crop", "--out", str(tmp_path / "out"), "--epochs", "14", "--rate", "4e-3",
+        "--fit", "crop", "--out", str(tmp_path / "out"), "--epochs", "10", "--rate", "3e-3",
         "--batch", "64", "--device", "cpu",
     )  # fmt: skip
     seconds = time.monotonic() - started

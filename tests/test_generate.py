@@ -144,7 +144,8 @@ def test_a_foreign_file_is_not_touched_by_resume(tmp_path):
 
 
 def test_a_closed_pipe_ends_quietly(checkpoint, photos):
-    command = f"{sys.executable} -m tinyvl.cli caption --model {checkpoint} --batch 1 {photos} | head -n 1"
+    caption = f"{sys.executable} -m tinyvl.cli caption --model {checkpoint} --batch 1"
+    command = f"{caption} {photos} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == ""

@@ -92,8 +92,6 @@ def caption(
     if out is not None:
         stream, done = generate.open_output(out, resume)
         paths = (path for path in paths if path not in done)
-    if one and not Path(inputs[0]).exists():
-        raise UserError(f"{inputs[0]}: no such file.")
     sampling = None
     if sample:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -338,7 +336,8 @@ def draw_set(
     """Draw the small licence-free set: shapes, with captions in two languages."""
     from tinyvl import draw
 
-    print(draw.draw_images(folder, train=train, held_out=held_out, seed=seed))
+    draw.draw_images(folder, train=train, held_out=held_out, seed=seed)
+    print(folder / "drawn.jsonl")
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -190,6 +190,23 @@ def draw_images(
     return records
 
 
+def default_folder() -> Path:
+    """The drawn set in the cache, drawn there the first time."""
+    import os
+    import tempfile
+
+    from tinyvl.hub import cache_dir
+
+    folder = cache_dir() / "drawn"
+    if not (folder / "drawn.jsonl").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".drawn-") as scratch:
+            draw_images(Path(scratch) / "new")
+            if not folder.exists():
+                os.replace(Path(scratch) / "new", folder)
+    return folder
+
+
 def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:
     """The scenes of both parts with their split: first ``"train"``, then ``"test"``."""
     rng = np.random.Generator(np.random.PCG64([seed, 0]))

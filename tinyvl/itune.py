@@ -13,6 +13,7 @@ r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so t
 out from the untouched language model; rates are in `models.PRESETS`, chosen on Flickr8k.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ class ITuneModule(nn.Module):
         self.k = nn.Linear(vision_width, bottleneck)
         self.v = nn.Linear(vision_width, bottleneck)
         self.o = nn.Linear(bottleneck, hidden_size)
+        with torch.no_grad():  # unscaled scores of a new module are as small as scaled ones
+            self.q.weight.mul_(bottleneck**-0.5)
+            self.q.bias.mul_(bottleneck**-0.5)
         nn.init.zeros_(self.o.weight)
         nn.init.zeros_(self.o.bias)
 

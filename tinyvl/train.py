@@ -266,8 +266,9 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         by_length = sorted(range(len(val_groups)), key=lambda g: len(val_groups[g].captions[0]))
         val_order = [by_length[i : i + 64] for i in range(0, len(by_length), 64)]
 
-        micro = max(1, min(run.micro, job.recipe.batch) // job.per_image)
-        per_step = max(1, round(job.recipe.batch / (micro * job.per_image)))  # micro-batches
+        mean = sum(len(g.captions) for g in groups) / len(groups)
+        micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
+        per_step = max(1, round(job.recipe.batch / (micro * mean)))  # micro-batches
         steps_per_epoch = math.ceil(math.ceil(len(groups) / micro) / per_step)
         steps = max(1, round(job.recipe.epochs * steps_per_epoch))
         validate_every = run.validate_every or steps_per_epoch
@@ -288,7 +289,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
             f"{sum(p.numel() for p in parameters.values()):,} trainable parameters; "
             f"{len(train_records):,} pictures, {sum(map(len, tokens)):,} captions, "
             f"{len(val_records):,} pictures to validate on; {steps:,} steps of "
-            f"{per_step * micro * job.per_image} captions",
+            f"{round(per_step * micro * mean)} captions",
         )
         pieces, started, done, speed = 1, time.monotonic(), 0, 0.0
         with bar("training", steps, run, start=step) as advance:

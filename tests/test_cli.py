@@ -1,0 +1,106 @@
+"""The command line: help, listings, errors; what captioning prints is in test_generate."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from tinyvl import __version__, cli
+
+COMMANDS = ["caption", "models", "inspect", "pull", "samples", "draw"]
+
+
+def tinyvl(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tinyvl.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from tinyvl import cli;"
+        "r = CliRunner().invoke(cli.app, ['--help']); assert r.exit_code == 0, r.output;"
+        "print([m for m in ('torch', 'transformers', 'timm', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_command_and_option_has_help():
+    import typer.main
+
+    root = typer.main.get_command(cli.app)
+    commands = dict(root.commands) | dict(root.commands["train"].commands)
+    assert set(COMMANDS) <= set(commands)
+    for name, command in commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_version():
+    assert CliRunner().invoke(cli.app, ["--version"]).output.strip() == __version__
+
+
+def test_inspect_prints_the_papers_row_as_json():
+    result = CliRunner().invoke(cli.app, ["inspect", "itune-base", "--json"])
+    found = json.loads(result.output)
+    assert found["name"] == "itune-base"
+    assert found["method"] == "itune"
+    assert found["trainable_parameters"] == 14_178_816
+    assert set(found) >= {"total_parameters", "trainable_percent"}
+
+
+def test_models_lists_presets_and_backbones():
+    rows = [
+        json.loads(line)
+        for line in CliRunner().invoke(cli.app, ["models", "--json"]).output.splitlines()
+    ]
+    names = {row["name"]: row for row in rows}
+    assert {"itune-base", "gpt2", "SmolLM2-135M", "EfficientNet-Lite2"} <= set(names)
+    backbone = names["SmolLM2-135M"]
+    assert backbone["licence"] == "Apache-2.0"
+    assert set(backbone) == {"name", "role", "parameters", "licence", "source", "here"}
+    assert "SmolLM2-135M" in CliRunner().invoke(cli.app, ["models"]).output
+
+
+def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TINYVL_CACHE", str(tmp_path))
+    done = tinyvl("train", "itune", "--lm", "gpt2", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in ("gpt2", "cache", "hub", "SmolLM2-135M"):
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [
+        (["inspect", "no-such-preset"], 2, "tinyvl models"),
+        (["train", "itune", "--preset", "nope"], 2, "itune-base"),
+        (["train", "itune", "--data", "/no/such/file"], 1, "/no/such/file"),
+        (["caption"], 2, ""),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_mistakes(args, status, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = tinyvl(*args)
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback():
+    assert "Traceback" in tinyvl("--debug", "inspect", "no-such-preset").stderr
+
+
+def test_draw_writes_the_drawn_set(tmp_path):
+    args = ["draw", str(tmp_path / "d"), "--train", "4", "--held-out", "2"]
+    result = CliRunner().invoke(cli.app, args)
+    assert result.exit_code == 0
+    lines = (tmp_path / "d/drawn.jsonl").read_text().splitlines()
+    assert len(lines) == 12  # two languages
+    assert result.output.strip() == str(tmp_path / "d/drawn.jsonl")

@@ -1,0 +1,164 @@
+"""Checkpoint folders: what is in them, and what is refused."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_decoder, write_vision
+
+from tinyvl import UserError, models
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    config = models.new_config(
+        "itune",
+        str(write_decoder(tmp_path / "lm", "llama", ["a red dog"])),
+        str(write_vision(tmp_path / "vision")),
+        fit="crop",
+        prompt="a",
+        options={"drop": 1, "bottleneck": 8},
+    )
+    model = models.build(config, device=CPU, precision=torch.float32)
+    for parameter in model.itune.parameters():
+        parameter.data += torch.randn_like(parameter)
+    (tmp_path / "out").mkdir()
+    models.save_config(tmp_path / "out", config)
+    models.save(model, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_what_is_saved_is_what_is_loaded(checkpoint):
+    model = models.load(str(checkpoint), device=CPU)
+    saved = load_file(checkpoint / "model.safetensors")
+    state = models.trainable_state(model)
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[n], state[n]) for n in saved)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.prompt == model.text.encode(["a"])[0]
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_half_precision_weights_load_as_float32(checkpoint):
+    saved = load_file(checkpoint / "model.safetensors")
+    save_file({n: t.half() for n, t in saved.items()}, checkpoint / "model.safetensors")
+    state = models.trainable_state(models.load(str(checkpoint), device=CPU))
+    assert all(t.dtype == torch.float32 for t in state.values())
+    assert all(torch.allclose(state[n], saved[n], atol=1e-2) for n in saved)
+
+
+def test_other_backbone_weights_are_refused(checkpoint):
+    write_decoder(checkpoint.parent / "lm", "llama", ["a red dog"], seed=1)
+    with pytest.raises(UserError, match="not those this model was trained with"):
+        models.load(str(checkpoint), device=CPU)
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "shape"])
+def test_weights_that_do_not_fit_are_refused(checkpoint, change):
+    saved = load_file(checkpoint / "model.safetensors")
+    name = "itune.1.q.weight"
+    if change == "more":
+        saved["itune.0.q.weight"] = saved[name].clone()
+    elif change == "fewer":
+        del saved[name]
+    else:
+        saved[name] = saved[name][:4].clone()
+    save_file(saved, checkpoint / "model.safetensors")
+    with pytest.raises(UserError, match=r"do not fit the model \(itune\.[01]\.q"):
+        models.load(str(checkpoint), device=CPU)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a safetensors file at all"])
+def test_damaged_weights_are_one_sentence(checkpoint, damage):
+    (checkpoint / "model.safetensors").write_bytes(damage)
+    with pytest.raises(UserError, match="cannot be read"):
+        models.load(str(checkpoint), device=CPU)
+
+
+def test_another_method_or_format_is_named(checkpoint):
+    config = models.read_config(checkpoint)
+    for change in ({"method": "telepathy"}, {"format": 9}):
+        models.save_config(checkpoint, config | change)
+        with pytest.raises(UserError, match=r"telepathy|9"):
+            models.load(str(checkpoint), device=CPU)
+
+
+def test_no_pickle_is_ever_read(checkpoint):
+    shutil.move(checkpoint / "model.safetensors", checkpoint / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        models.load(str(checkpoint), device=CPU)
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    models.write_text(file, "old")
+
+    def full(part: Path) -> None:
+        part.write_text("half of the n")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        models.replace_file(file, full)
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_inspect_needs_neither_weights_nor_network(checkpoint, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(models.hub, "fetch", refuse)
+    shutil.rmtree(checkpoint.parent / "lm")
+    found = models.inspect(str(checkpoint))
+    # two modules: q, k, v with biases, and o, at r = 8 between d = 48 and D = 32
+    assert found["trainable_parameters"] == 2 * (2 * 48 * 8 + 2 * 32 * 8 + 3 * 8 + 48)
+    assert found["method"] == "itune"
+    for name in models.PRESETS:
+        preset = models.inspect(name)
+        assert preset["trainable_percent"] == pytest.approx(
+            100 * preset["trainable_parameters"] / preset["total_parameters"], abs=1e-3
+        )
+
+
+def test_presets_are_the_papers_rows():
+    for name, batch, epochs in (("itune-base", 4096, 30), ("itune-large-drop18", 4096, 30)):
+        recipe = models.inspect(name)["recipe"]
+        assert (recipe["batch"], recipe["epochs"]) == (batch, epochs)
+    with pytest.raises(UserError, match="itune-base"):
+        models.preset("itune-huge")
+    with pytest.raises(UserError, match="neither a preset nor a checkpoint"):
+        models.inspect("itune-huge")
+
+
+def test_the_shipped_model_is_small_and_of_the_default_backbones():
+    folder = models.checkpoint_folder("default")
+    assert (folder / "model.safetensors").stat().st_size <= 24 * 2**20
+    config = models.read_config(folder)
+    assert config["decoder"]["name"] == "SmolLM2-135M"
+    assert config["vision"]["name"] == "EfficientNet-Lite2"
+    state = load_file(folder / "model.safetensors")
+    assert all(t.dtype == torch.float16 for t in state.values())
+    assert models.inspect("default")["trainable_parameters"] == sum(
+        t.numel() for t in state.values()
+    )
+    card = (folder / "README.md").read_text()
+    assert "Flickr8k" in card
+    assert "research" in card
+    assert json.dumps(config).count("/") < 3  # no path of the machine it was trained on
+
+
+def test_precision_and_device_choose_themselves():
+    assert models.choose_precision(None, CPU) == torch.float32
+    assert models.choose_precision("bf16", CPU) == torch.bfloat16
+    with pytest.raises(UserError, match="fp8"):
+        models.choose_precision("fp8", CPU)
+    with pytest.raises(UserError, match="nonsense"):
+        models.choose_device("nonsense")

