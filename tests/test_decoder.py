@@ -8,7 +8,8 @@ import transformers
 from safetensors.torch import save_file
 
 from tinyvl import UserError
-from tinyvl.decoder import Cache, Decoder, build_decoder, decoder_config, load_decoder
+from tinyvl.decoder import Cache, Decoder
+from tinyvl.pretrained import build_decoder, decoder_config, load_decoder
 
 SMALL = {
     "vocab_size": 97,
@@ -230,23 +231,20 @@ def test_branches_add_to_the_feed_forward(pair):
 def test_checkpointing_gives_the_same_gradients_and_only_where_there_are_some():
     decoder = ours(peer("llama"))
     ids, _ = left_padded()
-    grads, runs = [], []
+    grads, runs, passes = [], [], [0] * 3
+
+    def count(layer):
+        return lambda module, args, out: passes.__setitem__(layer, passes[layer] + 1)
+
+    for i, layer in enumerate(decoder.layers):
+        layer.ffn.register_forward_hook(count(i))
     for on in (False, True):
-        decoder.checkpointing = on
+        decoder.checkpointing, passes[:] = on, [0] * 3
         weight = torch.full((48,), 0.5, requires_grad=True)
-        passes = [0] * 3
-        hooks = [
-            layer.ffn.register_forward_hook(
-                lambda m, a, o, i=i: passes.__setitem__(i, passes[i] + 1)
-            )
-            for i, layer in enumerate(decoder.layers)
-        ]
         hidden = decoder(ids, branches={1: lambda x, w=weight: x * w})
         hidden.square().sum().backward()
-        for hook in hooks:
-            hook.remove()
         grads.append(weight.grad)
-        runs.append(passes)
+        runs.append(list(passes))
     torch.testing.assert_close(*grads)
     assert runs[0] == [1, 1, 1]
     assert runs[1][:2] == [1, 2]  # layer 0 carries no gradient: never recomputed

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, models, train
+from tinyvl import UserError, feed, models, train
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -80,7 +80,7 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
 
 def test_groups_hold_captions_of_one_picture_by_length():
     tokens = [[[1] * 5, [2], [3] * 3], [], [[4]]]
-    groups = train.groups_of(tokens, 2)
+    groups = feed.groups_of(tokens, 2)
     assert [(g.record, [len(c) for c in g.captions]) for g in groups] == [
         (0, [1, 3]), (0, [5]), (2, [1]),
     ]  # fmt: skip

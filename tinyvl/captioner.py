@@ -5,6 +5,7 @@ turns an encoder's percept into whatever its modules read, once for each image, 
 pass of the decoder with that added.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def collate(
     return Batch(pictures, torch.tensor(rows), ids, targets)
 
 
-class Captioner(nn.Module):
+class Captioner(nn.Module, ABC):
     """A frozen encoder and a frozen decoder with trainable modules between them."""
 
     def __init__(self, encoder: ImageEncoder | None, decoder: Decoder, text: Text, prompt: str):
@@ -91,14 +92,15 @@ class Captioner(nn.Module):
         """Which parameters are trained, saved and counted."""
         return not name.startswith(("encoder.", "decoder."))
 
+    @abstractmethod
     def see(self, percept: Percept) -> Any:
         """An encoder's percept (I images) to what the method's modules read, rows of I."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pick(self, visual: Any, rows: Tensor) -> Any:
         """The rows of what `see` gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(
         self, ids: Tensor, visual: Any, cache: Cache | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -106,7 +108,6 @@ class Captioner(nn.Module):
 
         Rows of ids are grouped by image, the same number for each of visual's.
         """
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:

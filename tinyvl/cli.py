@@ -306,13 +306,12 @@ def pull(
     """Fetch backbones ahead of their use; prints the folders."""
     from tinyvl import hub, models
 
+    wanted = []
     for name in names:
         row = models.PRESETS.get(name) or (models.SMALL if name == "default" else None)
-        wanted = (
-            [(name, None)] if row is None else [(row.decoder, "decoder"), (row.vision, "vision")]
-        )
-        for backbone, role in wanted:
-            print(hub.fetch(backbone, role or models.role_of(backbone)))
+        wanted += [name] if row is None else [row.decoder, row.vision]
+    for folder in hub.pull(wanted):
+        print(folder)
 
 
 @app.command()

@@ -16,9 +16,10 @@ import torch
 
 from tinyvl import UserError, hub
 from tinyvl.captioner import Captioner, Text
-from tinyvl.decoder import Decoder, decoder_config, load_decoder
+from tinyvl.decoder import Decoder
 from tinyvl.encoders import build_image_encoder, load_image_encoder
 from tinyvl.itune import ITune
+from tinyvl.pretrained import decoder_config, load_decoder
 
 METHODS = {"itune": ITune}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,12 +124,6 @@ def choose_precision(name: str | None, device: torch.device) -> torch.dtype:
 
 def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, value in PRECISIONS.items() if value == dtype)
-
-
-def role_of(backbone: str) -> str:
-    """What a backbone known by name is for; others are taken for language models."""
-    known = hub.BACKBONES.get(backbone)
-    return known.role if known else "decoder"
 
 
 def read_text(folder: Path, raw: dict) -> Text:
@@ -296,7 +291,7 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
     ]
     for role in ("decoder", "vision"):
         part = config[role]
-        known = hub.BACKBONES.get(part["name"])
+        known = hub.find(part["name"])
         licence = known.licence if known else "see its own card"
         lines.append(f"- {role}: {part['name']} (licence: {licence}; SHA-256 {part['sha256']})")
     training = config["training"]

@@ -61,13 +61,10 @@ def main() -> None:
         seconds = time.monotonic() - started
         captions = {r.id: text for r, (text, _) in zip(records, found, strict=True)}
         metrics = {name: round(value, 4) for name, value in score(references, captions).items()}
-        print(
-            json.dumps(
-                {"model": args.model, "images": len(records), "beams": args.beams,
-                 "shuffled": shuffled, **metrics, "images_per_second": round(len(records) / seconds, 2)}
-            ),
-            flush=True,
-        )  # fmt: skip
+        speed = round(len(records) / seconds, 2)
+        row = {"model": args.model, "images": len(records), "beams": args.beams}
+        row |= {"shuffled": shuffled, **metrics, "images_per_second": speed}
+        print(json.dumps(row), flush=True)
         if args.out and not shuffled:
             with open(args.out, "w", encoding="utf-8") as file:
                 for r, (text, value) in zip(records, found, strict=True):

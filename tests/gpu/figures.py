@@ -14,9 +14,10 @@ from tiny import write_decoder, write_vision
 
 from tinyvl import models
 from tinyvl.captioner import Text, collate
-from tinyvl.decoder import Decoder, decoder_config
+from tinyvl.decoder import Decoder
 from tinyvl.encoders import build_image_encoder
 from tinyvl.itune import ITune
+from tinyvl.pretrained import decoder_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
