@@ -81,7 +81,7 @@ def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_p
         (["inspect", "no-such-preset"], 2, "tinyvl models"),
         (["train", "itune", "--preset", "nope"], 2, "itune-base"),
         (["train", "itune", "--data", "/no/such/file"], 1, "/no/such/file"),
-        (["caption"], 2, ""),
+        (["caption", "x.png", "--beams", "0"], 2, "beams"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )

@@ -45,15 +45,17 @@ class Uncached:
 class Table:
     """Random logits for every possible text: a model in which all is known."""
 
-    def __init__(self, vocabulary, seed):
-        self.vocabulary, self.seed, self.rows = vocabulary, seed, []
+    def __init__(self, vocabulary, seed, scale=1.5, favoured=()):
+        self.vocabulary, self.seed, self.scale, self.rows = vocabulary, seed, scale, []
+        self.bias = torch.zeros(vocabulary)
+        self.bias[list(favoured)] = 4.0
 
     def logits(self, text):
         code = self.seed
         for token in text:
             code = code * 31 + token + 1
         generator = torch.Generator().manual_seed(code)
-        return torch.randn(self.vocabulary, generator=generator) * 1.5
+        return torch.randn(self.vocabulary, generator=generator) * self.scale + self.bias
 
     def __call__(self, ids, rows):
         old = self.rows if rows is None else [self.rows[row] for row in rows.tolist()]
@@ -260,6 +262,44 @@ def test_wide_beam_finds_every_text(length_penalty, early_stopping):
         assert len(got) == len(hypotheses)
         assert got == pytest.approx(score, abs=1e-4)
         assert [h.score for h in hypotheses] == sorted(got.values(), reverse=True)
+
+
+def slow_beam(table, prompt, beams, eos, length, penalty):
+    """Beam search to the last step, a list at a time: [(text with its end, score)], best first."""
+
+    def ends(text):
+        return text[-1] in eos or len(text) == length
+
+    running, done = [((), 0.0)], []
+    for _ in range(length):
+        options = [
+            ((*text, token), total + logprob)
+            for text, total in running
+            for token, logprob in enumerate(table.logits([*prompt, *text]).log_softmax(-1).tolist())
+        ]
+        options.sort(key=lambda option: -option[1])
+        done += [(x, total / len(x) ** penalty) for x, total in options[:beams] if ends(x)]
+        running = [option for option in options if not ends(option[0])][:beams]
+    return sorted(done, key=lambda option: -option[1])[:beams]
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, -0.5, 0.0, 1.0])
+@pytest.mark.parametrize("eos", [[7], [1, 4, 7]])
+def test_never_stopping_early_loses_nothing(eos, length_penalty):
+    """Peaked distributions in which texts often want to end: the hard case for both."""
+    prompt = torch.arange(8)[:, None]
+    for seed, beams in itertools.product(range(4), (2, 3)):
+        table = Table(8, seed, scale=3.0, favoured=eos)
+        found = beam(
+            table, prompt, beams=beams, returned=beams, eos=eos, max_new_tokens=5,
+            length_penalty=length_penalty, early_stopping="never",
+        )  # fmt: skip
+        for start, hypotheses in zip(prompt.tolist(), found, strict=True):
+            expected = slow_beam(table, start, beams, eos, 5, length_penalty)
+            got = [(*h.tokens,) for h in hypotheses]
+            assert got == [x[:-1] if x[-1] in eos else x for x, _ in expected]
+            scores = [score for _, score in expected]
+            assert [h.score for h in hypotheses] == pytest.approx(scores, abs=1e-4)
 
 
 # --- greedy ------------------------------------------------------------------------------------

@@ -291,6 +291,8 @@ def test_sharded_folders_and_bare_names_load(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
     for i, part in enumerate((names[::2], names[1::2])):
         save_file({n: state[n] for n in part}, tmp_path / f"model-{i}.safetensors")
+    index = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(names)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     ids, _ = left_padded()
     with torch.no_grad():
         torch.testing.assert_close(

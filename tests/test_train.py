@@ -306,6 +306,83 @@ def test_nothing_to_train_on_is_said(world, tmp_path):
         train.train(job(world | {"data": str(empty)}), run(tmp_path / "out"))
 
 
+def test_restval_is_training_data_and_val_is_not(world, tmp_path):
+    root = Path(world["data"]).parent
+    images = [
+        {"filename": f"{i}.png", "split": split, "sentences": [{"raw": "a dog"}], "imgid": i}
+        for i, split in enumerate(["train", "restval", "restval", "val", "test"])
+    ]
+    file = root / "karpathy.json"
+    file.write_text(json.dumps({"images": images}))
+    train_records, val = feed.load_records(job(world | {"data": str(file)}))
+    assert [r.id for r in train_records] == ["0", "1", "2"]
+    assert [r.id for r in val] == ["3"]
+    test = root / "test.json"  # a validation file of its own is taken whole
+    test.write_text(json.dumps({"images": images[4:]}))
+    _, val = feed.load_records(job(world | {"data": str(file), "val": str(test)}))
+    assert [r.id for r in val] == ["4"]
+
+
+def test_an_abandoned_start_leaves_no_stale_features(world, tmp_path):
+    """Other settings in the same folder, where a first start never saved a state."""
+    settings = run(tmp_path / "out")
+    settings.stop = StopWhen(lambda: True)  # stopped while encoding
+    with pytest.raises(train.Interrupted):
+        train.train(job(world, fit="crop"), settings)
+    train.train(job(world, fit="squash", epochs=1), run(tmp_path / "out"))
+    train.train(job(world, fit="squash", epochs=1), run(tmp_path / "fresh"))
+    assert losses_of(tmp_path / "out") == losses_of(tmp_path / "fresh")
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+    assert not (tmp_path / "out/features").exists()
+
+
+def test_resuming_with_another_micro_batch_is_refused(world, tmp_path):
+    train.train(job(world, epochs=1), run(tmp_path / "out"))
+    with pytest.raises(UserError, match="micro"):
+        train.train(job(world, epochs=1), run(tmp_path / "out", resume=True, micro=3))
+
+
+def test_one_caption_a_picture_fills_the_batches(world, tmp_path):
+    lines = [json.loads(line) for line in Path(world["data"]).read_text().splitlines()]
+    single = Path(world["data"]).parent / "single.jsonl"
+    single.write_text(
+        "".join(json.dumps(line | {"captions": line["captions"][:1]}) + "\n" for line in lines)
+    )
+    summary = train.train(
+        job(world | {"data": str(single)}, batch=12, epochs=1, per_image=5),
+        run(tmp_path / "out", micro=12),
+    )
+    assert summary["steps"] == 3  # 36 captions
+
+
+def test_nothing_readable_and_nothing_finite_are_said(world, tmp_path):
+    root = tmp_path / "bad"
+    root.mkdir()
+    lines = []
+    for i in range(4):
+        (root / f"{i}.png").write_bytes(b"no picture")
+        lines.append(json.dumps({"image": f"{i}.png", "captions": ["a red square"]}) + "\n")
+    (root / "data.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="none of its pictures"):
+        train.train(job(world | {"data": str(root / "data.jsonl")}), run(tmp_path / "a"))
+    with pytest.raises(UserError, match="lower --rate"):
+        train.train(job(world, rate=1e30, epochs=1), run(tmp_path / "b"))
+    for line in (tmp_path / "b/log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_captions_are_cut_to_the_decoders_positions(world, tmp_path):
+    config = models.new_config(
+        "itune", world["decoder"], world["vision"], fit="crop", prompt="a", options={}
+    )
+    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
+    long = Record("x.png", ["red " * 200], "x")
+    (ids,) = feed.prepare([long], model, job(world, max_tokens=500))[0]
+    assert len(ids) == 64 - 1 - 1 - 1  # positions, bos, prompt, eos
+    pictures = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    model.caption(pictures, beams=1, max_tokens=500)
+
+
 def test_a_job_survives_json():
     made = job({"data": "d", "decoder": "l", "vision": "v"})
     assert json.loads(json.dumps(asdict(made)))["recipe"]["batch"] == 12

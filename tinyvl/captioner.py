@@ -81,6 +81,8 @@ def collate(
 class Captioner(nn.Module, ABC):
     """A frozen encoder and a frozen decoder with trainable modules between them."""
 
+    levels: int | None = 1  # how many of the encoder's summaries the method reads; None: all
+
     def __init__(self, encoder: ImageEncoder | None, decoder: Decoder, text: Text, prompt: str):
         super().__init__()
         self.encoder, self.decoder, self.text = encoder, decoder, text
@@ -108,6 +110,11 @@ class Captioner(nn.Module, ABC):
 
         Rows of ids are grouped by image, the same number for each of visual's.
         """
+
+    @property
+    def room(self) -> int:
+        """How many tokens, the end included, the decoder can place behind the prompt."""
+        return self.decoder.config.max_positions - 1 - len(self.prompt)
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +166,7 @@ class Captioner(nn.Module, ABC):
         for batch in batches:
             loss, count = self.loss(batch)
             total, tokens = total + loss.item(), tokens + count.item()
-        return total / max(tokens, 1)
+        return total / tokens if tokens else float("nan")
 
     def stepper(self, visual: Any, images: int) -> decode.Step:
         """`decode`'s step function for a batch of images, with a cache of its own."""
@@ -194,13 +201,14 @@ class Captioner(nn.Module, ABC):
     ) -> list[tuple[str, float]]:
         """Captions of a batch of pictures (I, 3, H, W), each with its mean log-probability.
 
-        ``sampling`` (temperature, top_k, top_p, seed) samples instead of searching.
+        ``sampling`` (temperature, top_k, top_p, seed, indices: see `decode.sample`) samples instead
+        of searching.
         """
         with self.autocast():
             visual = self.see(self.percept(pictures.to(self.device)))
         prompt = torch.tensor([[self.text.bos, *self.prompt]] * len(pictures), device=self.device)
         step, eos = self.stepper(visual, len(pictures)), self.text.eos
-        common = {"eos": eos, "max_new_tokens": max_tokens}
+        common = {"eos": eos, "max_new_tokens": min(max_tokens, self.room)}
         if sampling is not None:
             found = decode.sample(step, prompt, **common, **sampling)
         elif beams == 1:

@@ -30,7 +30,7 @@ Precision = Annotated[
     str | None, typer.Option(help="fp32, bf16 or fp16. [default: bf16 on a GPU, fp32 on a CPU]")
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes that decode pictures. [default: by the cores]")
+    int | None, typer.Option(min=0, help="Processes that decode pictures. [default: by the cores]")
 ]
 
 
@@ -47,8 +47,9 @@ def start(
 @app.command()
 def caption(
     inputs: Annotated[
-        list[str], typer.Argument(help="Pictures, folders, globs, or - for paths on stdin.")
-    ],
+        list[str] | None,
+        typer.Argument(help="Pictures, folders, globs, or - for paths on stdin (as a pipe is)."),
+    ] = None,
     model: Model = "default",
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
@@ -59,7 +60,7 @@ def caption(
     temperature: Annotated[float, typer.Option(help="With --sample: below 1 is safer.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="With --sample: the k likeliest.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="With --sample: the likeliest with this mass.")
+        float, typer.Option(help="With --sample: the likeliest with this mass.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="With --sample: the seed.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures captioned together.")] = 16,
@@ -82,6 +83,12 @@ def caption(
         raise UserError(
             "--temperature is above 0; for the likeliest caption leave out --sample.", 2
         )
+    if not 0 < top_p <= 1:
+        raise UserError("--top-p is above 0 and at most 1.", 2)
+    if not inputs:
+        if sys.stdin.isatty():
+            raise UserError("Name pictures or folders, or pipe their paths in.", 2)
+        inputs = ["-"]
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     from tinyvl import generate, media
@@ -89,13 +96,13 @@ def caption(
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
     paths = media.expand(inputs, sys.stdin, null=null)
     stream, done = sys.stdout, set()
+    loaded = load_model(model, device, precision)
     if out is not None:
         stream, done = generate.open_output(out, resume)
         paths = (path for path in paths if path not in done)
     sampling = None
     if sample:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    loaded = load_model(model, device, precision)
     style = generate.Style(beams, max_tokens, length_penalty, sampling)
     results = generate.captions(loaded, paths, style=style, batch=batch, workers=workers)
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
@@ -143,7 +150,7 @@ def train_itune(
         int | None, typer.Option(min=0, help="No modules in the first N layers.")
     ] = None,
     scale: Annotated[float | None, typer.Option(help="λ of equation 5.")] = None,
-    prompt: Annotated[str, typer.Option(help="Text before every caption.")] = "",
+    prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
     fit: Annotated[
         str | None, typer.Option(help="crop: the encoder's own; squash: the whole picture.")
     ] = None,
@@ -189,6 +196,21 @@ def train_itune(
     options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale)
     if lm is not None and drop is None:
         options.pop("drop", None)  # a preset's layers are counted for its own decoder
+    parts = {
+        "decoder": local(lm or row.decoder),
+        "vision": local(vision or row.vision),
+        "fit": fit or row.fit,
+        "prompt": prompt or "",
+        "options": options,
+    }
+    if init is not None:
+        if given(lm=lm, vision=vision, fit=fit, prompt=prompt, b=bottleneck, d=drop, s=scale):
+            raise UserError(
+                "--init brings its own --lm, --vision, --fit, --prompt, --bottleneck, --drop and "
+                "--scale: leave them out.",
+                2,
+            )
+        parts = models.parts_of(models.read_config(models.checkpoint_folder(init)))
     target = models.choose_device(device)
     dtype = models.choose_precision(precision, target)
     if data is None:
@@ -197,18 +219,14 @@ def train_itune(
         data = str(draw.default_folder())
     job = train.Job(
         method="itune",
-        data=data if data.startswith("hf://") else os.path.abspath(data),
-        decoder=lm or row.decoder,
-        vision=vision or row.vision,
-        fit=fit or row.fit,
-        options=options,
+        data=os.path.abspath(data),
+        **parts,
         recipe=replace(row.recipe, **given(**recipe)),
-        prompt=prompt,
         val=val and os.path.abspath(val),
         images=images and os.path.abspath(images),
         lang=lang,
         format=format,
-        init=init,
+        init=init and local(init),
         limit=limit,
         seed=seed,
         max_tokens=max_tokens,
@@ -233,6 +251,12 @@ def train_itune(
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def local(name: str) -> str:
+    """A folder's whole path, so that a checkpoint finds it from anywhere; names as they are."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else name
 
 
 def load_model(name: str, device: str | None, precision: str | None):

@@ -137,6 +137,12 @@ def build_image_encoder(
     """The encoder a timm ``config.json`` describes, with random weights, without classifier."""
     import timm
 
+    if "architecture" not in config:
+        raise UserError(
+            "This image encoder is not a timm model; name one of timm's, such as "
+            "vit_base_patch16_clip_quickgelu_224.openai.",
+            2,
+        )
     try:
         model = timm.create_model(
             config["architecture"],

@@ -21,7 +21,10 @@ def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
     def read(path: str, split: str) -> list[data.Record]:
         records = data.read(path, format=job.format, images=job.images, lang=job.lang)
         if any(r.split for r in records):
-            records = [r for r in records if r.split in {split, f"rest{split}"}]
+            wanted = {"train", "restval"} if split == "train" else {split}
+            if path == job.val and not any(r.split in wanted for r in records):
+                wanted = {r.split for r in records}  # a file of its own is taken whole
+            records = [r for r in records if r.split in wanted]
         return [r for r in records if r.captions]
 
     train, val = read(job.data, "train"), read(job.val or job.data, "val")
@@ -137,10 +140,12 @@ class Pictures:
 
 
 def prepare(records: list[data.Record], model: Captioner, job: Job) -> list[list[list[int]]]:
-    """Caption ids of each record, cut to max_tokens."""
-    flat = model.text.encode([data.tidy(c) for r in records for c in r.captions])
+    """Caption ids of each record, cut to max_tokens and to the decoder's positions."""
+    longest = min(job.max_tokens, model.room - 1)
+    lead = " " if model.prompt else ""  # a prompt ends in a word
+    flat = model.text.encode([lead + data.tidy(c) for r in records for c in r.captions])
     ids = iter(flat)
-    return [[next(ids)[: job.max_tokens] for _ in r.captions] for r in records]
+    return [[next(ids)[:longest] for _ in r.captions] for r in records]
 
 
 def batches(
@@ -148,15 +153,17 @@ def batches(
     order: list[list[int]],
     pictures: Pictures,
     model: Captioner,
-) -> Iterator[Batch]:
-    """Micro-batches of the groups that each list of ``order`` names."""
+) -> Iterator[Batch | None]:
+    """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
     wanted = ([groups[g].record for g in micro] for micro in order)
     for micro, seen in zip(order, pictures.stream(wanted), strict=True):
         good = [(g, p) for g, p in zip(micro, seen, strict=True) if isinstance(p, Tensor)]
         for broken in (p for p in seen if not isinstance(p, Tensor)):
             print(f"tinyvl: skipping {broken}", file=sys.stderr)
-        if good:
-            captions = [c for g, _ in good for c in groups[g].captions]
-            rows = [row for row, (g, _) in enumerate(good) for _ in groups[g].captions]
-            seen = torch.stack([p for _, p in good])
-            yield collate(captions, rows, seen, model.text, model.prompt)
+        if not good:
+            yield None  # keeps its place, so that a resumed run counts the same
+            continue
+        captions = [c for g, _ in good for c in groups[g].captions]
+        rows = [row for row, (g, _) in enumerate(good) for _ in groups[g].captions]
+        seen = torch.stack([p for _, p in good])
+        yield collate(captions, rows, seen, model.text, model.prompt)

@@ -1,11 +1,15 @@
 """Files in, lines of text out: what `tinyvl caption` does once its model is loaded."""
 
 import json
+import os
 import queue
+import re
 import sys
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,7 +46,7 @@ def captions(
     encoder = model.encoder
     decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
     for group in gathered(decoded, batch):
-        good = [picture for _, picture in group if isinstance(picture, Tensor)]
+        good = [(path, picture) for path, picture in group if isinstance(picture, Tensor)]
         found = iter(run(model, good, style))
         for path, picture in group:
             if isinstance(picture, Tensor):
@@ -51,12 +55,18 @@ def captions(
                 yield path, picture, 0.0
 
 
-def run(model: Captioner, pictures: list[Tensor], style: Style) -> list[tuple[str, float]]:
+def run(
+    model: Captioner, pictures: list[tuple[str, Tensor]], style: Style
+) -> list[tuple[str, float]]:
     """Captions of decoded pictures; a batch that does not fit in memory is halved."""
     if not pictures:
         return []
+    settings = dict(vars(style))
+    if style.sampling:  # what is drawn for a file depends on its path and the seed alone
+        indices = [zlib.crc32(os.fsencode(path)) for path, _ in pictures]
+        settings["sampling"] = style.sampling | {"indices": indices}
     try:
-        return model.caption(torch.stack(pictures), **vars(style))
+        return model.caption(torch.stack([picture for _, picture in pictures]), **settings)
     except torch.OutOfMemoryError:
         if len(pictures) == 1:
             raise UserError(
@@ -155,31 +165,33 @@ def open_output(out: Path, resume: bool) -> tuple[TextIO, set[str]]:
 
     A line cut off by a kill and the lines of failed files are dropped: they are tried again.
     """
+    append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
     if not out.exists():
-        return out.open("w", encoding="utf-8", errors="surrogateescape"), set()
+        try:
+            return append(), set()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror}).", 2) from error
     if not resume:
         raise UserError(
             f"{out}: this file exists; go on with it by --resume, or choose another name.", 2
         )
     kept, done = [], set()
     content = out.read_text(encoding="utf-8", errors="surrogateescape")
-    for line in content.splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        if line.startswith("{"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
+    for line in re.findall(r"[^\n]*\n", content):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
             if "caption" not in record:
                 continue
-            done.add(record["path"])
+            done.add(record.get("path"))
         elif "\t" in line:
-            done.add(line.split("\t", 1)[0])
+            done.add(line.rsplit("\t", 1)[0])  # a path may hold a tab, a caption does not
         else:
             raise UserError(f"{out}: this file was not written by tinyvl; nothing was changed.", 2)
         kept.append(line)
     part = out.with_name(f".{out.name}.part")
     part.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
     part.replace(out)
-    return out.open("a", encoding="utf-8", errors="surrogateescape"), done
+    return append(), done

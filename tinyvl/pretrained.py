@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinyvl import UserError
+from tinyvl import UserError, hub
 from tinyvl.decoder import Decoder, DecoderConfig
 
 
@@ -159,8 +159,8 @@ def load_decoder(
 
     raw = json.loads((folder / "config.json").read_text())
     config = decoder_config(raw)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    files = hub.weight_files(folder)
+    if not files or files[0].suffix != ".safetensors":
         raise UserError(f"{folder}: no .safetensors weights in this folder.")
     state: dict[str, Tensor] = {}
     for file in files:
@@ -182,6 +182,6 @@ def build_decoder(
     wrong = [n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape]
     if missing or wrong:
         raise UserError(f"{where}: weights missing or of another shape: {(missing + wrong)[:3]}.")
-    state = {name: state[name].to(dtype) for name in wanted}
+    state = {name: state.pop(name).to(dtype) for name in wanted}  # never two copies of all
     decoder.load_state_dict(state, assign=True)
     return decoder.requires_grad_(False).eval()

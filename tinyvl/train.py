@@ -6,11 +6,12 @@ and ends, on a CPU, with the same weights bit for bit as one that was never inte
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -32,7 +33,8 @@ def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
 
 def train(job: Job, run: Run) -> dict[str, Any]:
     """Trains a captioner, -> a summary. Leaves a checkpoint folder in ``run.out``."""
-    state = open_run(job, run)
+    settings = json.loads(json.dumps(asdict(job) | run.settings()))
+    state = open_run(settings, run)
     train_records, val_records = load_records(job)
     torch.manual_seed(job.seed)
     if job.init:
@@ -42,6 +44,11 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         config = models.new_config(
             job.method, job.decoder, job.vision, fit=job.fit, prompt=job.prompt, options=job.options
         )
+    config["training"] = settings | {"tinyvl": __version__}
+    if state is not None:
+        config = models.read_config(run.out)  # the backbones it was started with
+    else:
+        models.save_config(run.out, config)
     precision = models.choose_precision(job.precision, run.device)
     model = models.build(config, device=run.device, precision=precision)
     if job.init:
@@ -49,7 +56,6 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     model.decoder.checkpointing = run.checkpointing
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
-    config["training"] = asdict(job) | {"tinyvl": __version__}
 
     with stopping(run):
         pictures = Pictures(train_records, model, run, "train")
@@ -57,7 +63,9 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         tokens = prepare(train_records, model, job)
         for i in pictures.bad:
             tokens[i] = []
-        groups = groups_of(tokens, job.per_image)
+        groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
+        if not groups:
+            raise UserError(f"{job.data}: none of its pictures could be read.")
         lengths = [max(map(len, g.captions)) for g in groups]
         val_groups = [
             Group(i, t[:1])  # one caption a picture: enough to choose by, and cheap
@@ -65,7 +73,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
             if i not in val_pictures.bad
         ]
         by_length = sorted(range(len(val_groups)), key=lambda g: len(val_groups[g].captions[0]))
-        val_order = [by_length[i : i + 64] for i in range(0, len(by_length), 64)]
+        val_order = [by_length[i : i + run.micro] for i in range(0, len(by_length), run.micro)]
 
         mean = sum(len(g.captions) for g in groups) / len(groups)
         micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
@@ -79,17 +87,15 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         )
         scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
         step, best = 0, math.inf
-        if state is not None:
+        if state:
             step, best = restore(state, parameters, optimizer, scaler)
-            trim_log(run.out / "log.jsonl", step)
-        else:
-            models.save_config(run.out, config)
+        trim_log(run.out / "log.jsonl", step)
         log = (run.out / "log.jsonl").open("a", encoding="utf-8")
         say(
             run,
             f"{sum(p.numel() for p in parameters.values()):,} trainable parameters; "
             f"{len(train_records):,} pictures, {sum(map(len, tokens)):,} captions, "
-            f"{len(val_records):,} pictures to validate on; {steps:,} steps of "
+            f"{len(val_groups):,} pictures to validate on; {steps:,} steps of "
             f"{round(per_step * micro * mean)} captions",
         )
         pieces, started, done, speed = 1, time.monotonic(), 0, 0.0
@@ -107,34 +113,30 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, if a method has any
-                taken = [b for _, b in zip(range(per_step), source, strict=False)]
-                if not taken:  # every picture of the step was unreadable
-                    step += 1
-                    continue
-                metrics, pieces = accumulate(model, taken, scaler, pieces, run)
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), job.recipe.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                step, done = step + 1, done + metrics["captions"]
-                speed = done / (time.monotonic() - started)
-                line = {
-                    "step": step, "epoch": round(step / steps_per_epoch, 4),
-                    "loss": round(metrics["loss"], 5), "rate": rate,
-                    "gradient_norm": round(norm.item(), 4),
-                    "captions_per_second": round(speed, 2), "peak_memory": peak_memory(run.device),
-                }  # fmt: skip
-                print(json.dumps(line), file=log, flush=True)
-                advance(1, f"loss {metrics['loss']:.3f}  {speed:.1f} captions/s")
+                taken = [b for _, b in zip(range(per_step), source, strict=False) if b is not None]
+                step += 1
+                if taken:  # else every picture of the step was unreadable
+                    metrics, pieces = accumulate(model, taken, scaler, pieces, run)
+                    scaler.unscale_(optimizer)
+                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), job.recipe.clip)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad(set_to_none=True)
+                    done += metrics["captions"]
+                    speed = done / (time.monotonic() - started)
+                    memory = peak_memory(run.device)
+                    write(
+                        log, step=step, epoch=round(step / steps_per_epoch, 4),
+                        loss=round(metrics["loss"], 5), rate=rate,
+                        gradient_norm=round(norm.item(), 4),
+                        captions_per_second=round(speed, 2), peak_memory=memory,
+                    )  # fmt: skip
+                    report = f"loss {metrics['loss']:.3f}  {speed:.1f} captions/s"
+                    advance(1, f"{report}  {memory / 2**30:.1f} GiB")
                 ends = step == steps
                 if val_order and (step % validate_every == 0 or ends):
                     value = model.validate(batches(val_groups, val_order, val_pictures, model))
-                    print(
-                        json.dumps({"step": step, "val_loss": round(value, 5)}),
-                        file=log,
-                        flush=True,
-                    )
+                    write(log, step=step, val_loss=round(value, 5))
                     say(run, f"step {step}: validation loss {value:.4f}")
                     if value < best:
                         best = value
@@ -144,15 +146,25 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                 if run.stop and not ends:
                     raise Interrupted
     log.close()
+    models.save(model, run.out, "last.safetensors")
     if not val_order:
         models.save(model, run.out, "model.safetensors")
-    models.save(model, run.out, "last.safetensors")
+    if not (run.out / "model.safetensors").exists():
+        raise UserError(f"{run.out}: the loss was never finite; train with a lower --rate.")
     summary = {
         "steps": step, "epochs": job.recipe.epochs, "val_loss": best if val_order else None,
         "captions_per_second": round(speed, 2), "seconds": round(time.monotonic() - started),
     }  # fmt: skip
-    models.write_card(run.out, config, summary)
+    if done:
+        models.write_card(run.out, config, summary)
+    shutil.rmtree(run.out / "features", ignore_errors=True)
     return summary | {"model": str(run.out)}
+
+
+def write(log: TextIO, **values: float) -> None:
+    """A line of log.jsonl; what is not finite is null, for JSON knows no infinity."""
+    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    print(json.dumps(finite), file=log, flush=True)
 
 
 def accumulate(
@@ -179,33 +191,32 @@ def accumulate(
             say(run, f"out of memory: going on with micro-batches cut into {pieces}")
 
 
-def open_run(job: Job, run: Run) -> dict[str, Any] | None:
+def open_run(settings: dict[str, Any], run: Run) -> dict[str, Any] | None:
     """The state to resume from, or None for a new run; refuses what would lose something."""
     state_file = run.out / "training.safetensors"
     config_file = run.out / "config.json"
-    if not run.resume:
-        if state_file.exists() or (run.out / "model.safetensors").exists():
-            raise UserError(
-                f"{run.out}: there is a run here already; continue it with --resume, or choose "
-                "another --out.",
-                2,
-            )
+    if not run.resume and (state_file.exists() or (run.out / "model.safetensors").exists()):
+        raise UserError(
+            f"{run.out}: there is a run here already; continue it with --resume, or choose "
+            "another --out.",
+            2,
+        )
+    if not run.resume or not config_file.exists():  # new: nothing of an earlier start counts
+        shutil.rmtree(run.out / "features", ignore_errors=True)
         run.out.mkdir(parents=True, exist_ok=True)
         return None
-    if not config_file.exists():
-        run.out.mkdir(parents=True, exist_ok=True)
-        return None  # killed before its first step
-    before = json.loads(config_file.read_text(encoding="utf-8"))["training"]
-    now = json.loads(json.dumps(asdict(job)))
-    changed = [k for k in now if now[k] != before.get(k)]
+    before = models.read_config(run.out)["training"]
+    changed = [k for k in settings if settings[k] != before.get(k)]
     if changed:
         k = changed[0]
         raise UserError(
-            f"{run.out}: this run was started with {k} = {before.get(k)!r}, not {now[k]!r}; "
+            f"{run.out}: this run was started with {k} = {before.get(k)!r}, not {settings[k]!r}; "
             "resume it with the same settings, or choose another --out.",
             2,
         )
-    return {"file": state_file} if state_file.exists() else None
+    for part in run.out.glob(".*.safetensors.*"):  # a file that a kill left half written
+        part.unlink()
+    return {"file": state_file} if state_file.exists() else {}
 
 
 def save_state(run: Run, step: int, best: float, parameters, optimizer, scaler) -> None:
@@ -213,8 +224,8 @@ def save_state(run: Run, step: int, best: float, parameters, optimizer, scaler) 
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"model/{name}"] = parameter.detach()
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}/{name}"] = optimizer.state[parameter][key]
+        for key, value in optimizer.state[parameter].items():  # none before the first update
+            tensors[f"{key}/{name}"] = value
     meta = {"step": step, "best": best, "scaler": scaler.state_dict()}
     models.write_tensors(run.out / "training.safetensors", tensors, {"training": json.dumps(meta)})
 
@@ -224,15 +235,15 @@ def restore(state: dict, parameters, optimizer, scaler) -> tuple[int, float]:
     from safetensors import safe_open
 
     with safe_open(state["file"], "pt") as file:
-        meta = json.loads(file.metadata()["training"])
+        meta, kept = json.loads(file.metadata()["training"]), set(file.keys())
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(f"model/{name}"))
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(meta["step"])),
-                    "exp_avg": file.get_tensor(f"exp_avg/{name}").to(parameter.device),
-                    "exp_avg_sq": file.get_tensor(f"exp_avg_sq/{name}").to(parameter.device),
-                }
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"{key}/{name}" in kept:
+                        value = file.get_tensor(f"{key}/{name}")
+                        value = value if key == "step" else value.to(parameter.device)
+                        optimizer.state[parameter][key] = value
     scaler.load_state_dict(meta["scaler"])
     return meta["step"], meta["best"]
 

@@ -133,6 +133,7 @@ def speed(preset: str, precision: torch.dtype, checkpointing: bool, captions: in
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: nothing to show")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared to 1e-3
     show(device=torch.cuda.get_device_name(), torch=torch.__version__)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
