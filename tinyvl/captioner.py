@@ -197,6 +197,7 @@ class Captioner(nn.Module, ABC):
         beams: int = 5,
         max_tokens: int = 40,
         length_penalty: float = 1.0,
+        early_stopping: bool = True,
         sampling: dict | None = None,
     ) -> list[tuple[str, float]]:
         """Captions of a batch of pictures (I, 3, H, W), each with its mean log-probability.
@@ -214,6 +215,13 @@ class Captioner(nn.Module, ABC):
         elif beams == 1:
             found = decode.greedy(step, prompt, **common)
         else:
-            search = decode.beam(step, prompt, beams=beams, length_penalty=length_penalty, **common)
+            search = decode.beam(
+                step,
+                prompt,
+                beams=beams,
+                length_penalty=length_penalty,
+                early_stopping=early_stopping,
+                **common,
+            )
             found = [best[0] for best in search]
         return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]

@@ -56,6 +56,9 @@ def caption(
     length_penalty: Annotated[
         float, typer.Option(help="Beam scores are divided by length to this power.")
     ] = 1.0,
+    late: Annotated[
+        bool, typer.Option("--late-stopping", help="Search on after all beams have an end.")
+    ] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")] = False,
     temperature: Annotated[float, typer.Option(help="With --sample: below 1 is safer.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="With --sample: the k likeliest.")] = 0,
@@ -103,7 +106,7 @@ def caption(
     sampling = None
     if sample:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    style = generate.Style(beams, max_tokens, length_penalty, sampling)
+    style = generate.Style(beams, max_tokens, length_penalty, not late, sampling)
     results = generate.captions(loaded, paths, style=style, batch=batch, workers=workers)
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)

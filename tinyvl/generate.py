@@ -27,6 +27,7 @@ class Style:
     beams: int = 5
     max_tokens: int = 40
     length_penalty: float = 1.0
+    early_stopping: bool = True
     sampling: dict[str, Any] | None = None
 
 
