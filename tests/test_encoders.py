@@ -157,6 +157,21 @@ def test_squash_keeps_the_edges_of_the_picture():
     assert squash.shape == crop.shape
 
 
+def test_jpeg_makes_large_pictures_small_jpegs():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (600, 400, 3), generator=generator, dtype=torch.uint8)
+    gradient = torch.linspace(0, 255, 400).expand(600, 400)[..., None].expand(-1, -1, 3)
+    picture = Image.fromarray(((noise.float() + 3 * gradient) / 4).to(torch.uint8).numpy())
+    jpeg, squash = (encoder_of("test_vit", fit=f).transform()(picture) for f in ("jpeg", "squash"))
+    assert jpeg.shape == squash.shape
+    assert 0 < (jpeg.float() - squash.float()).abs().mean() < 8
+    small = picture.resize((200, 256))
+    as_it_is, made = (encoder_of("test_vit", fit=f).transform()(small) for f in ("squash", "jpeg"))
+    assert torch.equal(as_it_is, made)
+    with pytest.raises(UserError, match="--fit"):
+        encoder_of("test_vit", fit="stretch")
+
+
 def test_it_is_frozen_and_stays_in_eval_mode(tmp_path):
     encoder = load_image_encoder(write_vision(tmp_path / "v"))
     assert not any(p.requires_grad for p in encoder.parameters())

@@ -155,7 +155,8 @@ def train_itune(
     scale: Annotated[float | None, typer.Option(help="λ of equation 5.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
     fit: Annotated[
-        str | None, typer.Option(help="crop: the encoder's own; squash: the whole picture.")
+        str | None,
+        typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
     ] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None,
     format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None,

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+FITS = ("crop", "squash", "jpeg")
+
+
 @dataclass
 class Percept:
     """What an encoder makes of a batch of pictures."""
@@ -38,7 +41,8 @@ class ImageEncoder(nn.Module):
     def __init__(self, model: nn.Module, *, fit: str = "crop", levels: int | None = None):
         """Args:
         fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
-            whole picture to the model's square, so that nothing at its edges is lost.
+            whole picture to the model's square, so that nothing at its edges is lost; "jpeg"
+            is squash after `small_jpeg`.
         levels: how many summaries, counted from the last level; None: all.
         """
         super().__init__()
@@ -47,7 +51,9 @@ class ImageEncoder(nn.Module):
         self.model = model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.fit, self.levels = fit, levels
         self.data_config = resolve_data_config(model=model)
-        if fit == "squash":
+        if fit not in FITS:
+            raise UserError(f"--fit is one of {', '.join(FITS)}, not {fit!r}.", 2)
+        if fit != "crop":
             self.data_config |= {"crop_mode": "squash", "crop_pct": 1.0}
         self.size: int = self.data_config["input_size"][-1]
         mean, std = (torch.tensor(self.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
@@ -62,7 +68,8 @@ class ImageEncoder(nn.Module):
         from timm.data import create_transform
 
         config = {k: v for k, v in self.data_config.items() if k not in ("mean", "std")}
-        return create_transform(**config, is_training=False, normalize=False)
+        own = create_transform(**config, is_training=False, normalize=False)
+        return Chain(small_jpeg, own) if self.fit == "jpeg" else own
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Percept:
@@ -86,6 +93,33 @@ class ImageEncoder(nn.Module):
     def train(self, mode: bool = True):
         """A frozen encoder stays in eval mode."""
         return super().train(False)
+
+
+class Chain:
+    """Two functions, one after the other; picklable, for worker processes."""
+
+    def __init__(self, before: "Callable", after: "Callable"):
+        self.before, self.after = before, after
+
+    def __call__(self, picture: "Image") -> Tensor:
+        return self.after(self.before(picture))
+
+
+def small_jpeg(picture: "Image") -> "Image":
+    """A larger picture as a JPEG of 256 x 256 pixels, quality 75, and back; small ones as they are.
+
+    Small public sets are such files, and modules trained on them alone come to need the traces
+    of compression: a sharp photo is outside of all they have seen. So it gets them too.
+    """
+    if max(picture.size) <= 256:
+        return picture
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    picture.resize((256, 256), Image.Resampling.LANCZOS).save(file, "JPEG", quality=75)
+    return Image.open(file).convert("RGB")
 
 
 def channels_last(x: Tensor, width: int) -> Tensor:

@@ -68,7 +68,7 @@ PRESETS: dict[str, Preset] = {
 }
 # Runs everywhere, a CPU included: what commands use without a preset.
 SMALL = Preset(
-    "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {"drop": 19}, Recipe(), fit="squash"
+    "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {"drop": 19}, Recipe(), fit="jpeg"
 )
 
 
