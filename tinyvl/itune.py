@@ -10,7 +10,10 @@ the image tokens (section 3):
 
 The paper leaves open the bottleneck width r, λ, the initialisation, the rate and the warm-up.
 r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so that training sets
-out from the untouched language model; rates are in `models.PRESETS`, chosen on Flickr8k.
+out from the untouched language model; W_q and b_q start 1/√r smaller than PyTorch would have
+them, so that the unscaled softmax starts as soft as a scaled one. Rates are in `models.PRESETS`.
+b_k changes nothing (a softmax does not see what all its scores share); it is there as the paper
+counts it.
 """
 
 import torch

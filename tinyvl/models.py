@@ -55,7 +55,8 @@ class Preset:
 
 
 CLIP_B16 = "vit_base_patch16_clip_quickgelu_224.openai"
-# Batch and epochs are the paper's; rate, warm-up and decay are not given there and are ours.
+# Batch and epochs are the paper's; rate, warm-up and decay are not given there. Ours are guesses
+# for that batch, not tuned at its scale.
 PAPER = Recipe(batch=4096, epochs=30, rate=1e-3, warmup=0.05)
 ITUNE = "I-Tuning, Table 1"
 PRESETS: dict[str, Preset] = {
