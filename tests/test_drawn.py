@@ -43,7 +43,7 @@ def tinyvl(*args: str) -> str:
 
 @pytest.mark.parametrize(
     ("family", "epochs", "rate"),
-    [("gpt2", "24", "1e-3"), ("opt", "24", "1e-3"), ("llama", "18", "1.5e-3")],
+    [("gpt2", "18", "1.5e-3"), ("opt", "24", "1e-3"), ("llama", "18", "1.5e-3")],
 )
 def test_itune_captions_new_renders_exactly(family, epochs, rate, drawn, tmp_path):
     lm = fit_decoder(tmp_path / "lm", family, drawn["texts"], epochs=2)
@@ -72,5 +72,5 @@ def test_itune_captions_new_renders_exactly(family, epochs, rate, drawn, tmp_pat
         f"{family}: {sum(seen) / len(seen):.3f} of new renders exact, {sum(new) / len(new):.3f} "
         f"of unseen combinations, trained in {seconds:.0f} s"
     )
-    assert sum(seen) / len(seen) >= 0.93  # 0.97 to 0.99; threads move a few renders
+    assert sum(seen) / len(seen) >= 0.95
     assert Path(tmp_path / "out/README.md").exists()
