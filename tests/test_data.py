@@ -72,6 +72,9 @@ def test_jsonl_paths_become_absolute_and_plain(tmp_path, monkeypatch):
         ('{"image": 3}', "'image' should be a text, found '3'"),
         ('{"image": "1.jpg", "captions": 3}', "'captions' should be a list or a text"),
         ('{"image": "1.jpg", "captions": ["a", 3]}', "'captions' should be texts"),
+        ('{"image": "1.jpg", "video": "1.mp4"}', "has image and video"),
+        ('{"image": "1.jpg", "answers": [1]}', "'answers' should be texts"),
+        ('{"image": "1.jpg", "question": 3}', "'question' should be a text"),
         ('{"image": "1.jpg", "split": 1}', "'split' should be a text"),
         ('{"image": "1.jpg", "lang": ["en"]}', "'lang' should be a text"),
     ],
@@ -90,6 +93,31 @@ def test_jsonl_malformed_from_the_first_line_on(tmp_path):
     path = write(tmp_path / "set.jsonl", '{"picture": "1.jpg"}\n')
     with pytest.raises(UserError, match=r"line 1: 'image' is missing"):
         data.read(path)
+
+
+def test_jsonl_of_videos_sounds_questions_and_classes(tmp_path):
+    touch(tmp_path, "1.mp4", "1.ogg", "1.jpg")
+    question = {"question": "what?", "answers": ["dog", "dog"], "choices": ["dog", "cat"]}
+    entries = [
+        {"video": "1.mp4", "caption": "a dog", "domain": "in"},
+        {"audio": "1.ogg", "label": "dog bark", "fold": 1},
+        {"image": "1.jpg", **question, "question_id": 5, "question_type": "what", "id": 1},
+        {"image": "1.jpg", "question": "why?", "answer": "because", "answer_type": "other"},
+    ]
+    path = write(tmp_path / "set.jsonl", "\n".join(map(json.dumps, entries)))
+    video, audio, image = (str(tmp_path / name) for name in ("1.mp4", "1.ogg", "1.jpg"))
+    records = data.read(path)
+    assert records == [
+        data.Record(video=video, captions=["a dog"], id="1.mp4", domain="in"),
+        data.Record(audio=audio, id="1.ogg", label="dog bark"),
+        data.Record(image, id="1", **question, question_id="5", question_type="what"),
+        data.Record(image, id="1.jpg", question="why?", answers=["because"], answer_type="other"),
+    ]
+    assert [(record.modality, record.path) for record in records[:3]] == [
+        ("video", video),
+        ("audio", audio),
+        ("image", image),
+    ]
 
 
 def test_lang_keeps_one_language_and_records_without(tmp_path):

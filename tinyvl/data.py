@@ -16,7 +16,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,47 @@ PICTURE_FOLDERS = (
 )
 
 
+MODALITIES = ("image", "video", "audio")
+
+
 @dataclass(slots=True)
 class Record:
-    """A picture with its captions.
+    """A picture, a video or a sound with its captions, its question or its class.
 
-    ``image`` is an absolute path (in what a reader yields, the path as the file has it), ``id``
-    names the picture on any machine, ``split`` and ``lang`` are None where the file has none.
+    Exactly one of ``image``, ``video`` and ``audio`` is set, to an absolute path (in what a reader
+    yields, the path as the file has it). ``id`` names the picture on any machine. What the file
+    does not say is None or empty; ``answers`` are as annotated, repeats kept.
     """
 
-    image: str
-    captions: list[str]
-    id: str
+    image: str | None = None
+    captions: list[str] = field(default_factory=list)
+    id: str = ""
     split: str | None = None
     lang: str | None = None
+    video: str | None = None
+    audio: str | None = None
+    question: str | None = None
+    answers: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+    question_id: str | None = None
+    question_type: str | None = None
+    answer_type: str | None = None
+    label: str | None = None  # the class, in words
+    domain: str | None = None  # NoCaps: in, near or out
+
+    @property
+    def modality(self) -> str:
+        """``"image"``, ``"video"`` or ``"audio"``: the field that is set."""
+        return next(kind for kind in MODALITIES if getattr(self, kind) is not None)
+
+    @property
+    def path(self) -> str:
+        """Where the picture, the video or the sound is."""
+        return getattr(self, self.modality)
+
+    @path.setter
+    def path(self, path: str) -> None:
+        setattr(self, self.modality, path)
 
 
 def read(
@@ -136,7 +164,7 @@ def hold_out(
     """
     ids: dict[str, str] = {}
     for record in records:
-        ids[record.image] = min(record.id, ids.get(record.image, record.id))
+        ids[record.path] = min(record.id, ids.get(record.path, record.id))
     if len(ids) < 2:
         raise UserError("one picture cannot be split into training and validation: give more", 2)
 
@@ -148,8 +176,8 @@ def hold_out(
     order = sorted(places, key=lambda image: (places[image], ids[image], image))
     count = sum(value < fraction for value in places.values())
     held = set(order[: min(max(count, 1), len(order) - 1)])
-    train = [record for record in records if record.image not in held]
-    return train, [record for record in records if record.image in held]
+    train = [record for record in records if record.path not in held]
+    return train, [record for record in records if record.path in held]
 
 
 def tidy(caption: str) -> str:
@@ -193,25 +221,54 @@ def length_buckets(
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
-    """This package's own format, a record a line; one ``caption`` does for ``captions`` too."""
+    """This package's own format, a record a line.
+
+    A text does for a list of one, and ``caption`` and ``answer`` for ``captions`` and ``answers``.
+    """
     for where, line in _lines(path):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON: {error}") from None
-        image = _picture(entry, "image", where)
-        plural = "captions" if "captions" in entry else "caption"
-        captions = _field(entry, plural, (list, str), where, default=[])
-        captions = [captions] if isinstance(captions, str) else captions
-        if not all(isinstance(caption, str) for caption in captions):
-            raise UserError(f"{where}: 'captions' should be texts")
-        yield Record(
-            image,
-            [caption for caption in captions if caption.strip()],
-            str(_field(entry, "id", (str, int), where, default=image)),
-            _field(entry, "split", str, where, default=None),
-            _field(entry, "lang", str, where, default=None),
-        )
+        yield _record(entry, where)
+
+
+def _record(entry: Any, where: object) -> Record:
+    named = [kind for kind in MODALITIES if isinstance(entry, dict) and entry.get(kind) is not None]
+    if len(named) > 1:
+        raise UserError(f"{where}: has {' and '.join(named)}; a record has one of them")
+    kind = named[0] if named else "image"
+    path = _picture(entry, kind, where)
+
+    def text(key: str, kinds: tuple = (str,)) -> str | None:
+        value = _field(entry, key, kinds, where, default=None)
+        return None if value is None else str(value)
+
+    return Record(
+        **{kind: path},
+        captions=[text for text in _texts(entry, "captions", "caption", where) if text.strip()],
+        id=str(_field(entry, "id", (str, int), where, default=path)),
+        split=text("split"),
+        lang=text("lang"),
+        question=text("question"),
+        answers=_texts(entry, "answers", "answer", where),
+        choices=_texts(entry, "choices", "choices", where),
+        question_id=text("question_id", (str, int)),
+        question_type=text("question_type"),
+        answer_type=text("answer_type"),
+        label=text("label"),
+        domain=text("domain"),
+    )
+
+
+def _texts(entry: dict, plural: str, singular: str, where: object) -> list[str]:
+    """A list of texts, or a text alone, under one of two names; none where there is neither."""
+    key = plural if plural in entry else singular
+    texts = _field(entry, key, (list, str), where, default=[])
+    texts = [texts] if isinstance(texts, str) else texts
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: {key!r} should be texts")
+    return texts
 
 
 def read_karpathy(path: Path) -> Iterator[Record]:
@@ -349,7 +406,7 @@ def _sniff(path: Path) -> str | None:
     if text.startswith("{"):
         if re.search(r'"images"\s*:\s*\[', text):
             return "karpathy" if '"sentences"' in text else "coco"
-        return "jsonl" if re.search(r'"image"\s*:', first) else None
+        return "jsonl" if re.search(r'"(image|video|audio)"\s*:', first) else None
     shapes = (FLICKR_HEADER, FLICKR_TOKEN, FLICKR_RESULTS, FLICKR_CSV)
     return "flickr" if any(shape.fullmatch(first) for shape in shapes) else None
 
@@ -365,12 +422,12 @@ def _locate(records: list[Record], path: Path, format: str, images: str | Path |
         bases = [home] if images is not None else [home, home.absolute().parent]
         folders = [base / name for base in bases for name in PICTURE_FOLDERS]
     for folder in folders:
-        if any((folder / record.image).is_file() for record in records[:5]):
+        if any((folder / record.path).is_file() for record in records[:5]):
             for record in records:
-                record.image = os.path.abspath(os.path.join(folder, record.image))
+                record.path = os.path.abspath(os.path.join(folder, record.path))
             return
     raise UserError(
-        f"{path}: its first picture, {records[0].image}, is not in {home}"
+        f"{path}: its first picture, {records[0].path}, is not in {home}"
         f"{'' if len(folders) == 1 else ' or the usual folders near it'}; "
         "say with --images which folder the pictures are in"
     )
