@@ -85,9 +85,9 @@ def test_check_counts(good):
         "langs": {"en": 1},
         "captions": {
             "total": 3,
-            "per_record": {"min": 1, "median": 2, "mean": 1.5, "95%": 1, "max": 2},
-            "words": {"min": 1, "median": 2, "mean": 2, "95%": 2, "max": 3},
-            "characters": {"min": 1, "median": 8, "mean": 6.33, "95%": 8, "max": 10},
+            "per_record": {"min": 1, "median": 2, "mean": 1.5, "p95": 1, "max": 2},
+            "words": {"min": 1, "median": 2, "mean": 2, "p95": 2, "max": 3},
+            "characters": {"min": 1, "median": 8, "mean": 6.33, "p95": 8, "max": 10},
         },
         "decoded": True,
         "problems": {},
@@ -102,8 +102,8 @@ def test_check_of_questions(tmp_path):
     assert status == 0
     assert found["questions"] == {
         "total": 2,
-        "words": {"min": 3, "median": 3, "mean": 3, "95%": 3, "max": 3},
-        "answers_per_question": {"min": 10, "median": 10, "mean": 10, "95%": 10, "max": 10},
+        "words": {"min": 3, "median": 3, "mean": 3, "p95": 3, "max": 3},
+        "answers_per_question": {"min": 10, "median": 10, "mean": 10, "p95": 10, "max": 10},
         "question_types": {"what is this": 1, "is it": 1},
         "answer_types": {"other": 1, "yes/no": 1},
     }
@@ -189,6 +189,10 @@ def test_a_test_set_without_answers_or_captions_is_fine(tmp_path):
     path = lines(tmp_path / "set.jsonl", question | {"split": "test"}, question | {"split": "test"})
     assert report(path)[0] == 0
     assert report(lines(tmp_path / "set.jsonl", {"image": "0.png"}))[0] == 0
+    train = {"image": "0.png", "captions": ["x"], "split": "train"}
+    picture(tmp_path / "1.png", 1)
+    path = lines(tmp_path / "set.jsonl", train, {"image": "1.png", "split": "test"})
+    assert report(path)[0] == 0
 
 
 def test_check_counts_coco_images_without_captions(tmp_path):
