@@ -1,0 +1,491 @@
+"""A model that writes, over a data set: predictions, scores, one report.
+
+`run` makes captions or answers and scores them, `score_files` scores those made elsewhere,
+`compare_files` puts two side by side. Each gives a report, one JSON object
+``{task, model, data, metrics, ...}`` that says what was run and what came out. Metrics are
+fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from tinyvl import UserError, __version__, bootstrap, data, generate, hub, metrics, models
+from tinyvl import predictions as files
+from tinyvl.data import Record
+from tinyvl.job import Run, bar
+
+
+@dataclass
+class Source:
+    """Which records are evaluated."""
+
+    path: str
+    split: str | None = None  # None: test if there is one, else val, else all
+    lang: str | None = "en"
+    limit: int | None = None  # this many items, drawn evenly, the same each time
+    format: str | None = None
+    images: str | None = None
+
+
+@dataclass
+class Scoring:
+    """How captions are scored: see `metrics.caption_scores`."""
+
+    metrics: Sequence[str] | None = None
+    java: str | None = None
+    spice_jars: Path | None = None
+
+
+@dataclass
+class Scores:
+    """Of everything, of its parts, and how a bootstrap draws the items again."""
+
+    metrics: dict[str, float | None]
+    resample: bootstrap.Resample | None = None
+    groups: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what the report says besides
+
+
+@dataclass
+class Place:
+    """Where a model runs, and how much of it at once."""
+
+    device: torch.device
+    precision: torch.dtype
+    batch: int = 16
+    workers: int | None = None
+    quiet: bool = False
+
+
+def place(
+    device: str | None, precision: str | None, batch: int, workers: int | None, quiet: bool
+) -> Place:
+    """A `Place` from what the command line says."""
+    target = models.choose_device(device)
+    dtype = models.choose_precision(precision, target)
+    return Place(target, dtype, batch, workers, quiet)
+
+
+# ----------------------------------------------------------------------------- records
+
+
+def read(source: Source, *, opened: bool = True) -> tuple[list[Record], str | None]:
+    """All records in the source's language, and the name of the part that is evaluated.
+
+    ``opened`` False: nothing will open the pictures, and they may be elsewhere.
+    """
+    options = {"format": source.format, "images": source.images, "lang": source.lang}
+    records = data.read(source.path, **options)
+    splits = {record.split for record in records}
+    split = source.split or next((name for name in ("test", "val") if name in splits), None)
+    return records, split
+
+
+def choose(records: list[Record], source: Source, split: str | None) -> list[Record]:
+    """The records of the part, at most ``limit``."""
+    if split not in (None, "all"):
+        try:
+            records = data.select_split(records, split)
+        except UserError as error:
+            raise UserError(f"{source.path}: {error}", 2) from None
+    if source.limit is not None:
+        order = data.epoch_order(len(records), 0, 0)[: source.limit]
+        records = [records[i] for i in sorted(order)]
+    return records
+
+
+def by_picture(records: list[Record]) -> list[Record]:
+    """A record for each id, with the captions of all that have it."""
+    merged: dict[str, Record] = {}
+    for record in records:
+        first = merged.get(record.id)
+        if first is None:
+            merged[record.id] = replace(record, captions=list(record.captions))
+        elif first.path != record.path:
+            raise UserError(
+                f"the id {record.id!r} names both {first.path} and {record.path}; give each its own"
+            )
+        else:
+            first.captions += record.captions
+    return list(merged.values())
+
+
+def by_question(records: list[Record]) -> list[Record]:
+    """The records that ask something, each with an id of its own.
+
+    That is ``question_id``, or the picture's id with the question's number among the picture's.
+    """
+    asked = [record for record in records if record.question]
+    names = [record.question_id or record.id for record in asked]
+    if len(set(names)) < len(names):
+        count: dict[str, int] = {}
+        for i, name in enumerate(names):
+            count[name] = count.get(name, -1) + 1
+            names[i] = f"{name}#{count[name]}"
+    return [replace(record, id=name) for record, name in zip(asked, names, strict=True)]
+
+
+def swapped(records: list[Record]) -> list[str]:
+    """Each record's picture, given to another one: half the list of pictures further on."""
+    paths = list(dict.fromkeys(record.path for record in records))
+    if len(paths) < 2:
+        raise UserError("--shuffle-images needs two pictures to swap.", 2)
+    half = len(paths) // 2
+    other = dict(zip(paths, paths[half:] + paths[:half], strict=True))
+    return [other[record.path] for record in records]
+
+
+# ----------------------------------------------------------------------------- scores
+
+
+def score_captions(records: list[Record], texts: dict[str, str], scoring: Scoring) -> Scores:
+    """Captions against the records' own; each NoCaps domain also as a corpus of its own."""
+
+    def score(part: list[Record]) -> metrics.CaptionScores:
+        return metrics.caption_scores(
+            {record.id: record.captions for record in part},
+            {record.id: texts[record.id] for record in part},
+            **vars(scoring),
+        )
+
+    whole = score(records)
+    domains: dict[str, list[Record]] = {}
+    for record in records:
+        if record.domain is not None:
+            domains.setdefault(record.domain, []).append(record)
+    groups = {}
+    if domains:
+        groups["domain"] = {
+            name: {"items": len(part), **score(part).metrics} for name, part in domains.items()
+        }
+    extra = {"tokenizer": whole.tokenizer, "not_scored": whole.missing}
+    return Scores(whole.metrics, whole.resample, groups, extra)
+
+
+def score_answers(records: list[Record], texts: dict[str, str]) -> Scores:
+    """Answers against the annotators': all together, by question type and by answer type.
+
+    ``accuracy`` is VQA v2's where a question has several answers and equality where it has one (as
+    GQA's is); ``strict_accuracy`` is equality of the raw texts.
+    """
+    items: dict[str, list[float]] = {"accuracy": [], "strict_accuracy": []}
+    for record in records:
+        answer, known = texts[record.id], record.answers
+        official = metrics.vqa_accuracy if len(known) > 1 else metrics.gqa_accuracy
+        items["accuracy"].append(official(answer, known))
+        items["strict_accuracy"].append(metrics.strict_accuracy(answer, known))
+
+    def average(rows: Sequence[int]) -> dict[str, float]:
+        return {name: sum(values[i] for i in rows) / len(rows) for name, values in items.items()}
+
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind in ("question_type", "answer_type"):
+        parts: dict[str, list[int]] = {}
+        for i, record in enumerate(records):
+            if (name := getattr(record, kind)) is not None:
+                parts.setdefault(name, []).append(i)
+        if parts:
+            groups[kind] = {n: {"items": len(rows), **average(rows)} for n, rows in parts.items()}
+    return Scores(average(range(len(records))), bootstrap.mean_of(items), groups)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted, for which records, and against what."""
+
+    field: str
+    prepare: Callable[[list[Record]], list[Record]]
+    truth: str
+    score: Callable[[list[Record], dict[str, str]], Scores]
+
+
+def task_of(name: str, scoring: Scoring | None = None) -> Task:
+    if name == "vqa":
+        return Task("answer", by_question, "answers", score_answers)
+    scoring = scoring or Scoring()
+    score = partial(score_captions, scoring=scoring)
+    return Task("caption", by_picture, "captions", score)
+
+
+# ----------------------------------------------------------------------------- a model
+
+
+def checkpoint(name: str, task: str) -> dict[str, str]:
+    """What tells a checkpoint from others, and what it is made of."""
+    folder = models.checkpoint_folder(name, task)
+    config = models.read_config(folder)
+    parts = {role: config[role]["name"] for role in ("vision", "decoder", "text") if role in config}
+    return {"method": config["method"], **parts, "sha256": hub.weights_hash(folder)}
+
+
+def load(name: str, place: Place, task: str, ability: str) -> Any:
+    """The model, which must have the method ``ability``."""
+    model = models.load(name, task=task, device=place.device, precision=place.precision)
+    if not hasattr(model, ability):
+        lacks = {"answer": "answer questions", "embed_images": "embed pictures"}.get(
+            ability, ability
+        )
+        raise UserError(f"{name}: this model does not {lacks}; name one that does.", 2)
+    return model
+
+
+def described(
+    task: str, name: str, source: Source, split: str | None, **how: Any
+) -> dict[str, Any]:
+    """What decides a result: the head of the report, and what a resumed run must share."""
+    path = str(Path(source.path).expanduser().absolute())
+    head = {"task": task, "model": name, "data": path, "split": split, "lang": source.lang, **how}
+    return json.loads(json.dumps(head))
+
+
+def fill(
+    log: files.Log,
+    records: list[Record],
+    results: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
+    place: Place,
+    title: str,
+) -> dict[str, Any]:
+    """Predicts what the log lacks. -> how it went; a picture that fails costs a message."""
+    todo = [record for record in records if record.id not in log.lines]
+    kept, failed = len(records) - len(todo), 0
+    begun = time.monotonic()
+    run = Run(Path(), torch.device("cpu"), quiet=place.quiet)
+    with bar(title, len(records), run, start=kept) as advance:
+        for record, found in zip(todo, results(todo), strict=True):
+            if isinstance(found, UserError):
+                failed += 1
+                print(f"tinyvl: {found}", file=sys.stderr)
+            else:
+                log.add({"id": record.id, "path": record.path, **found})
+            advance(1)
+    seconds = time.monotonic() - begun
+    pace = round((len(todo) - failed) / seconds, 3) if todo else None
+    return {
+        "failed": failed,
+        "kept": kept,  # of these, made by earlier, interrupted runs
+        "seconds": round(seconds, 2),
+        "items_per_second": pace,
+    }
+
+
+def run(
+    kind: str,
+    name: str,
+    source: Source,
+    *,
+    style: generate.Style,
+    scoring: Scoring | None = None,
+    place: Place,
+    out: Path | None = None,
+    resume: bool = False,
+    shuffle: bool = False,
+    results: Path | None = None,
+) -> dict[str, Any]:
+    """Captions (``kind`` "caption") or answers ("vqa") by a model, scored. -> the report.
+
+    Args:
+        name: a checkpoint.
+        out: a folder for predictions and report, from which ``resume`` goes on.
+        shuffle: give each picture's place to another one: how much does the model look?
+        results: also write what the evaluation servers take to this file.
+
+    Raises:
+        UserError: as the parts do; or nothing to predict.
+    """
+    task = task_of(kind, scoring)
+    known, split = read(source)
+    records = choose(task.prepare(known), source, split)
+    scored = [record for record in records if getattr(record, task.truth)]
+    if scored:
+        records = scored
+    elif not records:
+        raise UserError(f"{source.path}: no record asks a question.", 2)
+    elif out is None and results is None:
+        raise UserError(
+            f"{source.path}: no {task.truth} to score against; --out or --results keeps the "
+            "predictions.",
+            2,
+        )
+    other = next((record for record in records if record.modality != "image"), None)
+    if other is not None:
+        raise UserError(f"{other.path}: this is {other.modality}, and the model reads pictures.", 2)
+    if kind == "caption" and scored:
+        metrics.plan_captions(**vars(scoring))  # before the long run
+    paths = swapped(records) if shuffle else [record.path for record in records]
+    shown = {record.id: path for record, path in zip(records, paths, strict=True)}
+    head = described(
+        kind, name, source, split,
+        checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
+        precision=models.precision_name(place.precision), tinyvl=__version__,
+    )  # fmt: skip
+    model = load(name, place, kind, "answer" if kind == "vqa" else "caption")
+    log = files.Log(out, head, resume=resume)
+
+    def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
+        found = generate.captions(
+            model,
+            [shown[record.id] for record in todo],
+            style=style,
+            batch=place.batch,
+            workers=place.workers,
+            questions=[record.question for record in todo] if kind == "vqa" else None,
+        )
+        for record, (_, text, score) in zip(todo, found, strict=True):
+            if isinstance(text, UserError):
+                yield text
+            else:
+                question = {"question": record.question} if kind == "vqa" else {}
+                yield {**question, task.field: text, "score": round(score, 4)}
+
+    how = fill(log, records, predict, place, "captions" if kind == "caption" else "answers")
+    texts = {r.id: log.lines[r.id][task.field] for r in records if r.id in log.lines}
+    if results is not None:
+        files.export(results, texts, task.field)
+    done = [record for record in records if record.id in texts]
+    if not done:
+        raise UserError(f"{source.path}: none of its pictures could be read.")
+    scores = task.score(done, texts) if scored else Scores({})
+    return finish(head | how, done, scores, out)
+
+
+def finish(
+    head: dict[str, Any], records: list[Record], scores: Scores, out: Path | None
+) -> dict[str, Any]:
+    """The report, kept beside the predictions."""
+    report = {**head, "items": len(records), "metrics": scores.metrics, **scores.extra}
+    if scores.groups:
+        report["groups"] = scores.groups
+    if out is not None:
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        models.write_text(out / files.REPORT, text + "\n")
+    return report
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def of_files(
+    kind: str,
+    paths: list[Path] | None,
+    pair: tuple[Path, Path] | None,
+    source: Source,
+    **options: Any,
+) -> dict[str, Any]:
+    """`compare_files` of a pair, `score_files` of anything else."""
+    if pair:
+        options.pop("results", None)
+        return compare_files(kind, *pair, source, **options)
+    return score_files(kind, paths, source, **options)
+
+
+def score_files(
+    kind: str,
+    paths: Sequence[Path],
+    source: Source,
+    *,
+    scoring: Scoring | None = None,
+    allow_missing: bool = False,
+    results: Path | None = None,
+) -> dict[str, Any]:
+    """Scores predictions made elsewhere; of several files, runs of one model with other seeds.
+
+    Args:
+        paths: files or run folders, see `predictions.read`. Several give the mean of each metric,
+            its sample standard deviation, and each run's own.
+        allow_missing: score the records that have a prediction; else each must have one.
+        results: also write what the evaluation servers take to this file.
+    """
+    task = task_of(kind, scoring)
+    everything, records, split = truths(task, source)
+    reports = []
+    for path in paths:
+        texts, done = made_elsewhere(task, path, everything, records, allow_missing)
+        head = head_of_file(kind, path, source, split)
+        reports.append(finish(head, done, task.score(done, texts), None))
+        if results is not None:
+            files.export(results, {record.id: texts[record.id] for record in done}, task.field)
+    if len(reports) == 1:
+        return reports[0]
+    first = reports[0]
+    columns = {name: [r["metrics"][name] for r in reports] for name in first["metrics"]}
+    whole = {name: values for name, values in columns.items() if None not in values}
+    return {
+        **{key: first[key] for key in ("task", "data", "split", "lang", "items")},
+        "model": ", ".join(dict.fromkeys(report["model"] for report in reports)),
+        "metrics": {n: mean(whole[n]) if n in whole else None for n in columns},
+        "deviation": {n: stdev(whole[n]) if n in whole else None for n in columns},
+        "runs": reports,
+    }
+
+
+def compare_files(
+    kind: str,
+    baseline: Path,
+    path: Path,
+    source: Source,
+    *,
+    scoring: Scoring | None = None,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """Predictions against a baseline's: the differences with 95 % confidence intervals.
+
+    The report's metrics are those of ``path``; ``difference`` is theirs less the baseline's, with
+    the ``low`` and ``high`` end of a paired bootstrap's interval (see `bootstrap.differences`).
+    ``allow_missing``: score the records that have both predictions.
+    """
+    task = task_of(kind, scoring)
+    everything, records, split = truths(task, source)
+    theirs, done = made_elsewhere(task, baseline, everything, records, allow_missing)
+    ours, done = made_elsewhere(task, path, everything, done, allow_missing)
+    scores, base = task.score(done, ours), task.score(done, theirs)
+    head = head_of_file(kind, path, source, split)
+    return {
+        **finish(head, done, scores, None),
+        "baseline": {**head_of_file(kind, baseline, source, split), "metrics": base.metrics},
+        "difference": bootstrap.differences(
+            base.metrics, scores.metrics, base.resample, scores.resample, len(done)
+        ),
+        "resamples": bootstrap.RESAMPLES,
+    }
+
+
+def truths(task: Task, source: Source) -> tuple[list[Record], list[Record], str | None]:
+    """All records, those that predictions are scored on, and the name of that part."""
+    known, split = read(source, opened=False)
+    everything = task.prepare(known)
+    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
+    if not records:
+        raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
+    return everything, records, split
+
+
+def made_elsewhere(
+    task: Task, path: Path, everything: list[Record], records: list[Record], allow_missing: bool
+) -> tuple[dict[str, str], list[Record]]:
+    """A file's predictions, and the records that have one. Those for other parts are left aside."""
+    texts = files.match(files.read(path, task.field), everything, task.field)
+    done = [record for record in records if record.id in texts]
+    if len(done) < len(records) and not (allow_missing and done):
+        first = next(record.id for record in records if record.id not in texts)
+        raise UserError(
+            f"{path}: no prediction for {len(records) - len(done)} of {len(records)} records, the "
+            f"first {first!r}; --allow-missing scores the others, --split chooses another part."
+        )
+    return texts, done
+
+
+def head_of_file(kind: str, path: Path, source: Source, split: str | None) -> dict[str, Any]:
+    """A report's head; what made the predictions is told by the ``run.json`` beside them."""
+    made = files.read_run(path if path.is_dir() else path.parent)
+    known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
+    name = made.get("model", str(path))
+    return described(kind, name, source, split, predictions=str(path), **known)
