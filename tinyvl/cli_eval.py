@@ -40,7 +40,7 @@ ModelData = Annotated[
     ),
 ]
 Split = Annotated[
-    str | None, typer.Option(help="Part of the data; all. [default: test, else val, else all]")
+    str | None, typer.Option(help="Part of the data. Without: test if there is one, val, or all.")
 ]
 Lang = Annotated[str, typer.Option(help="Language of the texts, where records say.")]
 Limit = Annotated[
@@ -65,6 +65,13 @@ Predictions = Annotated[
         "folder of -o. Given several times (seeds): mean and deviation."
     ),
 ]
+Kept = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--predictions",
+        help="A folder of -o, scored again. Several times (seeds): mean and deviation.",
+    ),
+]
 Compare = Annotated[
     tuple[Path, Path] | None,
     typer.Option(
@@ -79,6 +86,9 @@ Shuffle = Annotated[
     bool,
     typer.Option("--shuffle-images", help="Control: each picture's place goes to another one."),
 ]
+
+
+ROWS = 100  # of a table on a terminal
 
 
 def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[str, str]:
@@ -143,13 +153,13 @@ def caption(
     names = [name.strip() for name in metrics.split(",")] if metrics else None
     made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
-    from tinyvl import evaluate
+    from tinyvl import evaluate, evaluate_files
 
     model, data = model_and_data(arguments, model=not made)
     source = evaluate.Source(data, split, lang, limit, format, images)
     scoring = evaluate.Scoring(names, java, spice_jars)
     if made:
-        report = evaluate.of_files(
+        report = evaluate_files.of_files(
             "caption", predictions, compare, source,
             scoring=scoring, allow_missing=allow_missing, results=results,
         )  # fmt: skip
@@ -205,12 +215,12 @@ def vqa(
     """
     made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
-    from tinyvl import evaluate
+    from tinyvl import evaluate, evaluate_files
 
     model, data = model_and_data(arguments, model=not made)
     source = evaluate.Source(data, split, lang, limit, format, images)
     if made:
-        report = evaluate.of_files(
+        report = evaluate_files.of_files(
             "vqa", predictions, compare, source, allow_missing=allow_missing, results=results
         )
     else:
@@ -219,6 +229,143 @@ def vqa(
             results=results, place=evaluate.place(device, precision, batch, workers, quiet),
         )  # fmt: skip
     show(report, as_json)
+
+
+@app.command()
+def retrieval(
+    arguments: ModelData = None,
+    predictions: Kept = None,
+    compare: Compare = None,
+    out: Out = None,
+    lang: Annotated[
+        str | None,
+        typer.Option(help="Languages, by commas: a row each. Without: all that the data has."),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="full; lilt: the 200 pictures of XTD10 of the paper's Table 2.")
+    ] = "full",
+    split: Split = None,
+    limit: Limit = None,
+    format: Format = None,
+    images: Images = None,
+    batch: Batch = 32,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Find captions by picture (TR) and pictures by caption (IR): recall at 1, 5, 10, and means.
+
+    Ties count as misses. Each language is searched by itself; the metrics are their mean. Chance is
+    what a random order would score.
+    """
+    if protocol not in ("full", "lilt"):
+        raise UserError(f"--protocol is full or lilt, not {protocol!r}.", 2)
+    if finished("retrieval", arguments, predictions, compare, out, as_json):
+        return
+    model, data = model_and_data(arguments)
+    from tinyvl import evaluate, evaluate_dual
+
+    report = evaluate_dual.run_retrieval(
+        model,
+        evaluate.Source(data, split, None, limit, format, images),
+        langs=[name.strip() for name in lang.split(",")] if lang else None,
+        protocol=protocol,
+        out=out,
+        place=evaluate.place(device, precision, batch, workers, quiet),
+    )
+    show(report, as_json)
+
+
+@app.command()
+def zeroshot(
+    arguments: ModelData = None,
+    predictions: Kept = None,
+    compare: Compare = None,
+    out: Out = None,
+    resume: Resume = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Template with {} for the class, a file of them, or clip for CLIP's seven; "
+            'several are ensembled. SVHN: "a photo of the number {}". Without: "a photo of {}".'
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of class names: with a label each (n01440764 tench; tabs; JSON), or a name "
+            "a line in the folders' order. Without: the folders' own, ImageNet's by timm."
+        ),
+    ] = None,
+    all_classes: Annotated[
+        bool,
+        typer.Option(
+            "--all-classes", help="Choose among all of --classes, not only those the data has."
+        ),
+    ] = False,
+    split: Split = None,
+    limit: Limit = None,
+    format: Format = None,
+    images: Images = None,
+    batch: Batch = 32,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Classify pictures by the names of their classes: top-1 and top-5, and of each class in JSON.
+
+    DATA is a folder with a folder for each class (CIFAR, SVHN, ImageNet-V2, ImageNet-A), or records
+    with a label. ImageNet-A is evaluated among its own 200 classes.
+    """
+    if all_classes and classes is None:
+        raise UserError("--all-classes is about the names of --classes FILE: give that too.", 2)
+    if resume and out is None:
+        raise UserError("--resume goes with -o DIR: it keeps the predictions that are there.", 2)
+    if finished("zeroshot", arguments, predictions, compare, out, as_json):
+        return
+    model, data = model_and_data(arguments)
+    from tinyvl import evaluate, evaluate_dual
+
+    report = evaluate_dual.run_zeroshot(
+        model,
+        evaluate.Source(data, split, None, limit, format, images),
+        prompts=prompt,
+        class_names=classes,
+        all_classes=all_classes,
+        out=out,
+        resume=resume,
+        place=evaluate.place(device, precision, batch, workers, quiet),
+    )
+    show(report, as_json)
+
+
+def finished(
+    kind: str,
+    arguments: list[str] | None,
+    predictions: list[Path] | None,
+    compare: tuple[Path, Path] | None,
+    out: Path | None,
+    as_json: bool,
+) -> bool:
+    """Reports on runs that are kept in folders, if that is what was asked for."""
+    if not predictions and not compare:
+        return False
+    if arguments or out or (predictions and compare):
+        raise UserError(
+            "--predictions or --compare takes folders that -o made, and nothing else is needed.", 2
+        )
+    from tinyvl import evaluate_dual
+
+    if compare:
+        report = evaluate_dual.compare_folders(kind, *compare)
+    else:
+        report = evaluate_dual.score_folders(kind, predictions)
+    show(report, as_json)
+    return True
 
 
 def check_files(
@@ -279,6 +426,9 @@ def draw(report: dict[str, Any]) -> None:
         table.add_row(name, *(cell(row.get(metric)) for metric in names))
     console.print(table)
     for kind, parts in report.get("groups", {}).items():
+        if len(parts) > ROWS:
+            console.print(f"by {kind}: {len(parts)} rows, which --json has", highlight=False)
+            continue
         table = Table(title=f"by {kind.replace('_', ' ')}", title_justify="left")
         for name in (kind.replace("_", " "), "items", *names):
             table.add_column(name, justify="left" if name == kind else "right")

@@ -6,6 +6,7 @@
 fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -13,12 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 
-from tinyvl import UserError, __version__, bootstrap, data, generate, hub, metrics, models
+from tinyvl import UserError, __version__, bootstrap, data, generate, metrics, models
 from tinyvl import predictions as files
 from tinyvl.data import Record
 from tinyvl.job import Run, bar
@@ -84,7 +84,7 @@ def read(source: Source, *, opened: bool = True) -> tuple[list[Record], str | No
     ``opened`` False: nothing will open the pictures, and they may be elsewhere.
     """
     options = {"format": source.format, "images": source.images, "lang": source.lang}
-    records = data.read(source.path, **options)
+    records = data.read(source.path, **options, files=opened)
     splits = {record.split for record in records}
     split = source.split or next((name for name in ("test", "val") if name in splits), None)
     return records, split
@@ -132,6 +132,12 @@ def by_question(records: list[Record]) -> list[Record]:
             count[name] = count.get(name, -1) + 1
             names[i] = f"{name}#{count[name]}"
     return [replace(record, id=name) for record, name in zip(asked, names, strict=True)]
+
+
+def pictures_only(records: list[Record]) -> None:
+    other = next((record for record in records if record.modality != "image"), None)
+    if other is not None:
+        raise UserError(f"{other.path}: this is {other.modality}, and the model reads pictures.", 2)
 
 
 def swapped(records: list[Record]) -> list[str]:
@@ -223,8 +229,14 @@ def checkpoint(name: str, task: str) -> dict[str, str]:
     """What tells a checkpoint from others, and what it is made of."""
     folder = models.checkpoint_folder(name, task)
     config = models.read_config(folder)
-    parts = {role: config[role]["name"] for role in ("vision", "decoder", "text") if role in config}
-    return {"method": config["method"], **parts, "sha256": hub.weights_hash(folder)}
+    parts = {
+        side: part["name"]
+        for side, part in config.items()
+        if isinstance(part, dict) and "name" in part
+    }
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"method": config["method"], **parts, "sha256": digest}
 
 
 def load(name: str, place: Place, task: str, ability: str) -> Any:
@@ -274,6 +286,7 @@ def fill(
         "kept": kept,  # of these, made by earlier, interrupted runs
         "seconds": round(seconds, 2),
         "items_per_second": pace,
+        "device": str(place.device),
     }
 
 
@@ -315,19 +328,17 @@ def run(
             "predictions.",
             2,
         )
-    other = next((record for record in records if record.modality != "image"), None)
-    if other is not None:
-        raise UserError(f"{other.path}: this is {other.modality}, and the model reads pictures.", 2)
+    pictures_only(records)
     if kind == "caption" and scored:
         metrics.plan_captions(**vars(scoring))  # before the long run
     paths = swapped(records) if shuffle else [record.path for record in records]
     shown = {record.id: path for record, path in zip(records, paths, strict=True)}
     head = described(
         kind, name, source, split,
-        checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
+        checkpoint=checkpoint(name, "caption"), decoding=vars(style), shuffled=shuffle,
         precision=models.precision_name(place.precision), tinyvl=__version__,
     )  # fmt: skip
-    model = load(name, place, kind, "answer" if kind == "vqa" else "caption")
+    model = load(name, place, "caption", "answer" if kind == "vqa" else "caption")
     log = files.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
@@ -354,138 +365,15 @@ def run(
     if not done:
         raise UserError(f"{source.path}: none of its pictures could be read.")
     scores = task.score(done, texts) if scored else Scores({})
-    return finish(head | how, done, scores, out)
+    return finish(head | how, len(done), scores, out)
 
 
-def finish(
-    head: dict[str, Any], records: list[Record], scores: Scores, out: Path | None
-) -> dict[str, Any]:
+def finish(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -> dict[str, Any]:
     """The report, kept beside the predictions."""
-    report = {**head, "items": len(records), "metrics": scores.metrics, **scores.extra}
+    report = {**head, "items": items, "metrics": scores.metrics, **scores.extra}
     if scores.groups:
         report["groups"] = scores.groups
     if out is not None:
         text = json.dumps(report, indent=1, ensure_ascii=False)
         models.write_text(out / files.REPORT, text + "\n")
     return report
-
-
-# ----------------------------------------------------------------------------- files
-
-
-def of_files(
-    kind: str,
-    paths: list[Path] | None,
-    pair: tuple[Path, Path] | None,
-    source: Source,
-    **options: Any,
-) -> dict[str, Any]:
-    """`compare_files` of a pair, `score_files` of anything else."""
-    if pair:
-        options.pop("results", None)
-        return compare_files(kind, *pair, source, **options)
-    return score_files(kind, paths, source, **options)
-
-
-def score_files(
-    kind: str,
-    paths: Sequence[Path],
-    source: Source,
-    *,
-    scoring: Scoring | None = None,
-    allow_missing: bool = False,
-    results: Path | None = None,
-) -> dict[str, Any]:
-    """Scores predictions made elsewhere; of several files, runs of one model with other seeds.
-
-    Args:
-        paths: files or run folders, see `predictions.read`. Several give the mean of each metric,
-            its sample standard deviation, and each run's own.
-        allow_missing: score the records that have a prediction; else each must have one.
-        results: also write what the evaluation servers take to this file.
-    """
-    task = task_of(kind, scoring)
-    everything, records, split = truths(task, source)
-    reports = []
-    for path in paths:
-        texts, done = made_elsewhere(task, path, everything, records, allow_missing)
-        head = head_of_file(kind, path, source, split)
-        reports.append(finish(head, done, task.score(done, texts), None))
-        if results is not None:
-            files.export(results, {record.id: texts[record.id] for record in done}, task.field)
-    if len(reports) == 1:
-        return reports[0]
-    first = reports[0]
-    columns = {name: [r["metrics"][name] for r in reports] for name in first["metrics"]}
-    whole = {name: values for name, values in columns.items() if None not in values}
-    return {
-        **{key: first[key] for key in ("task", "data", "split", "lang", "items")},
-        "model": ", ".join(dict.fromkeys(report["model"] for report in reports)),
-        "metrics": {n: mean(whole[n]) if n in whole else None for n in columns},
-        "deviation": {n: stdev(whole[n]) if n in whole else None for n in columns},
-        "runs": reports,
-    }
-
-
-def compare_files(
-    kind: str,
-    baseline: Path,
-    path: Path,
-    source: Source,
-    *,
-    scoring: Scoring | None = None,
-    allow_missing: bool = False,
-) -> dict[str, Any]:
-    """Predictions against a baseline's: the differences with 95 % confidence intervals.
-
-    The report's metrics are those of ``path``; ``difference`` is theirs less the baseline's, with
-    the ``low`` and ``high`` end of a paired bootstrap's interval (see `bootstrap.differences`).
-    ``allow_missing``: score the records that have both predictions.
-    """
-    task = task_of(kind, scoring)
-    everything, records, split = truths(task, source)
-    theirs, done = made_elsewhere(task, baseline, everything, records, allow_missing)
-    ours, done = made_elsewhere(task, path, everything, done, allow_missing)
-    scores, base = task.score(done, ours), task.score(done, theirs)
-    head = head_of_file(kind, path, source, split)
-    return {
-        **finish(head, done, scores, None),
-        "baseline": {**head_of_file(kind, baseline, source, split), "metrics": base.metrics},
-        "difference": bootstrap.differences(
-            base.metrics, scores.metrics, base.resample, scores.resample, len(done)
-        ),
-        "resamples": bootstrap.RESAMPLES,
-    }
-
-
-def truths(task: Task, source: Source) -> tuple[list[Record], list[Record], str | None]:
-    """All records, those that predictions are scored on, and the name of that part."""
-    known, split = read(source, opened=False)
-    everything = task.prepare(known)
-    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
-    if not records:
-        raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
-    return everything, records, split
-
-
-def made_elsewhere(
-    task: Task, path: Path, everything: list[Record], records: list[Record], allow_missing: bool
-) -> tuple[dict[str, str], list[Record]]:
-    """A file's predictions, and the records that have one. Those for other parts are left aside."""
-    texts = files.match(files.read(path, task.field), everything, task.field)
-    done = [record for record in records if record.id in texts]
-    if len(done) < len(records) and not (allow_missing and done):
-        first = next(record.id for record in records if record.id not in texts)
-        raise UserError(
-            f"{path}: no prediction for {len(records) - len(done)} of {len(records)} records, the "
-            f"first {first!r}; --allow-missing scores the others, --split chooses another part."
-        )
-    return texts, done
-
-
-def head_of_file(kind: str, path: Path, source: Source, split: str | None) -> dict[str, Any]:
-    """A report's head; what made the predictions is told by the ``run.json`` beside them."""
-    made = files.read_run(path if path.is_dir() else path.parent)
-    known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
-    name = made.get("model", str(path))
-    return described(kind, name, source, split, predictions=str(path), **known)

@@ -18,8 +18,8 @@ from tinyvl.caption_metrics import CAPTION_METRICS, CaptionScores, caption_score
 
 __all__ = [
     "CAPTION_METRICS", "CaptionScores", "by_type", "caption_scores", "class_embeddings",
-    "gqa_accuracy", "normalise_answer", "plan_captions", "ranks", "recall", "strict_accuracy",
-    "topk_accuracy", "vqa_accuracy",
+    "gqa_accuracy", "label_ranks", "normalise_answer", "plan_captions", "ranks", "recall",
+    "strict_accuracy", "topk_accuracy", "vqa_accuracy",
 ]  # fmt: skip
 
 # Answers
@@ -198,7 +198,7 @@ def recall(
 
 # Zero-shot classification
 
-TEMPLATE = ("a photo of a {}.",)
+TEMPLATE = ("a photo of {}",)  # LilT's, section 6.5
 # CLIP's seven for ImageNet (Radford et al. 2021, the notebook "Prompt engineering").
 ENSEMBLE = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
@@ -227,10 +227,18 @@ def class_embeddings(
     return normalize(prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
 
 
-def topk_accuracy(scores: Tensor, labels: Sequence[int] | Tensor) -> dict[str, float]:
-    """``scores`` (N, C), ``labels`` (N,) -> {"top1", "top5"}; ties are misses."""
+def label_ranks(scores: Tensor, labels: Sequence[int] | Tensor) -> Tensor:
+    """How many classes come before the right one, ``scores`` (N, C) and ``labels`` (N,) -> (N,).
+
+    0 is a hit at 1; a tie (and a score that is not a number) counts against the model.
+    """
     labels = torch.as_tensor(labels, dtype=torch.long, device=scores.device)
     scores = scores.float()
     own = scores.gather(1, labels[:, None])
-    ahead = (~(scores < own)).sum(1) - 1  # its own score is not ahead of itself
+    return (~(scores < own)).sum(1) - 1  # its own score is not ahead of itself
+
+
+def topk_accuracy(scores: Tensor, labels: Sequence[int] | Tensor) -> dict[str, float]:
+    """``scores`` (N, C), ``labels`` (N,) -> {"top1", "top5"}; ties are misses."""
+    ahead = label_ranks(scores, labels)
     return {f"top{k}": float((ahead < k).double().mean()) for k in (1, 5)}

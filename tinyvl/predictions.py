@@ -9,6 +9,7 @@ and the arrays of COCO's, NoCaps's and VQA's results files.
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,10 @@ class Log:
                     f"{run.get(key)!r}; choose another folder for --out.",
                     2,
                 )
-        file = self.folder / FILE
-        if not file.exists():
-            return
-        content = file.read_text(encoding="utf-8", errors="surrogateescape")
-        for line in re.findall(r"[^\n]*\n", content):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            self.lines[entry["id"]] = entry
+        self.lines = {line["id"]: line for line in read_lines(self.folder)}
         kept = "".join(map(dump, self.lines.values()))
-        if kept != content:
-            write = {"encoding": "utf-8", "errors": "surrogateescape"}
-            replace_file(file, lambda part: part.write_text(kept, **write))
+        how = {"encoding": "utf-8", "errors": "surrogateescape"}
+        replace_file(self.folder / FILE, lambda part: part.write_text(kept, **how))
 
     def add(self, line: dict[str, Any]) -> None:
         """Keeps a prediction, on disk at once."""
@@ -107,6 +98,19 @@ def read_run(path: Path) -> dict[str, Any]:
         return json.loads((path / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines that a run has written; one cut off by a kill is left out."""
+    try:
+        content = (folder / FILE).read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in re.findall(r"[^\n]*\n", content):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
