@@ -66,6 +66,16 @@ class Place:
     quiet: bool = False
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is predicted, for which records, and against what."""
+
+    field: str
+    prepare: Callable[[list[Record]], list[Record]]
+    truth: str
+    score: Callable[[list[Record], dict[str, str]], Scores]
+
+
 def place(
     device: str | None, precision: str | None, batch: int, workers: int | None, quiet: bool
 ) -> Place:
@@ -78,13 +88,19 @@ def place(
 # ----------------------------------------------------------------------------- records
 
 
-def read(source: Source, *, opened: bool = True) -> tuple[list[Record], str | None]:
+def read(
+    source: Source, task: Task | None = None, *, opened: bool = True
+) -> tuple[list[Record], str | None]:
     """All records in the source's language, and the name of the part that is evaluated.
 
     ``opened`` False: nothing will open the pictures, and they may be elsewhere.
     """
     options = {"format": source.format, "images": source.images, "lang": source.lang}
     records = data.read(source.path, **options, files=opened)
+    if task:
+        records = task.prepare(records)
+        if not records:
+            raise UserError(f"{source.path}: no record asks a question.", 2)
     splits = {record.split for record in records}
     split = source.split or next((name for name in ("test", "val") if name in splits), None)
     return records, split
@@ -204,16 +220,6 @@ def score_answers(records: list[Record], texts: dict[str, str]) -> Scores:
     return Scores(average(range(len(records))), bootstrap.mean_of(items), groups)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is predicted, for which records, and against what."""
-
-    field: str
-    prepare: Callable[[list[Record]], list[Record]]
-    truth: str
-    score: Callable[[list[Record], dict[str, str]], Scores]
-
-
 def task_of(name: str, scoring: Scoring | None = None) -> Task:
     if name == "vqa":
         return Task("answer", by_question, "answers", score_answers)
@@ -234,9 +240,12 @@ def checkpoint(name: str, task: str) -> dict[str, str]:
         for side, part in config.items()
         if isinstance(part, dict) and "name" in part
     }
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"method": config["method"], **parts, "sha256": digest}
+    try:
+        with (folder / "model.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{folder}: model.safetensors cannot be read ({error}).") from error
+    return {"method": config.get("method"), **parts, "sha256": digest}
 
 
 def load(name: str, place: Place, task: str, ability: str) -> Any:
@@ -315,13 +324,11 @@ def run(
         UserError: as the parts do; or nothing to predict.
     """
     task = task_of(kind, scoring)
-    known, split = read(source)
-    records = choose(task.prepare(known), source, split)
+    everything, split = read(source, task)
+    records = choose(everything, source, split)
     scored = [record for record in records if getattr(record, task.truth)]
     if scored:
         records = scored
-    elif not records:
-        raise UserError(f"{source.path}: no record asks a question.", 2)
     elif out is None and results is None:
         raise UserError(
             f"{source.path}: no {task.truth} to score against; --out or --results keeps the "

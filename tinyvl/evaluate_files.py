@@ -103,8 +103,7 @@ def compare_files(
 
 def truths(task: Task, source: Source) -> tuple[list[Record], list[Record], str | None]:
     """All records, those that predictions are scored on, and the name of that part."""
-    known, split = read(source, opened=False)
-    everything = task.prepare(known)
+    everything, split = read(source, task, opened=False)
     records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
     if not records:
         raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
