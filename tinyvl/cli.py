@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_eval, cli_train
+from tinyvl import UserError, __version__, cli_data, cli_eval, cli_train
 from tinyvl.cli_options import (
     Beams,
     Device,
@@ -36,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_train.app, name="train")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_eval.app, name="eval")
 
 

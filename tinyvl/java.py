@@ -106,10 +106,11 @@ def running(
     with tempfile.TemporaryDirectory(prefix="tinyvl-", ignore_cleanup_errors=True) as folder:
         into, out, err = (Path(folder) / kind for kind in ("input.txt", "output.txt", "errors.txt"))
         into.write_bytes(text.encode("utf-8", "replace"))
+        environment = os.environ | {"LC_ALL": "C.UTF-8"}  # or paths with accents are not found
         with open(into, "rb") as stdin, open(out, "wb") as stdout, open(err, "wb") as stderr:
             process = subprocess.Popen(
-                [java.path, *FLAGS, *arguments],
-                stdin=stdin, stdout=stdout, stderr=stderr, cwd=folder, start_new_session=True,
+                [java.path, *FLAGS, *arguments], env=environment, cwd=folder,
+                stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + seconds
 
@@ -119,8 +120,10 @@ def running(
             except subprocess.TimeoutExpired as error:
                 raise UserError(f"{name} did not end within {seconds:.0f} seconds.") from error
             if status:
-                said = err.read_text("utf-8", "replace").strip().splitlines()
-                reason = next((line for line in said if "rror" in line or "xception" in line), "")
+                said = err.read_text("utf-8", "replace").strip().splitlines() or ["no message"]
+                reason = next(
+                    (line for line in said if re.search("Error|Exception", line)), said[-1]
+                )
                 raise UserError(f"{name} failed ({java.path}, status {status}): {reason.strip()}")
             return out.read_text("utf-8", "replace")
 
@@ -137,11 +140,15 @@ def running(
 
 def jar(*parts: str) -> str:
     """The absolute path of a file that ships with pycocoevalcap."""
-    package = Path(importlib.util.find_spec("pycocoevalcap").submodule_search_locations[0])
-    path = package.joinpath(*parts).absolute()
-    if not path.is_file():
-        raise UserError(f"{path} is missing; `pip install --force-reinstall pycocoevalcap`.")
-    return str(path)
+    spec = importlib.util.find_spec("pycocoevalcap")
+    for folder in spec.submodule_search_locations if spec else ():
+        path = Path(folder).joinpath(*parts).absolute()
+        if path.is_file():
+            return str(path)
+    raise UserError(
+        f"pycocoevalcap's {'/'.join(parts)} is missing; "
+        "mend it by `pip install --force-reinstall pycocoevalcap`."
+    )
 
 
 @contextmanager
@@ -232,7 +239,6 @@ def spice(
     folder: Path,
     references: Sequence[Sequence[str]],
     hypotheses: Sequence[str],
-    *,
     keep: Path | None = None,
 ) -> tuple[float, list[float] | None]:
     """SPICE of tokenised captions -> the mean F-score, and each item's where it can be had.

@@ -37,12 +37,12 @@ SPELT = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "€": "$", "£": "#", "½": "1/2",
 }  # fmt: skip
-DROPPED = set("'\"`.?!,:;-“”‘–—…")
+DROPPED = set("'\"`.?!,:;-“”‘–—…")  # noqa: RUF001
 
 
 def tokenise(caption: str) -> str:
     """Tokens of a caption, lower-cased, punctuation dropped, joined by spaces."""
-    text = html.unescape(" ".join(caption.split())).replace("’", "'")
+    text = html.unescape(" ".join(caption.split())).replace("’", "'")  # noqa: RUF001
     found = TOKEN.findall(text)
     tokens = (SPELT.get(token, token).lower() for token in found if token not in DROPPED)
     return " ".join(token.replace(" ", "\u00a0") for token in tokens)

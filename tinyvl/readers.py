@@ -58,7 +58,7 @@ def read_karpathy(path: Path) -> Iterator[Record]:
         ]
         number = get(entry, "imgid", (int, str), where, default=name)
         yield Record(
-            f"{folder}/{name}" if folder else name,
+            f"{folder}/{name}{OR}{name}" if folder else name,
             captions,
             str(get(entry, "cocoid", (int, str), where, default=number)),
             get(entry, "split", str, where),

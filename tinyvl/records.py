@@ -131,7 +131,7 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
     languages = [
         key
         for key, value in entry.items()
-        if re.fullmatch("[a-z][a-z]", key) and isinstance(value, list) and key != "id"
+        if len(key) == 2 and isinstance(value, list) and key.islower() and key.isalpha()
     ]
     if languages and not {"captions", "caption", "question", "label"} & entry.keys():
         for lang in languages:
