@@ -332,15 +332,16 @@ def contrastive_loss(
     Args:
         images, texts: unit vectors (I, d) and (B, d).
         rows: (B,) the image of each text.
-        keys: (I,) equal where two images are the same picture. Such images, and texts of the same
-            picture, are not counted among each other's negatives.
+        keys: (I,) equal where two images are the same picture. A picture counts once, however
+            often it is in the batch, and its texts are not each other's negatives.
     """
-    scores = texts @ images.T / temperature  # (B, I)
-    picture = keys[rows]  # (B,)
     own = torch.arange(len(rows), device=rows.device)
-    twins = picture[:, None] == keys  # (B, I)
-    twins[own, rows] = False
-    text_to_image = F.cross_entropy(scores.masked_fill(twins, -torch.inf), rows)
+    picture = keys[rows]  # (B,)
+    scores = texts @ images.T / temperature  # (B, I)
+    others = scores - (keys[:, None] == keys).sum(0).log()  # copies share one picture's weight
+    others = others.masked_fill(picture[:, None] == keys, -torch.inf)
+    others[own, rows] = scores[own, rows]
+    text_to_image = F.cross_entropy(others, rows)
     twins = picture[:, None] == picture  # (B, B)
     twins[own, own] = False
     pairs = scores.T[rows]  # (B, B): the image of each pair against all texts
