@@ -248,15 +248,8 @@ def checkpoint(name: str, task: str) -> dict[str, str]:
     return {"method": config.get("method"), **parts, "sha256": digest}
 
 
-def load(name: str, place: Place, task: str, ability: str) -> Any:
-    """The model, which must have the method ``ability``."""
-    model = models.load(name, task=task, device=place.device, precision=place.precision)
-    if not hasattr(model, ability):
-        lacks = {"answer": "answer questions", "embed_images": "embed pictures"}.get(
-            ability, ability
-        )
-        raise UserError(f"{name}: this model does not {lacks}; name one that does.", 2)
-    return model
+def load(name: str, place: Place, task: str) -> Any:
+    return models.load(name, task=task, device=place.device, precision=place.precision)
 
 
 def described(
@@ -345,7 +338,9 @@ def run(
         checkpoint=checkpoint(name, "caption"), decoding=vars(style), shuffled=shuffle,
         precision=models.precision_name(place.precision), tinyvl=__version__,
     )  # fmt: skip
-    model = load(name, place, "caption", "answer" if kind == "vqa" else "caption")
+    model = load(name, place, "caption")
+    if kind == "vqa" and not hasattr(model, "answer"):
+        raise UserError(f"{name}: this model does not answer questions; name one that does.", 2)
     log = files.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:

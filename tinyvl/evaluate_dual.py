@@ -116,7 +116,7 @@ def run_retrieval(
         protocol=protocol, checkpoint=checkpoint(name, "retrieve"),
         precision=models.precision_name(place.precision),
     )  # fmt: skip
-    model = load(name, place, "retrieve", "embed_images")
+    model = load(name, place, "retrieve")
     log = files.Log(out, head)
     seen: dict[str, Tensor] = {}
 
@@ -274,7 +274,7 @@ def run_zeroshot(
         classes=len(called), checkpoint=checkpoint(name, "retrieve"),
         precision=models.precision_name(place.precision),
     )  # fmt: skip
-    model = load(name, place, "retrieve", "embed_images")
+    model = load(name, place, "retrieve")
     log = files.Log(out, head, resume=resume)
     embed_texts = lambda texts: halved(model.embed_texts, texts)  # noqa: E731
     words = metrics.class_embeddings(embed_texts, list(called.values()), templates)  # (C, d)
