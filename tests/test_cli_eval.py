@@ -197,7 +197,7 @@ def test_mistakes_are_one_sentence(home, args, said):
 def test_tables_on_a_terminal(capsys):
     report = {
         "task": "retrieval", "model": "m", "data": "d.jsonl", "split": None,
-        "metrics": {"TR@1": 0.25, "IR@1": None}, "chance": {"TR@1": 0.01, "IR@1": 0.02},
+        "metrics": {"TR@1": 0.25, "IR@1": 0.5}, "chance": {"TR@1": 0.01, "IR@1": 0.02},
         "groups": {
             "language": {"de": {"items": 5, "TR@1": 0.125, "IR@1": 0.5}},
             "class": {str(i): {"items": 1, "TR@1": 0.0} for i in range(1000)},
@@ -209,6 +209,7 @@ def test_tables_on_a_terminal(capsys):
     for text in ("d.jsonl", "0.2500", "chance", "0.0200", "de", "0.1250", "1000 rows", "lilt"):
         assert text in drawn, text
     assert "999" not in drawn
+    assert max(map(len, drawn.splitlines())) <= 80
     interval = {"value": 0.1, "low": -0.05, "high": 0.2}
     compared = report | {
         "predictions": "b", "baseline": {"predictions": "a", "metrics": {"TR@1": 0.15}},
@@ -216,5 +217,5 @@ def test_tables_on_a_terminal(capsys):
     }  # fmt: skip
     cli_eval.draw(compared)
     drawn = capsys.readouterr().out
-    for text in ("difference", "95 %", "-0.0500", "0.1500"):
+    for text in ("B - A", "95 %", "-0.0500", "0.1500", "A: a", "B: b"):
         assert text in drawn, text

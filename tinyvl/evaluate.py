@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -206,18 +207,22 @@ def score_answers(records: list[Record], texts: dict[str, str]) -> Scores:
         items["accuracy"].append(official(answer, known))
         items["strict_accuracy"].append(metrics.strict_accuracy(answer, known))
 
-    def average(rows: Sequence[int]) -> dict[str, float]:
-        return {name: sum(values[i] for i in rows) / len(rows) for name, values in items.items()}
-
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    groups = {}
     for kind in ("question_type", "answer_type"):
-        parts: dict[str, list[int]] = {}
-        for i, record in enumerate(records):
-            if (name := getattr(record, kind)) is not None:
-                parts.setdefault(name, []).append(i)
+        types = [getattr(record, kind) for record in records]
+        means = {name: metrics.by_type(values, types) for name, values in items.items()}
+        counts = Counter(types)
+        parts = {
+            name: {
+                "items": counts[name],
+                **{metric: values[name] for metric, values in means.items()},
+            }
+            for name in means["accuracy"]
+        }
         if parts:
-            groups[kind] = {n: {"items": len(rows), **average(rows)} for n, rows in parts.items()}
-    return Scores(average(range(len(records))), bootstrap.mean_of(items), groups)
+            groups[kind] = parts
+    whole = {name: sum(values) / len(values) for name, values in items.items()}
+    return Scores(whole, bootstrap.mean_of(items), groups)
 
 
 def task_of(name: str, scoring: Scoring | None = None) -> Task:
