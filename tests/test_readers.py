@@ -110,6 +110,16 @@ def test_other_suffixes_of_the_same_kind_will_do(tmp_path):
     ]
 
 
+def test_what_the_system_refuses_is_one_sentence(tmp_path):
+    path, _ = xtd10(tmp_path)
+    (path / "test_image_names.txt").unlink()
+    (path / "test_image_names.txt").mkdir()
+    with pytest.raises(
+        UserError, match=r"test_image_names\.txt: cannot be read \(Is a directory\)"
+    ):
+        data.read(path)
+
+
 def test_results_are_no_data_set(tmp_path):
     path = write_json(tmp_path / "results.json", [{"image_id": 1, "caption": "a dog"}])
     with pytest.raises(UserError, match=r"holds results, .* --predictions"):

@@ -132,7 +132,7 @@ def _numbers(values: list[int]) -> dict[str, float]:
         "min": values[0],
         "median": values[len(values) // 2],
         "mean": round(statistics.fmean(values), 2),
-        "95%": values[int(0.95 * (len(values) - 1))],
+        "p95": values[int(0.95 * (len(values) - 1))],
         "max": values[-1],
     }
 
@@ -142,7 +142,7 @@ def _numbers(values: list[int]) -> dict[str, float]:
 
 def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
     """Blank texts, captions and answers that others have and these lack, repeated question ids."""
-    captioned = {record.modality for record in records if record.captions}
+    captioned = {(record.modality, record.split) for record in records if record.captions}
     answered = {record.split for record in records if any(map(str.strip, record.answers))}
     ids: set[tuple[str | None, str]] = set()
     for record in records:
@@ -155,7 +155,7 @@ def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
                 yield found("blank caption", f"caption {i + 1} of {len(record.captions)} is blank")
         if record.question is None:
             bare = not record.captions and record.label is None
-            if bare and record.modality in captioned:
+            if bare and (record.modality, record.split) in captioned:
                 yield found("no caption", "has no caption, and others have")
             continue
         if not record.question.strip():

@@ -72,7 +72,7 @@ def check_data(
 
 def show(report: dict[str, Any]) -> None:
     """The report as tables on a terminal, and elsewhere as name<TAB>value lines."""
-    rows = [("format", ", ".join(dict.fromkeys(entry["format"] for entry in report["data"])))]
+    rows = [("data", f"{entry['path']} ({entry['format']})") for entry in report["data"]]
     rows.append(("records", f"{report['records']:,}"))
     rows += [(f"{kind} files", f"{n:,}") for kind, n in report["files"].items()]
     rows += [(name, listed(report[name])) for name in ("langs", "domains") if name in report]
@@ -96,7 +96,7 @@ def show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     columns = ("files", "records", "captions", "questions")
-    table = Table("split", title=", ".join(entry["path"] for entry in report["data"]))
+    table = Table("split")
     for column in columns:
         table.add_column(column, justify="right")
     for name, split in report["splits"].items():

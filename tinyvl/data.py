@@ -14,7 +14,7 @@ import numpy as np
 from tinyvl import UserError
 from tinyvl.formats import EITHER, FOLDERS, LINKS, OWN, READERS, recognise
 from tinyvl.locate import locate, locate_own
-from tinyvl.records import Record
+from tinyvl.records import Record, readable
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def read(
     if format is None:
         path, format = recognise(path)
     check_format(path, format)
-    records = list(READERS[format](path))
+    with readable(path):
+        records = list(READERS[format](path))
     if not records:
         raise UserError(f"{path} holds no {'pictures' if format in FOLDERS else 'records'}")
     if not blank:

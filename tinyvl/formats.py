@@ -53,7 +53,7 @@ from tinyvl.readers_av import (
 )
 from tinyvl.readers_folder import is_classes, read_classes, read_folder, read_webdataset
 from tinyvl.readers_vqa import DAQUAR, partners, read_daquar, read_gqa, read_vqa
-from tinyvl.records import Record
+from tinyvl.records import Record, readable
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     "jsonl": read_jsonl,
@@ -96,9 +96,10 @@ def recognise(path: Path) -> tuple[Path, str]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.is_dir():
-        return _in_folder(path)
-    format = sniff(path) or ("jsonl" if path.suffix == ".jsonl" else None)
+    with readable(path):
+        if path.is_dir():
+            return _in_folder(path)
+        format = sniff(path) or ("jsonl" if path.suffix == ".jsonl" else None)
     if format == "results":
         raise UserError(
             f"{path} holds results, not a data set: score it with "

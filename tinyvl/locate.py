@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -86,22 +86,22 @@ def locate(
     home = path if path.is_dir() else path.parent
     bases = [home.absolute(), home.absolute().parent] if images is None else [images.absolute()]
     finder = Finder(bases)
-    first = next((f for record in records if (f := finder.folder_of(record))), None)
+    first = finder.settle(records)
     if first is None and required:
-        where = f"{images or home}" + (" or the usual folders near it")
+        where = f"{home} or the usual folders near it" if images is None else f"{images}"
         raise _nowhere(records[0], path, where)
     found, missing = [], []
     for record in records:
-        place = finder.find(record, first)
-        if place is None:
+        file = None if first is None else finder.find(record)
+        if file is None:
             missing.append(record)
-            record.path = os.path.normpath(
-                os.path.join(first or bases[0], record.path.split(OR)[0])
-            )
+            name = record.path.split(OR)[0]
+            file = os.path.normpath(os.path.join(first or bases[0], name))
+            if not drop:
+                found.append(record)
         else:
-            record.path = place
-        if place is not None or not drop:
             found.append(record)
+        record.path = file
     if missing and first is not None:
         log.warning(
             "%s: %s %d of %d %s: not there, the first is %s",
@@ -124,55 +124,56 @@ class Finder:
 
     def __init__(self, bases: Sequence[Path]):
         self.bases = bases
-        self.folders: dict[str, list[str]] = {}  # by modality: those that exist
+        self.places: dict[str, list[str]] = {}  # by modality: the folders that exist
         self.listings: dict[str, dict[str | tuple[str, str], str]] = {}
 
+    def settle(self, records: Iterable[Record]) -> str | None:
+        """The folder of the first file that is found: others are looked for there first."""
+        for record in records:
+            places = self._places(record.modality)
+            for place in places:
+                if self._in([place], record):
+                    places.remove(place)
+                    places.insert(0, place)
+                    return place
+        return None
+
+    def find(self, record: Record) -> str | None:
+        """A record's file, or None."""
+        return self._in(self._places(record.modality), record)
+
     def _places(self, modality: str) -> list[str]:
-        if modality not in self.folders:
+        if modality not in self.places:
             places = [os.path.join(b, name) for b in self.bases for name in FOLDERS[modality]]
-            self.folders[modality] = [
-                place
-                for place in dict.fromkeys(map(os.path.normpath, places))
-                if os.path.isdir(place)
-            ]
-        return self.folders[modality]
+            places = dict.fromkeys(map(os.path.normpath, places))
+            self.places[modality] = [place for place in places if os.path.isdir(place)]
+        return self.places[modality]
 
-    def folder_of(self, record: Record) -> str | None:
-        """The first of the usual folders that has a record's file."""
-        places = self._places(record.modality)
-        return next((place for place in places if self._in(place, record)), None)
-
-    def find(self, record: Record, first: str | None) -> str | None:
-        """A record's file, looked for in ``first`` before all others."""
-        if first is None:
-            return None
-        places = self._places(record.modality)
-        return self._in(first, record) or next(
-            (file for place in places if (file := self._in(place, record))), None
-        )
-
-    def _in(self, place: str, record: Record) -> str | None:
-        modality = record.modality
+    def _in(self, places: list[str], record: Record) -> str | None:
+        modality, names = record.modality, []
         for name in record.path.split(OR):
-            folder, base = os.path.split(os.path.join(place, name))
-            listing = self._listing(folder)
+            head, base = os.path.split(name)
             stem, suffix = os.path.splitext(base)
-            other = stem if KIND_OF.get(suffix.lower()) == modality else base
-            if file := listing.get(base) or listing.get((modality, other)):
-                return os.path.normpath(os.path.join(folder, file))
+            own = KIND_OF.get(suffix.lower()) == modality
+            names.append((head, base, (modality, stem if own else base)))
+        for place in places:
+            for head, base, key in names:
+                folder = os.path.join(place, head) if head else place
+                listing = self.listings.get(folder) or self._listing(folder)
+                if file := listing.get(base) or listing.get(key):
+                    return os.path.normpath(os.path.join(folder, file))
         return None
 
     def _listing(self, folder: str) -> dict[str | tuple[str, str], str]:
         """The names in a folder, by themselves and by (kind of file, name without suffix)."""
-        if folder not in self.listings:
-            try:
-                names = sorted(os.listdir(folder))
-            except OSError:
-                names = []
-            listing: dict[str | tuple[str, str], str] = {name: name for name in names}
-            for name in names:
-                stem, suffix = os.path.splitext(name)
-                if kind := KIND_OF.get(suffix.lower()):
-                    listing.setdefault((kind, stem), name)
-            self.listings[folder] = listing
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError:
+            names = []
+        listing: dict[str | tuple[str, str], str] = {"": ""}
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if kind := KIND_OF.get(suffix.lower()):
+                listing.setdefault((kind, stem), name)
+        self.listings[folder] = listing | {name: name for name in names}
         return self.listings[folder]

@@ -117,10 +117,11 @@ def _class_names(path: Path, folders: set[str]) -> dict[str, str]:
         if file.suffix == ".json":
             document = json_document(file)
             pairs = document.items() if isinstance(document, dict) else ()
-            pairs = [pair if isinstance(pair[1], str) else pair[1] for pair in pairs]
+            pairs = [pair[1] if isinstance(pair[1], list) else list(pair) for pair in pairs]
         else:
             pairs = [line.split(None, 1) for _, line in text_lines(file)]
-        known = {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and pair[0] in folders}
+        pairs = [pair for pair in pairs if len(pair) == 2 and isinstance(pair[1], str)]
+        known = {name: called for name, called in pairs if name in folders}
         if not folders <= known.keys():
             continue
         # A class must stay one: ImageNet has two cranes, and two maillots.

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,15 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
 
 
 # ------------------------------------------------------------------------------ fields of a file
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What the system refuses while a data set is read becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
