@@ -240,30 +240,27 @@ def bleu_scores(statistics: np.ndarray) -> np.ndarray:
     return bleu * brevity[..., None]
 
 
-# METEOR 1.5's parameters for English (its "rank" task): alpha, beta, gamma, delta, and the
-# weights of exact, stem, synonym and paraphrase matches.
+# METEOR 1.5's parameters for English (its "rank" task), and the weights of exact, stem, synonym
+# and paraphrase matches.
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 STAGES = np.array([1.0, 0.6, 0.8, 0.6])
 
 
 def meteor_score(statistics: np.ndarray) -> np.ndarray:
-    """(..., 23) sums of METEOR's statistics -> (...) scores (Denkowski & Lavie 2014, eq. 1-5).
+    """(..., 23) sums of METEOR's statistics -> (...) scores (Denkowski & Lavie 2014, section 3).
 
-    The columns: hypothesis and reference length, their function words, for each of four stages
-    the content words matched in hypothesis and reference and the function words matched in
-    both, chunks, and the words matched in both.
+    The columns, in pairs of hypothesis and reference: words, function words; for each of the four
+    stages the content words and the function words matched; then chunks (one column), and the
+    words matched.
     """
-    length, content = statistics[..., :2], statistics[..., :2] - statistics[..., 2:4]
-    stages = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)  # content | function
-    weighted = np.einsum("s,...sft->...ft", STAGES, stages)  # function or content, then text
-    matched = DELTA * weighted[..., 0, :] + (1 - DELTA) * weighted[..., 1, :]
-    chunks, words = statistics[..., 20], statistics[..., 21:].mean(-1)
+    words, function = statistics[..., :2], statistics[..., 2:4]
+    stages = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)
+    matched = np.einsum("s,...sft->...ft", STAGES, stages)  # content | function, hyp | ref
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = matched / (DELTA * content + (1 - DELTA) * statistics[..., 2:4])
-        precision, recall = share[..., 0], share[..., 1]
-        mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
-        perfect = (stages.sum((-3, -2)) == length).all(-1) & (chunks == 1)
-        fragments = np.where(perfect, 0.0, chunks / words)
+        share = DELTA * matched[..., 0, :] + (1 - DELTA) * matched[..., 1, :]
+        share = share / (DELTA * (words - function) + (1 - DELTA) * function)
+        mean = 1 / ((1 - ALPHA) / share[..., 0] + ALPHA / share[..., 1])  # precision, recall
+        fragments = statistics[..., 20] / statistics[..., 21:].mean(-1)
         score = mean * (1 - GAMMA * fragments**BETA)
     return np.maximum(np.nan_to_num(score, nan=0.0), 0.0)
 

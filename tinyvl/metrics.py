@@ -134,6 +134,8 @@ def ranks(
     depend on ``block`` (images, texts), the largest part of the matrix that is ever in memory.
     An image without captions has rank M.
     """
+    if images.device.type == "mps":  # has no double precision
+        images, texts = images.cpu(), None if texts is None else texts.cpu()
     owner = torch.as_tensor(image_of_text, dtype=torch.long, device=images.device)
     count, captions = len(images), len(owner)
     check_pairs(images, texts, owner)
@@ -169,10 +171,11 @@ def blocks(length: int, size: int) -> Iterator[slice]:
 
 def check_pairs(images: Tensor, texts: Tensor | None, owner: Tensor) -> None:
     columns = images.shape[1] if texts is None else len(texts)
-    if len(owner) != columns or not len(owner):
-        raise UserError(f"{columns} texts and {len(owner)} images to go with them.")
-    if int(owner.min()) < 0 or int(owner.max()) >= len(images):
-        raise UserError(f"A text belongs to image {int(owner.max())} of {len(images)}.")
+    if len(owner) != columns or not columns:
+        raise UserError(f"There are {columns} texts, and an image is named for {len(owner)}.")
+    wrong = owner[(owner < 0) | (owner >= len(images))]
+    if len(wrong):
+        raise UserError(f"A text belongs to image {int(wrong[0])}; there are {len(images)}.")
 
 
 def recall(
