@@ -336,8 +336,10 @@ def run(
     pictures_only(records)
     if kind == "caption" and scored:
         metrics.plan_captions(**vars(scoring))  # before the long run
-    paths = swapped(records) if shuffle else [record.path for record in records]
-    shown = {record.id: path for record, path in zip(records, paths, strict=True)}
+    shown = {record.id: record.path for record in records}
+    if shuffle:  # among all of the part, so that a greater --limit swaps them the same
+        part = choose(everything, replace(source, limit=None), split)
+        shown = {record.id: path for record, path in zip(part, swapped(part), strict=True)}
     head = described(
         kind, name, source, split,
         checkpoint=checkpoint(name, "caption"), decoding=vars(style), shuffled=shuffle,
