@@ -8,8 +8,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_train
-from tinyvl.cli_options import Device, Model, Precision, Workers, load_model
+from tinyvl import UserError, __version__, cli_features, cli_train
+from tinyvl.cli_options import Device, Features, Model, Precision, Workers, load_model
 
 app = typer.Typer(
     name="tinyvl",
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_train.app, name="train")
+app.command("features")(cli_features.features)
 
 
 @app.callback(invoke_without_command=True)
@@ -66,28 +67,39 @@ def caption(
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
     ] = False,
+    features: Features = None,
     device: Device = None,
     precision: Precision = None,
     workers: Workers = None,
 ) -> None:
-    """Caption pictures: a line each, path<TAB>caption where there are several."""
+    """Caption pictures: a line each, path<TAB>caption where there are several.
+
+    With --features DIR pictures are read there, neither decoded nor encoded; without inputs, all
+    that are there.
+    """
     if sample and temperature <= 0:
         raise UserError(
             "--temperature is above 0; for the likeliest caption leave out --sample.", 2
         )
     if not 0 < top_p <= 1:
         raise UserError("--top-p is above 0 and at most 1.", 2)
-    if not inputs:
+    if not inputs and features is None:
         if sys.stdin.isatty():
             raise UserError("Name pictures or folders, or pipe their paths in.", 2)
         inputs = ["-"]
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
-    from tinyvl import generate, media
+    from tinyvl import generate, media, models
 
+    inputs = inputs or []
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
     paths = media.expand(inputs, sys.stdin, null=null)
-    stream, done = sys.stdout, set()
+    stream, done, store = sys.stdout, set(), None
+    if features is not None:
+        from tinyvl.features import open_store
+
+        store = open_store(features, models.read_config(models.checkpoint_folder(model))["vision"])
+        paths = paths if inputs else iter([entry.path for entry in store.entries])
     loaded = load_model(model, device, precision)
     if out is not None:
         stream, done = generate.open_output(out, resume)
@@ -96,7 +108,9 @@ def caption(
     if sample:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     style = generate.Style(beams, max_tokens, length_penalty, not late, sampling)
-    results = generate.captions(loaded, paths, style=style, batch=batch, workers=workers)
+    results = generate.captions(
+        loaded, paths, style=style, batch=batch, workers=workers, store=store
+    )
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tinyvl import UserError, media
 from tinyvl.captioner import Captioner
+from tinyvl.features import FeatureStore
 
 
 @dataclass
@@ -38,14 +39,21 @@ def captions(
     style: Style,
     batch: int = 16,
     workers: int | None = None,
+    store: FeatureStore | None = None,
 ) -> Iterator[tuple[str, str | UserError, float]]:
     """(path, caption or what is wrong with the file, mean log-probability), in order.
 
     Pictures are decoded ahead in worker processes. What has come is captioned at once: a slow
-    producer at the other end of a pipe makes small batches, not waiting.
+    producer at the other end of a pipe makes small batches, not waiting. With a ``store`` nothing
+    is decoded: the pictures are an encoder's tokens from there.
     """
     encoder = model.encoder
-    decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
+    if store is not None:
+        decoded = stored(store, paths)
+    else:
+        decoded = media.decode_images(
+            paths, encoder.transform(), target=encoder.size, workers=workers
+        )
     for group in gathered(decoded, batch):
         good = [(path, picture) for path, picture in group if isinstance(picture, Tensor)]
         found = iter(run(model, good, style))
@@ -54,6 +62,18 @@ def captions(
                 yield path, *next(found)
             else:
                 yield path, picture, 0.0
+
+
+def stored(store: FeatureStore, paths: Iterable[str]) -> Iterator[tuple[str, Tensor | UserError]]:
+    """The tokens (S, D) of each path, or why there are none."""
+    for path in paths:
+        entry = store.find(os.path.abspath(path))
+        if entry is None:
+            yield path, UserError(f"{path}: not in {store.folder}, or changed since.")
+        elif entry.row is None:
+            yield path, UserError(entry.error)
+        else:
+            yield path, store.tokens([entry.row])[0]
 
 
 def run(
