@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,30 @@ def test_what_tinyvl_caption_writes_is_scored(home, tmp_path):
     found = invoke("caption", "--predictions", made, home / "all.jsonl", "--metrics", "CIDEr")
     ran = invoke("caption", home / "captioner", home / "all.jsonl", *CAPTION)
     assert found["metrics"]["CIDEr"] == pytest.approx(ran["metrics"]["CIDEr"], abs=1e-12)
+
+
+def test_features_stand_in_for_pictures_that_are_not_there(home, tmp_path):
+    data = tmp_path / "few.jsonl"
+    data.write_text((home / "few.jsonl").read_text())
+    shutil.copytree(home / "photos", tmp_path / "photos")
+    ran = invoke("caption", home / "captioner", data, "-o", tmp_path / "with", *CAPTION)
+    args = ["features", data, "--vision", home / "captioner/vision", "--fit", "squash"]
+    args += ["--what", "tokens", "-o", tmp_path / "features", *QUICK]
+    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(tmp_path / "photos")
+    args = ("--features", tmp_path / "features", "-o", tmp_path / "without")
+    found = invoke("caption", home / "captioner", data, *args, *CAPTION)
+    assert (found["items"], found["failed"]) == (6, 0)
+    assert found["features"] == str(tmp_path / "features")
+    assert ran["features"] is None
+    both = [
+        [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").open()]
+        for name in ("with", "without")
+    ]
+    for one, other in zip(*both, strict=True):  # fp16 on disk
+        assert one["caption"] == other["caption"]
+        assert one["score"] == pytest.approx(other["score"], abs=0.01)
 
 
 def test_a_run_killed_by_kill_9_goes_on_to_the_same_result(home, tmp_path):

@@ -11,6 +11,7 @@ from tinyvl import UserError
 from tinyvl.cli_options import (
     Beams,
     Device,
+    Features,
     LateStopping,
     LengthPenalty,
     Precision,
@@ -146,6 +147,7 @@ def caption(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    features: Features = None,
     batch: Batch = 16,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -162,7 +164,9 @@ def caption(
     {id | image_id | path | image, caption}, or COCO results.
     """
     names = [name.strip() for name in metrics.split(",")] if metrics else None
-    made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
+    made = check_files(
+        predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
+    )
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
     from tinyvl import evaluate, evaluate_files
 
@@ -177,7 +181,7 @@ def caption(
     else:
         report = evaluate.run(
             "caption", model, source, style=how, scoring=scoring, out=out, resume=resume,
-            shuffle=shuffle, results=results,
+            shuffle=shuffle, results=results, features=features,
             place=evaluate.place(device, precision, batch, workers, quiet),
         )  # fmt: skip
     show(report, as_json)
@@ -209,6 +213,7 @@ def vqa(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    features: Features = None,
     batch: Batch = 16,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -224,7 +229,9 @@ def vqa(
     tinyvl eval vqa --predictions FILE DATA    scores answers made elsewhere: JSON Lines of
     {question_id | id | path and question, answer}, or a VQA results file.
     """
-    made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
+    made = check_files(
+        predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
+    )
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
     from tinyvl import evaluate, evaluate_files
 
@@ -237,7 +244,8 @@ def vqa(
     else:
         report = evaluate.run(
             "vqa", model, source, style=how, out=out, resume=resume, shuffle=shuffle,
-            results=results, place=evaluate.place(device, precision, batch, workers, quiet),
+            results=results, features=features,
+            place=evaluate.place(device, precision, batch, workers, quiet),
         )  # fmt: skip
     show(report, as_json)
 
@@ -386,14 +394,16 @@ def check_files(
     out: Path | None,
     resume: bool,
     results: Path | None,
-    shuffle: bool,
+    model_only: bool,
 ) -> bool:
     """Is it predictions made elsewhere that are scored? Options that do not fit are refused."""
     if predictions and compare:
         raise UserError("--predictions scores each, --compare two: give one of them.", 2)
     if predictions or compare:
-        if out or resume or shuffle:
-            raise UserError("--out, --resume and --shuffle-images are for running a model.", 2)
+        if out or resume or model_only:
+            raise UserError(
+                "--out, --resume, --features and --shuffle-images are for running a model.", 2
+            )
         if results and (compare or len(predictions or ()) > 1):
             raise UserError("--results writes one set of predictions: give one.", 2)
         return True
