@@ -463,7 +463,9 @@ def run_spice(tmp_path, monkeypatch, version: str, **engine):
     assert path[0] == jvm.jar("spice", "spice-1.0.jar")
     assert {str(jars / name) for name in os.listdir(jars)} == set(path[1:])
     assert arguments[arguments.index("-cache") + 1] == str(tmp_path / "cache" / "spice")
-    assert "-Xmx8G" in arguments
+    assert {"-Xmx8G", "-Duser.language=en", "-Duser.country=US"} <= set(
+        arguments
+    )  # 0.133, not 0,133
     assert "-silent" not in arguments
     cider, spice = scores.metrics["CIDEr"], scores.metrics["SPICE"]
     assert scores.metrics["SPIDEr"] == pytest.approx((cider + spice) / 2)
