@@ -15,7 +15,8 @@ from PIL import Image
 from tiny import write_captioner, write_text, write_vision
 from typer.testing import CliRunner
 
-from tinyvl import UserError, cli, cli_eval, models
+from tinyvl import UserError, cli, models
+from tinyvl.report import draw
 
 TEXTS = ["a red dog runs", "two cats sleep", "the sky is blue", "a cat is red"]
 SLOW = 40  # pictures of the run that is killed
@@ -229,7 +230,7 @@ def test_tables_on_a_terminal(capsys):
         },
         "checkpoint": {"method": "lilt"}, "seconds": 1.5,
     }  # fmt: skip
-    cli_eval.draw(report)
+    draw(report)
     drawn = capsys.readouterr().out
     for text in ("d.jsonl", "0.2500", "chance", "0.0200", "de", "0.1250", "1000 rows", "lilt"):
         assert text in drawn, text
@@ -240,7 +241,7 @@ def test_tables_on_a_terminal(capsys):
         "predictions": "b", "baseline": {"predictions": "a", "metrics": {"TR@1": 0.15}},
         "difference": {"TR@1": interval}, "groups": {},
     }  # fmt: skip
-    cli_eval.draw(compared)
+    draw(compared)
     drawn = capsys.readouterr().out
     for text in ("B - A", "95 %", "-0.0500", "0.1500", "A: a", "B: b"):
         assert text in drawn, text

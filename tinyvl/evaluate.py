@@ -1,9 +1,9 @@
 """A model that writes, over a data set: predictions, scores, one report.
 
-`run` makes captions or answers and scores them, `score_files` scores those made elsewhere,
-`compare_files` puts two side by side. Each gives a report, one JSON object
-``{task, model, data, metrics, ...}`` that says what was run and what came out. Metrics are
-fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.
+`run` makes captions or answers and scores them; `evaluate_files` scores those made elsewhere, and
+`evaluate_dual` models that embed. A report is one JSON object ``{task, model, data, metrics, ...}``
+that says what was run and what came out. Metrics are fractions; CIDEr's and SPIDEr's 1.0 is the
+papers' 100.
 """
 
 import hashlib
