@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Precision, Workers, given, local
+from tinyvl.cli_options import Device, Features, Precision, Workers, given, local
 
 app = typer.Typer(no_args_is_help=True, help="Train a method's modules on your data.")
 
@@ -81,6 +81,7 @@ def train_itune(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Encode pictures anew in each epoch.")
     ] = False,
+    features: Features = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     device: Device = None,
     precision: Precision = None,
@@ -96,7 +97,7 @@ def train_itune(
 
     from tinyvl import models, train
 
-    row = models.preset(preset)
+    row = models.preset(preset, "itune")
     recipe = {
         "epochs": epochs, "batch": batch, "rate": rate, "warmup": warmup,
         "weight_decay": weight_decay,
@@ -105,7 +106,7 @@ def train_itune(
     if lm is not None and drop is None:
         options.pop("drop", None)  # a preset's layers are counted for its own decoder
     parts = {
-        "decoder": local(lm or row.decoder),
+        "language": local(lm or row.language),
         "vision": local(vision or row.vision),
         "fit": fit or row.fit,
         "prompt": prompt or "",
@@ -148,6 +149,7 @@ def train_itune(
         micro=micro_batch,
         checkpointing=checkpointing,
         cache=not no_cache,
+        features=features,
         resume=resume,
         save_every=save_every,
         validate_every=validate_every,

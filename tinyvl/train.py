@@ -17,6 +17,7 @@ import torch
 
 from tinyvl import UserError, __version__, data, models
 from tinyvl.captioner import Batch, Captioner
+from tinyvl.features import open_store
 from tinyvl.feed import Group, Pictures, TextStates, batches, groups_of, load_records, prepare
 from tinyvl.job import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
 
@@ -35,6 +36,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     """Trains a captioner, -> a summary. Leaves a checkpoint folder in ``run.out``."""
     keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
+    check_features(job, run)
     state = open_run(settings, run)
     train_records, val_records = load_records(job)
     torch.manual_seed(job.seed)
@@ -43,12 +45,18 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         config = models.read_config(source)
     else:
         config = models.new_config(
-            job.method, job.decoder, job.vision, fit=job.fit, prompt=job.prompt, options=job.options
+            job.method,
+            job.language,
+            job.vision,
+            fit=job.fit,
+            prompt=job.prompt,
+            options=job.options,
         )
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:
         config = models.read_config(run.out)  # the backbones it was started with
-    else:
+    store = open_store(run.features, config["vision"]) if run.features else None
+    if state is None:
         models.save_config(run.out, config)
     precision = models.choose_precision(job.precision, run.device)
     model = models.build(config, device=run.device, precision=precision)
@@ -59,8 +67,8 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     assert all(model.trainable(n) for n in parameters)
 
     with stopping(run):
-        pictures = Pictures(train_records, model, run, "train", job.views, job.seed)
-        val_pictures = Pictures(val_records[:1000], model, run, "val")
+        pictures = Pictures(train_records, model, run, "train", job.views, job.seed, store)
+        val_pictures = Pictures(val_records[:1000], model, run, "val", store=store)
         tokens = prepare(train_records, model, job)
         for i in pictures.bad:
             tokens[i] = []
@@ -194,6 +202,25 @@ def accumulate(
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             say(run, f"out of memory: going on with micro-batches cut into {pieces}")
+
+
+def check_features(job: Job, run: Run) -> None:
+    """Refuses what goes against reading a finished cache."""
+    if run.features is None:
+        return
+    if job.views > 1:
+        raise UserError("--features has one view of each picture: leave out --views.", 2)
+    if not run.cache:
+        raise UserError("--features and --no-cache contradict each other: leave out one.", 2)
+    if (run.out / "features").absolute() in (
+        run.features.absolute(),
+        *run.features.absolute().parents,
+    ):
+        raise UserError(
+            f"{run.features} is where the run keeps its own, and clears it: keep features "
+            "outside of --out.",
+            2,
+        )
 
 
 def open_run(settings: dict[str, Any], run: Run) -> dict[str, Any] | None:
