@@ -116,9 +116,10 @@ def encode(
 ) -> Iterator[tuple[list[str | None], dict[str, Tensor]]]:
     """Blocks of decoded pictures: what is wrong with each, and the tensors of the good ones.
 
-    From a GPU the results come one block late, so that it computes the next one meanwhile.
+    The results come one block late: a GPU computes the next one while they are copied and kept.
     """
-    gpu = encoder.mean.device.type == "cuda"
+    device = encoder.mean.device
+    gpu = device.type == "cuda"
     late: tuple[list[str | None], dict[str, Tensor], Any] | None = None
     for size in sizes:
         found = [picture for _, picture in islice(decoded, size)]
@@ -132,13 +133,10 @@ def encode(
                 name: part.to(dtype).contiguous().to("cpu", non_blocking=gpu)
                 for name, part in parts_of(seen, what).items()
             }
-            done = torch.cuda.current_stream().record_event() if gpu else None
+            done = torch.cuda.current_stream(device).record_event() if gpu else None
         if late:
             yield settled(late)
         late = errors, parts, done
-        if not gpu:
-            yield settled(late)
-            late = None
     if late:
         yield settled(late)
 
