@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +21,19 @@ from tinyvl.data import tidy
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 
 class Text:
-    """A tokenizer with the decoder's begin and end: text <-> ids."""
+    """A `tokenizers.Tokenizer` with the decoder's begin and end: text <-> ids."""
 
-    def __init__(self, tokenizer, bos: int, eos: int):
+    def __init__(self, tokenizer: "Tokenizer", bos: int, eos: int):
         self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of the bare texts, without begin and end."""
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """One line of text: line breaks a model may produce become spaces."""

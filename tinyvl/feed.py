@@ -34,11 +34,11 @@ def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
             if path == job.val and not any(r.split in wanted for r in records):
                 wanted = {r.split for r in records}  # a file of its own is taken whole
             records = [r for r in records if r.split in wanted]
-        return [r for r in records if r.captions]
+        return [r for r in records if r.captions and r.image]
 
     train, val = read(job.data, "train"), read(job.val or job.data, "val")
     if not train:
-        raise UserError(f"{job.data}: no record with a caption to train on.", 2)
+        raise UserError(f"{job.data}: no picture with a caption to train on.", 2)
     if not job.val and (not val or val == train):  # no validation part of its own
         train, val = data.hold_out(train, seed=job.seed)
     if job.limit and job.method == "lilt":
