@@ -90,9 +90,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         with bar("training", steps, run, start=step) as advance:
             epoch, source = None, iter(())
             while step < steps:
-                if (
-                    epoch != step // feed.steps_per_epoch
-                ):  # anew, or resumed
+                if epoch != step // feed.steps_per_epoch:  # anew, or resumed
                     epoch, behind = divmod(step, feed.steps_per_epoch)
                     source = feed.steps(epoch, behind)
                 rate = lr_at(step, steps, job.recipe)
