@@ -23,7 +23,7 @@ one transformer block over the map's cells, projected to a width of choice.
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,7 @@ class Tuning:
 
     adapter: str = "none"  # ADAPTERS
     unlock: str = "none"  # UNLOCKS: of the pretrained parameters
-    layers: tuple[int, int] | None = None  # unlock only in these, first and last (Figure 5)
+    layers: tuple[int, int] | None = None  # unlock only in first..last; -1 is the deepest (Fig. 5)
     pool: str | None = None  # "token", "mean"; None: the paper's token 0 where there is one
     width: int = 384  # of the block over a feature map
 
@@ -139,7 +139,7 @@ def unlocked(model: nn.Module, tuning: Tuning, depth: int, grown: int, where: st
         "bitfit": lambda name: "bias" in name,
         "all": lambda name: True,
     }
-    first, last = tuning.layers or (0, depth - 1)
+    first, last = (i if i >= 0 else depth + i for i in tuning.layers or (0, -1))
 
     def inside(name: str) -> bool:
         found = re.search(r"(?:^|\.)(?:layer|blocks)\.(\d+)\.", name)
@@ -355,6 +355,8 @@ def contrastive_loss(
 class LilT(nn.Module):
     """Two towers, two projections and a temperature."""
 
+    whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
+
     def __init__(
         self,
         encoder: ImageTower,
@@ -395,6 +397,29 @@ class LilT(nn.Module):
     def device(self) -> torch.device:
         return self.temperature.device
 
+    @property
+    def fixed_pictures(self) -> bool:
+        """Whether the image tower is locked: it makes the same of a picture in every epoch."""
+        return not self.encoder.tuned
+
+    @property
+    def fixed_text(self) -> bool:
+        return not self.text.tuned
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay pulls at it: at matrices, as in the authors' code, and at nothing
+        else, the temperature included (which theirs decays)."""
+        return parameter.ndim > 1
+
+    def checkpoint(self, on: bool) -> None:
+        """Recompute the towers' layers in the backward pass."""
+        if on and self.encoder.tuned and hasattr(self.encoder.model, "set_grad_checkpointing"):
+            self.encoder.model.set_grad_checkpointing(True)
+        if on and self.text.tuned:
+            model = self.text.model  # the first name is the one of newer versions
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
     def autocast(self):
         """Mixed precision where the model was placed with it."""
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
@@ -404,6 +429,34 @@ class LilT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
+
+    def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
+        """Ids of captions, [CLS] and [SEP] included, as training reads them."""
+        return self.text.encode(captions, max_tokens)
+
+    def state_rows(self, caption: Sequence[int]) -> int:
+        return 1
+
+    @torch.no_grad()
+    def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """What the locked text tower makes of captions' ids: a vector each (B, D)."""
+        ids, mask = self.text.pad(captions)
+        with self.autocast():
+            return self.eval().text(ids.to(self.device), mask.to(self.device)).float()
+
+    def collate(
+        self,
+        captions: list[list[int]],
+        rows: list[int],
+        pictures: Tensor,
+        keys: list[int],
+        states: list[Tensor] | None = None,
+    ) -> Pairs:
+        """A micro-batch of caption ids, or of the locked text tower's vectors in their place."""
+        ids, mask = self.text.pad(captions)
+        if states is not None:
+            ids = torch.cat(states)
+        return Pairs(pictures, torch.tensor(keys), torch.tensor(rows), ids, mask)
 
     def image_vectors(self, pictures: Tensor) -> Tensor:
         """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d)."""
