@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_data, cli_train
+from tinyvl import UserError, __version__, cli_analyze, cli_data, cli_train
 from tinyvl.cli_options import Device, Model, Precision, Workers, load_model
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_train.app, name="train")
+app.add_typer(cli_analyze.app, name="analyze")
 app.add_typer(cli_data.app, name="data")
 
 
