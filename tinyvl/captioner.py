@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyvl import decode
 from tinyvl.decoder import Cache, Decoder
@@ -45,10 +46,12 @@ class Batch:
     rows: Tensor  # (B,) which picture each caption belongs to
     ids: Tensor  # (B, T) [bos] prompt text [eos], padded on the right
     targets: Tensor  # (B, T) True where the token is predicted by the one before it
+    states: Tensor | None = None  # (B, T - 1, d) ids[:, :-1] after the layers of text alone
 
     def to(self, device: torch.device) -> "Batch":
-        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.pictures), move(self.rows), move(self.ids), move(self.targets))
+        return Batch(
+            *(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values())
+        )
 
     def split(self, pieces: int) -> list["Batch"]:
         """The same captions in this many smaller batches."""
@@ -59,15 +62,23 @@ class Batch:
         for i in range(0, len(self.ids), size):
             used, rows = self.rows[i : i + size].unique(return_inverse=True)
             part = slice(i, i + size)
-            out.append(Batch(self.pictures[used], rows, self.ids[part], self.targets[part]))
+            states = None if self.states is None else self.states[part]
+            out.append(Batch(self.pictures[used], rows, self.ids[part], self.targets[part], states))
         return out
 
 
 def collate(
-    captions: list[list[int]], rows: list[int], pictures: Tensor, text: Text, prompt: list[int]
+    captions: list[list[int]],
+    rows: list[int],
+    pictures: Tensor,
+    text: Text,
+    prompt: list[int],
+    states: list[Tensor] | None = None,
 ) -> Batch:
-    """Bare caption ids to a `Batch`. Padding is on the right: with a causal decoder no real
-    token sees it, so no mask is needed (a test compares it with left padding)."""
+    """Bare caption ids to a `Batch`, with the captions' states (each (1 + P + t, d)) if known.
+
+    Padding is on the right: with a causal decoder no real token sees it, so no mask is needed (a
+    test compares it with left padding)."""
     width = max(map(len, captions)) + len(prompt) + 2
     ids = torch.full((len(captions), width), text.eos)
     targets = torch.zeros(len(captions), width, dtype=torch.bool)
@@ -75,13 +86,15 @@ def collate(
         line = [text.bos, *prompt, *caption, text.eos]
         ids[i, : len(line)] = torch.tensor(line)
         targets[i, 1 + len(prompt) : len(line)] = True
-    return Batch(pictures, torch.tensor(rows), ids, targets)
+    padded = None if states is None else nn.utils.rnn.pad_sequence(states, batch_first=True)
+    return Batch(pictures, torch.tensor(rows), ids, targets, padded)
 
 
 class Captioner(nn.Module, ABC):
     """A frozen encoder and a frozen decoder with trainable modules between them."""
 
     levels: int | None = 1  # how many of the encoder's summaries the method reads; None: all
+    text_layers: int = 0  # the decoder's first layers that nothing of the picture reaches
 
     def __init__(self, encoder: ImageEncoder | None, decoder: Decoder, text: Text, prompt: str):
         super().__init__()
@@ -104,11 +117,17 @@ class Captioner(nn.Module, ABC):
 
     @abstractmethod
     def run(
-        self, ids: Tensor, visual: Any, cache: Cache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        visual: Any,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
         """One pass of the decoder, ids (B, T) -> final hidden states (B, T, d).
 
-        Rows of ids are grouped by image, the same number for each of visual's.
+        Rows are grouped by image, the same number for each of visual's. With first > 0, x has the
+        states (B, T, d) that this layer reads.
         """
 
     @property
@@ -133,11 +152,15 @@ class Captioner(nn.Module, ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number."""
         batch = batch.to(self.device)
-        with self.autocast():
+        plain = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        with self.autocast(), plain:  # a CPU's fused attention is slow backward over short texts
             visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
             read = batch.targets[:, 1:]
             real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
-            hidden = self.run(batch.ids[:, :-1], visual, mask=real)
+            if batch.states is None:
+                hidden = self.run(batch.ids[:, :-1], visual, mask=real)
+            else:
+                hidden = self.run(batch.states, visual, mask=real, first=self.text_layers)
             logits = self.decoder.logits(hidden[read])  # only where a token is predicted
         losses = F.cross_entropy(logits, batch.ids[:, 1:][read], reduction="sum")
         return losses, read.sum()

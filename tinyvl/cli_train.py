@@ -67,6 +67,9 @@ def train_itune(
     per_image: Annotated[
         int, typer.Option(min=1, help="Captions of a picture that share a micro-batch.")
     ] = 5,
+    views: Annotated[
+        int, typer.Option(min=1, help="Varied views of each picture, one after another by epoch.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Initialisation and order.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
     validate_every: Annotated[
@@ -136,6 +139,7 @@ def train_itune(
         seed=seed,
         max_tokens=max_tokens,
         per_image=per_image,
+        views=views,
         precision=models.precision_name(dtype),
     )
     run = train.Run(

@@ -53,9 +53,10 @@ class ITuneModule(nn.Module):
         k, v = visual
         batch, length, _ = x.shape
         q = self.q(x).view(len(k), -1, k.shape[-1])  # an image's rows stand side by side
-        q, k, v = q[:, None], k[:, None].to(q.dtype), v[:, None].to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        mixed = mixed.reshape(batch, length, -1)
+        with torch.autocast(x.device.type, enabled=False):  # unscaled scores are too large for half
+            exact = torch.promote_types(q.dtype, torch.float32)
+            weights = (q.to(exact) @ k.to(exact).mT).softmax(-1)  # (I, B / I * T, S)
+        mixed = (weights.to(v.dtype) @ v).view(batch, length, -1)
         return self.scale * F.linear(mixed, self.o.weight) + self.o.bias
 
 
@@ -75,6 +76,7 @@ class ITune(Captioner):
         scale: float = 1.0,
     ):
         super().__init__(encoder, decoder, text, prompt)
+        self.text_layers = drop
         c = decoder.config
         if not 0 <= drop < c.layers:
             raise UserError(f"--drop {drop} leaves no module in a decoder of {c.layers} layers.", 2)
@@ -94,10 +96,11 @@ class ITune(Captioner):
 
     def run(
         self,
-        ids: Tensor,
+        x: Tensor,
         visual: dict[int, KeysValues],
         cache: Cache | None = None,
         mask: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
         branches = {i: lambda x, i=i, kv=kv: self.itune[str(i)](x, kv) for i, kv in visual.items()}
-        return self.decoder(ids, mask, cache=cache, branches=branches)
+        return self.decoder(x, mask, cache=cache, branches=branches, first=first)

@@ -17,8 +17,8 @@ import torch
 
 from tinyvl import UserError, __version__, data, models
 from tinyvl.captioner import Batch, Captioner
-from tinyvl.feed import Group, Pictures, batches, groups_of, load_records, prepare
-from tinyvl.job import Interrupted, Job, Run, bar, peak_memory, say, stopping
+from tinyvl.feed import Group, Pictures, TextStates, batches, groups_of, load_records, prepare
+from tinyvl.job import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
 
 
 def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
@@ -33,6 +33,7 @@ def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
 
 def train(job: Job, run: Run) -> dict[str, Any]:
     """Trains a captioner, -> a summary. Leaves a checkpoint folder in ``run.out``."""
+    keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
     state = open_run(settings, run)
     train_records, val_records = load_records(job)
@@ -58,11 +59,12 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     assert all(model.trainable(n) for n in parameters)
 
     with stopping(run):
-        pictures = Pictures(train_records, model, run, "train")
+        pictures = Pictures(train_records, model, run, "train", job.views, job.seed)
         val_pictures = Pictures(val_records[:1000], model, run, "val")
         tokens = prepare(train_records, model, job)
         for i in pictures.bad:
             tokens[i] = []
+        states = TextStates(tokens, model, run, "train")
         groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
         if not groups:
             raise UserError(f"{job.data}: none of its pictures could be read.")
@@ -72,6 +74,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
             for i, t in enumerate(prepare(val_records[:1000], model, job))
             if i not in val_pictures.bad
         ]
+        val_states = TextStates([g.captions for g in val_groups], model, run, "val")
         by_length = sorted(range(len(val_groups)), key=lambda g: len(val_groups[g].captions[0]))
         val_order = [by_length[i : i + run.micro] for i in range(0, len(by_length), run.micro)]
 
@@ -108,7 +111,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     order = data.length_buckets(lengths, micro, job.seed, epoch)[
                         offset * per_step :
                     ]
-                    source = batches(groups, order, pictures, model)
+                    source = batches(groups, order, pictures, states, model, epoch)
                 rate = lr_at(step, steps, job.recipe)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -135,7 +138,9 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     advance(1, f"{report}  {memory / 2**30:.1f} GiB")
                 ends = step == steps
                 if val_order and (step % validate_every == 0 or ends):
-                    value = model.validate(batches(val_groups, val_order, val_pictures, model))
+                    value = model.validate(
+                        batches(val_groups, val_order, val_pictures, val_states, model)
+                    )
                     write(log, step=step, val_loss=round(value, 5))
                     say(run, f"step {step}: validation loss {value:.4f}")
                     if value < best:
