@@ -143,6 +143,14 @@ class Captioner(nn.Module, ABC):
         """Mixed precision where the model was placed with it."""
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
 
+    def halve(self, dtype: torch.dtype) -> None:
+        """What is not trained in half precision; pictures are still normalised in float32."""
+        self.encoder.model.to(dtype)
+        self.decoder.to(dtype)
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
     def percept(self, pictures: Tensor) -> Percept:
         """uint8 pictures through the encoder; cached tokens as they are."""
         if pictures.dtype == torch.uint8:

@@ -116,7 +116,7 @@ def list_models(
         for b in hub.BACKBONES.values()
     ]  # fmt: skip
     presets = [
-        {"name": name, "method": p.method, "decoder": p.decoder, "vision": p.vision, "row": p.row}
+        {"name": name, "method": p.method, "language": p.language, "vision": p.vision, "row": p.row}
         for name, p in models.PRESETS.items()
     ]
     if as_json:
@@ -167,8 +167,9 @@ def pull(
 
     wanted = []
     for name in names:
-        row = models.PRESETS.get(name) or (models.SMALL if name == "default" else None)
-        wanted += [name] if row is None else [row.decoder, row.vision]
+        rows = [models.PRESETS[name]] if name in models.PRESETS else []
+        rows = list(models.SMALL.values()) if name == "default" else rows
+        wanted += [part for row in rows for part in (row.language, row.vision)] or [name]
     for folder in hub.pull(wanted):
         print(folder)
 

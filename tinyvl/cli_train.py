@@ -96,7 +96,7 @@ def train_itune(
 
     from tinyvl import models, train
 
-    row = models.preset(preset)
+    row = models.preset(preset, "itune")
     recipe = {
         "epochs": epochs, "batch": batch, "rate": rate, "warmup": warmup,
         "weight_decay": weight_decay,
@@ -105,7 +105,7 @@ def train_itune(
     if lm is not None and drop is None:
         options.pop("drop", None)  # a preset's layers are counted for its own decoder
     parts = {
-        "decoder": local(lm or row.decoder),
+        "language": local(lm or row.language),
         "vision": local(vision or row.vision),
         "fit": fit or row.fit,
         "prompt": prompt or "",

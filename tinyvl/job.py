@@ -19,7 +19,7 @@ class Job:
 
     method: str
     data: str
-    decoder: str
+    language: str  # the decoder, or LilT's text encoder
     vision: str
     fit: str
     options: dict[str, Any]

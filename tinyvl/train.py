@@ -43,7 +43,12 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         config = models.read_config(source)
     else:
         config = models.new_config(
-            job.method, job.decoder, job.vision, fit=job.fit, prompt=job.prompt, options=job.options
+            job.method,
+            job.language,
+            job.vision,
+            fit=job.fit,
+            prompt=job.prompt,
+            options=job.options,
         )
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:
