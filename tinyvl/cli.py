@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_train
+from tinyvl import UserError, __version__, cli_search, cli_train
 from tinyvl.cli_options import Device, Model, Precision, Workers, load_model
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_train.app, name="train")
+for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

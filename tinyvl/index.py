@@ -31,7 +31,6 @@ import numpy as np
 
 from tinyvl import UserError
 
-HIDDEN = ".tinyvl"  # the index of a folder, in that folder
 TABLES = ("images", "captions")
 COPY = 8192  # rows copied at once
 FILES = re.compile(r"\.?(?:images|captions)\.(\d+|part)\.(?:f32|jsonl)(\.\d+)?")

@@ -1,8 +1,16 @@
-"""Exact search in an index, and classification by the names of the classes."""
+"""What `tinyvl retrieve` does: queries become vectors, and an index is searched for them exactly."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+
+from tinyvl import UserError, media
+from tinyvl.index import Index
 
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
 ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
@@ -27,6 +35,8 @@ def search(
     Returns:
         (rows int64, scores float64) of each query, at most k of each.
     """
+    if not len(vectors):
+        return [(np.empty(0, np.int64), np.empty(0)) for _ in queries]
     k = min(k, len(vectors)) if k else len(vectors)
     results = []
     for i in range(0, len(queries), QUERIES):
@@ -86,3 +96,118 @@ def exact(
     if threshold is not None:
         order = order[scores[order] >= threshold]
     return rows[order], scores[order]
+
+
+# ---------------------------------------------------------------------------------------- queries
+
+
+@dataclass
+class Query:
+    """A text, or the path of a picture."""
+
+    name: str
+    picture: bool = False
+
+
+@dataclass
+class Hit:
+    """One line of the answer to a query."""
+
+    query: str
+    rank: int  # from 1
+    path: str
+    score: float  # the cosine of the angle between query and result
+    caption: str | None = None
+
+
+def term(text: str) -> Query:
+    """What ``--plus`` or ``--minus`` names: the picture of that path, else the text."""
+    if os.path.isfile(text):
+        return Query(text, True)
+    if media.is_image(text):
+        raise UserError(f"{text}: there is no such file.")
+    return Query(text)
+
+
+def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
+    """A unit vector (width,) for each query, or what is wrong with its picture."""
+    import torch
+
+    texts = [readable(query.name) for query in queries if not query.picture]
+    files = [query.name for query in queries if query.picture]
+    words = iter(model.embed_texts(texts).float().cpu().numpy() if texts else ())
+    if not files:
+        return list(words)
+    encoder = model.encoder
+    decoded = media.decode_images(files, encoder.transform(), target=encoder.size)
+    out: list[np.ndarray | UserError] = []
+    for query in queries:
+        found = next(decoded)[1] if query.picture else next(words)
+        if isinstance(found, torch.Tensor):
+            found = model.embed_images(found[None])[0].float().cpu().numpy()
+        out.append(found)
+    return out
+
+
+def readable(text: str) -> str:
+    """Bytes of the shell that are not UTF-8 become question marks: a tokenizer refuses them."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def shift_of(model: Any, plus: list[Query], minus: list[Query]) -> np.ndarray | float:
+    """What ``--plus`` and ``--minus`` add to each query.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+    vectors = embed(model, plus + minus)
+    for error in vectors:
+        if isinstance(error, UserError):
+            raise error
+    signs = [1] * len(plus) + [-1] * len(minus)
+    return sum(sign * vector for sign, vector in zip(signs, vectors, strict=True))
+
+
+def answers(
+    index: Index,
+    model: Any,
+    queries: list[Query],
+    *,
+    k: int,
+    threshold: float | None = None,
+    shift: np.ndarray | float = 0.0,
+    captions: bool = False,
+    show: Callable[[str], str] = str,
+) -> Iterator[list[Hit] | UserError]:
+    """For each query its results, best first, or what is wrong with it.
+
+    Args:
+        shift: is added to each query's vector before that is made a unit vector again.
+        captions: among the captions instead of the pictures.
+        show: a row's path -> as it is printed.
+    """
+    table = index.captions if captions else index.images
+    vectors: list[np.ndarray] = []
+    found: list[UserError | None] = []
+    for query, vector in zip(queries, embed(model, queries), strict=True):
+        if not isinstance(vector, UserError):
+            vector = vector + shift
+            length = np.linalg.norm(vector)
+            if length < 1e-3:
+                vector = UserError(f"{query.name}: nothing is left of it after --plus and --minus.")
+            else:
+                vectors.append(vector / length)
+        found.append(vector if isinstance(vector, UserError) else None)
+    matrix = np.stack(vectors) if vectors else np.empty((0, model.width))
+    results = search(table.vectors, matrix, k, threshold)
+    rows = table.pick(n for numbers, _ in results for n in numbers)
+    remaining = iter(results)
+    for query, error in zip(queries, found, strict=True):
+        if error:
+            yield error
+            continue
+        pairs = zip(*next(remaining), strict=True)
+        yield [
+            Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
+            for rank, (n, score) in enumerate(pairs, 1)
+        ]
