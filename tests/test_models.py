@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, models
+from tinyvl import UserError, hub, models
 
 CPU = torch.device("cpu")
 
@@ -162,3 +162,42 @@ def test_precision_and_device_choose_themselves():
         models.choose_precision("fp8", CPU)
     with pytest.raises(UserError, match="nonsense"):
         models.choose_device("nonsense")
+
+
+TEXTS = ["a dog runs", " A  dog, isn't it?", "Zwei Hunde über 3 Zäune.", "犬と猫 🐕", ""]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_texts_are_read_as_transformers_reads_them(kind, tmp_path):
+    """From tokenizer.json alone, and from GPT-2's older files that OPT has."""
+    from transformers import AutoTokenizer
+
+    if kind == "tokenizer.json":
+        folder = hub.fetch("SmolLM2-135M", "decoder") if hub.available("SmolLM2-135M") else None
+        if folder is None:
+            pytest.skip("SmolLM2-135M is not in the cache")
+    else:
+        folder = tmp_path
+        letters = "".join(sorted({*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?'Ġ"}))
+        words = ["<pad>", "</s>", "<unk>", *letters, "do", "dog", "Ġdog"]
+        (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+        (folder / "merges.txt").write_text("#version: 0.2\nd o\ndo g\nĠ dog\n")
+        names = {
+            "bos_token": "</s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+        }
+        config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **names}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    ours, peer = models.read_text(folder, {}), AutoTokenizer.from_pretrained(folder)
+    texts = TEXTS if kind == "tokenizer.json" else TEXTS[:2]
+    encoded = ours.encode(texts)
+    assert encoded == peer(texts, add_special_tokens=False)["input_ids"]
+    for ids in encoded:
+        with_end = [ours.bos, *ids, ours.eos]
+        assert ours.decode(with_end) == " ".join(
+            peer.decode(with_end, skip_special_tokens=True).split()
+        )
+    assert (ours.bos, ours.eos) == (peer.bos_token_id, peer.eos_token_id)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinyvl import UserError
+
 
 class Residual(nn.Module):
     """LayerNorm(dense(h) + x)."""
@@ -120,11 +122,16 @@ def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
     with torch.device("meta"):
         model = Bert(config)
     state = load_file(folder / "model.safetensors")
-    state = {name.removeprefix("bert."): tensor.float() for name, tensor in state.items()}
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    for name in list(state):
+        new = name.removeprefix("bert.")
+        for before, after in old.items():  # in Google's first checkpoints
+            new = new.replace(before, after)
+        state[new] = state.pop(name).float()
     missing, _ = model.load_state_dict(state, strict=False, assign=True)  # a pooler may be extra
     new = tuple(f"encoder.layer.{depth + i}." for i in range(grow))
     if missing := [name for name in missing if not name.startswith(new)]:
-        raise KeyError(missing[0])
+        raise UserError(f"{folder}: the weights of {missing[0]} (and maybe more) are missing.")
     for layer in model.encoder["layer"][depth:]:
         layer.to_empty(device="cpu")
     tokenizer = Tokenizer(folder / "tokenizer.json", raw.get("pad_token_id") or 0)

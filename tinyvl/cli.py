@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_search, cli_train
+from tinyvl import UserError, __version__, cli_data, cli_search, cli_train
 from tinyvl.cli_options import Device, Model, Precision, Workers, load_model
 
 app = typer.Typer(
@@ -21,8 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_train.app, name="train")
-for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
-    app.command()(command)
+app.add_typer(cli_data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)
@@ -101,6 +100,10 @@ def caption(
     results = generate.captions(loaded, paths, style=style, batch=batch, workers=workers)
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
+
+
+for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
+    app.command()(command)
 
 
 @app.command("models")

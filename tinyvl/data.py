@@ -1,60 +1,22 @@
-"""Records of pictures and captions, readers of the published formats, and the order of training.
+"""Data sets: reading them, their splits, and the order of training.
 
-A record in a JSON Lines file is one line, its paths relative to the file:
-
-    {"image": "images/1.jpg", "captions": ["a dog runs"], "id": "1", "split": "train", "lang": "en"}
-
-Only ``image`` is needed. `read` turns a file or a folder into a list of `Record`, whatever its
-format: `READERS` names them, and the format is recognised from what the file holds. A field that
-is missing or malformed is a `UserError` that names the file and the record.
+`read` turns a file or a folder into a list of `Record`, whatever its format: `formats` names them,
+`locate` finds the files they speak of, and `records` says what a record is.
 """
 
-import csv
 import hashlib
-import json
 import logging
-import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tinyvl import UserError
+from tinyvl.formats import EITHER, FOLDERS, LINKS, OWN, READERS, recognise
+from tinyvl.locate import locate, locate_own
+from tinyvl.records import Record, readable
 
 log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset(
-    [
-        *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-        *(".ppm", ".pgm", ".heic", ".heif", ".avif"),
-    ]
-)
-# Where the published data sets keep their pictures, seen from the captions' folder or its parent.
-PICTURE_FOLDERS = (
-    "",
-    "images",
-    "Images",
-    *("train2014", "val2014", "train2017", "val2017"),
-    *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images"),
-)
-
-
-@dataclass(slots=True)
-class Record:
-    """A picture with its captions.
-
-    ``image`` is an absolute path (in what a reader yields, the path as the file has it), ``id``
-    names the picture on any machine, ``split`` and ``lang`` are None where the file has none.
-    """
-
-    image: str
-    captions: list[str]
-    id: str
-    split: str | None = None
-    lang: str | None = None
 
 
 def read(
@@ -64,37 +26,44 @@ def read(
     split: str | None = None,
     images: str | Path | None = None,
     lang: str | None = None,
+    files: bool = True,
+    blank: bool = False,
 ) -> list[Record]:
     """Read a data set.
 
     Args:
-        path: a file in one of the formats of `READERS`, a folder that holds one such file, or a
-            folder of pictures.
-        format: a name in `READERS`; otherwise recognised from the content.
+        path: a file or folder in one of the formats of `formats`, or a folder that holds one such
+            file.
+        format: a name in `formats.READERS`; otherwise recognised from the content.
         split: keep this part (see `select_split`).
-        images: the folder that the file's picture paths are relative to. Otherwise they are
-            relative to the file, or to where the published data sets keep them. Only the first
-            few pictures are looked for.
+        images: the folder that the pictures (videos, sounds) are in. Otherwise JSON Lines are
+            relative to themselves, and what published formats name is looked for where they keep
+            it (see `locate`).
         lang: keep the records in this language, and those that name none.
+        files: whether it is an error that none of the pictures is there. Without, the records are
+            read all the same (to score predictions, say), and none is left out for its file.
+        blank: keep captions that are blank, and images without captions in a list of captions.
 
     Raises:
         UserError: no such file, an unknown format, a malformed record, missing pictures, or
             nothing left to keep.
     """
     path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
     if format is None:
-        path, format = _recognise(path)
-    elif format not in READERS:
-        raise UserError(f"unknown format {format!r}; choose from {', '.join(READERS)}", 2)
-    elif path.is_dir() != (format == "folder"):
-        wants = "a folder" if format == "folder" else "a file"
-        raise UserError(f"format {format!r} reads {wants}, and {path} is none", 2)
-    records = list(READERS[format](path))
+        path, format = recognise(path)
+    check_format(path, format)
+    with readable(path):
+        records = list(READERS[format](path))
     if not records:
-        raise UserError(f"{path} holds no {'pictures' if format == 'folder' else 'records'}")
-    _locate(records, path, format, images)
+        raise UserError(f"{path} holds no {'pictures' if format in FOLDERS else 'records'}")
+    if not blank:
+        records = _without_blanks(records, path, format)
+    images = None if images is None else Path(images).expanduser()
+    if format in OWN and images is None:
+        locate_own(records, path if path.is_dir() else path.parent, path, files)
+    else:
+        drop = files and format in LINKS
+        records = locate(records, path, images=images, required=files, drop=drop)
     if lang is not None:
         found = {record.lang for record in records}
         records = [record for record in records if record.lang in (lang, None)]
@@ -106,6 +75,31 @@ def read(
         return select_split(records, split)
     except UserError as error:
         raise UserError(f"{path}: {error}", 2) from None
+
+
+def check_format(path: Path, format: str) -> None:
+    """Whether there is such a format and the path can be in it, or a `UserError`."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if format not in READERS:
+        raise UserError(f"unknown format {format!r}; choose from {', '.join(READERS)}", 2)
+    if format not in EITHER and path.is_dir() != (format in FOLDERS):
+        wants = "a folder" if format in FOLDERS else "a file"
+        raise UserError(f"format {format!r} reads {wants}, and {path} is none", 2)
+
+
+def _without_blanks(records: list[Record], path: Path, format: str) -> list[Record]:
+    for record in records:
+        record.captions = [caption for caption in record.captions if caption.strip()]
+    if format not in ("coco", "nocaps"):
+        return records
+    # COCO lists images and captions apart; those of its test set come without any.
+    captioned = [record for record in records if record.captions]
+    if 0 < len(captioned) < len(records):
+        bare = len(records) - len(captioned)
+        log.warning("%s: left out %d of %d images: no caption", path, bare, len(records))
+        return captioned
+    return records
 
 
 def select_split(records: list[Record], want: str) -> list[Record]:
@@ -136,7 +130,7 @@ def hold_out(
     """
     ids: dict[str, str] = {}
     for record in records:
-        ids[record.image] = min(record.id, ids.get(record.image, record.id))
+        ids[record.path] = min(record.id, ids.get(record.path, record.id))
     if len(ids) < 2:
         raise UserError("one picture cannot be split into training and validation: give more", 2)
 
@@ -148,8 +142,8 @@ def hold_out(
     order = sorted(places, key=lambda image: (places[image], ids[image], image))
     count = sum(value < fraction for value in places.values())
     held = set(order[: min(max(count, 1), len(order) - 1)])
-    train = [record for record in records if record.image not in held]
-    return train, [record for record in records if record.image in held]
+    train = [record for record in records if record.path not in held]
+    return train, [record for record in records if record.path in held]
 
 
 def tidy(caption: str) -> str:
@@ -173,256 +167,23 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def length_buckets(
-    lengths: list[int], batch: int, seed: int, epoch: int, pool: int = 50
+    lengths: list[int], batch: int, seed: int, epoch: int, pool: int = 50, shuffle: bool = True
 ) -> list[list[int]]:
     """Batches of examples of similar length, in random order: a pure function of (seed, epoch).
 
     The epoch's order is cut into pools of ``pool`` batches, each pool is sorted by length and cut
     into batches, and the batches are shuffled. Each index occurs once; one batch may be short.
+    Without ``shuffle`` the pools stay together, each a random part of the examples.
     """
     order = epoch_order(len(lengths), seed, epoch)
     batches = []
     for start in range(0, len(order), pool * batch):
         chunk = sorted(order[start : start + pool * batch], key=lengths.__getitem__)
         batches += [chunk[i : i + batch] for i in range(0, len(chunk), batch)]
+    if not shuffle:
+        return batches
     rng = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-# Readers: each yields the records of a path, with picture paths as the file has them.
-
-
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """This package's own format, a record a line; one ``caption`` does for ``captions`` too."""
-    for where, line in _lines(path):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        image = _picture(entry, "image", where)
-        plural = "captions" if "captions" in entry else "caption"
-        captions = _field(entry, plural, (list, str), where, default=[])
-        captions = [captions] if isinstance(captions, str) else captions
-        if not all(isinstance(caption, str) for caption in captions):
-            raise UserError(f"{where}: 'captions' should be texts")
-        yield Record(
-            image,
-            [caption for caption in captions if caption.strip()],
-            str(_field(entry, "id", (str, int), where, default=image)),
-            _field(entry, "split", str, where, default=None),
-            _field(entry, "lang", str, where, default=None),
-        )
-
-
-def read_karpathy(path: Path) -> Iterator[Record]:
-    """Karpathy's ``dataset_coco.json``, ``dataset_flickr8k.json``, ``dataset_flickr30k.json``."""
-    document = _json(path)
-    for i, entry in enumerate(_field(document, "images", list, path)):
-        where = f"{path}, images[{i}]"
-        name = _picture(entry, "filename", where)
-        folder = _field(entry, "filepath", str, where, default="")
-        captions = [
-            _field(sentence, "raw", str, f"{where}.sentences[{j}]")
-            for j, sentence in enumerate(_field(entry, "sentences", list, where))
-        ]
-        number = _field(entry, "imgid", (int, str), where, default=name)
-        yield Record(
-            f"{folder}/{name}" if folder else name,
-            [caption for caption in captions if caption.strip()],
-            str(_field(entry, "cocoid", (int, str), where, default=number)),
-            _field(entry, "split", str, where),
-        )
-
-
-def read_coco(path: Path) -> Iterator[Record]:
-    """COCO's ``captions_*.json``. Images without a caption are left out and counted."""
-    document = _json(path)
-    captions: dict[int | str, list[str]] = {}
-    names: dict[int | str, str] = {}
-    for i, entry in enumerate(_field(document, "images", list, path)):
-        where = f"{path}, images[{i}]"
-        number = _field(entry, "id", (int, str), where)
-        names[number] = _picture(entry, "file_name", where)
-    for i, entry in enumerate(_field(document, "annotations", list, path)):
-        where = f"{path}, annotations[{i}]"
-        number = _field(entry, "image_id", (int, str), where)
-        if number not in names:
-            raise UserError(f"{where}: 'image_id' {number} is not among the images")
-        caption = _field(entry, "caption", str, where)
-        if caption.strip():
-            captions.setdefault(number, []).append(caption)
-    if len(captions) < len(names):
-        bare = len(names) - len(captions)
-        log.warning("%s: left out %d of %d images: no caption", path, bare, len(names))
-    for number, name in names.items():
-        if number in captions:
-            yield Record(name, captions[number], str(number))
-
-
-# The second number of results.csv is not always followed by a bar: one line of the original lacks
-# it ("2199200615.jpg| 4   A dog runs across the grass .").
-FLICKR_TOKEN = re.compile(r"([^\t]+)#\d+\t\s*(.*)")
-FLICKR_RESULTS = re.compile(r"([^|,]+?)\s*\|\s*\d+\s*\|?\s*(.*)")
-FLICKR_CSV = re.compile(r"[^,\t|]+\.(jpg|jpeg|png)\s*,.*", re.IGNORECASE)
-FLICKR_HEADER = re.compile(r"image,\s*caption|image_name\s*\|\s*comment_number\s*\|\s*comment")
-
-
-def read_flickr(path: Path) -> Iterator[Record]:
-    """Flickr8k's and Flickr30k's caption lists, in each of the three shapes they come in.
-
-    ``1.jpg#0<tab>caption`` (``Flickr8k.token.txt``, ``results_20130124.token``), ``1.jpg,caption``
-    under a header (``captions.txt``) and ``1.jpg| 0| caption`` under a header (``results.csv``).
-    The split is that of ``Flickr_8k.{train,dev,test}Images.txt`` where these lie beside the file.
-    """
-    captions: dict[str, list[str]] = {}
-    for where, line in _lines(path):
-        if FLICKR_HEADER.fullmatch(line):
-            continue
-        match = FLICKR_TOKEN.fullmatch(line) or FLICKR_RESULTS.fullmatch(line)
-        name, *rest = match.groups() if match else next(csv.reader([line]))
-        if not rest or IMAGE_SUFFIXES.isdisjoint(Path(name.lower()).suffixes):
-            raise UserError(
-                f"{where}: expected 'x.jpg#0<tab>caption', 'x.jpg,caption' or 'x.jpg| 0| caption', "
-                f"found {line[:60]!r}"
-            )
-        captions.setdefault(name, []).append(",".join(rest))
-    splits = {
-        name: split
-        for split, part in (("train", "train"), ("val", "dev"), ("test", "test"))
-        if (listing := path.with_name(f"Flickr_8k.{part}Images.txt")).exists()
-        for _, name in _lines(listing)
-    }
-    # Flickr8k lists captions of "2258277193_586949ec62.jpg.1", a picture that it does not have.
-    odd = {name for name in captions if Path(name).suffix.lower() not in IMAGE_SUFFIXES}
-    if odd:
-        log.warning("%s: left out %d names that are no pictures: %s", path, len(odd), min(odd))
-    for name, texts in captions.items():
-        if name not in odd:
-            yield Record(name, [text for text in texts if text.strip()], name, splits.get(name))
-
-
-def read_folder(path: Path) -> Iterator[Record]:
-    """The pictures in a folder and below it, by name; ``x.txt`` beside ``x.jpg`` has captions."""
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if file.suffix.lower() not in IMAGE_SUFFIXES or hidden or not file.is_file():
-            continue
-        beside = file.with_suffix(".txt")
-        captions = [line for _, line in _lines(beside)] if beside.exists() else []
-        yield Record(name.as_posix(), captions, name.as_posix())
-
-
-READERS = {
-    "jsonl": read_jsonl,
-    "karpathy": read_karpathy,
-    "coco": read_coco,
-    "flickr": read_flickr,
-    "folder": read_folder,
-}
-
-
-def _recognise(path: Path) -> tuple[Path, str]:
-    """The file to read and its format; for a folder, the one data set in it or the folder."""
-    if not path.is_dir():
-        format = _sniff(path) or ("jsonl" if path.suffix == ".jsonl" else None)
-        if format is None:
-            raise UserError(
-                f"{path} is in no format that tinyvl recognises ({', '.join(READERS)}): "
-                "look at the file, or name its format with --format"
-            )
-        return path, format
-    listings = ("*.jsonl", "*.json", "*.token", "*.token.txt", "captions.txt", "results.csv")
-    files = sorted({file for pattern in listings for file in path.glob(pattern) if file.is_file()})
-    found = [(file, format) for file in files if (format := _sniff(file))]
-    if len(found) > 1:
-        names = ", ".join(file.name for file, _ in found[:3]) + (", …" if len(found) > 3 else "")
-        raise UserError(f"{path} holds several data sets ({names}): name one of these files", 2)
-    return found[0] if found else (path, "folder")
-
-
-def _sniff(path: Path) -> str | None:
-    """The format of a file, from its first megabyte: COCO's files are too large to parse twice."""
-    with open(path, "rb") as file:
-        text = file.read(2**20).decode("utf-8-sig", errors="ignore").lstrip()
-    first = text.partition("\n")[0].rstrip()
-    if text.startswith("{"):
-        if re.search(r'"images"\s*:\s*\[', text):
-            return "karpathy" if '"sentences"' in text else "coco"
-        return "jsonl" if re.search(r'"image"\s*:', first) else None
-    shapes = (FLICKR_HEADER, FLICKR_TOKEN, FLICKR_RESULTS, FLICKR_CSV)
-    return "flickr" if any(shape.fullmatch(first) for shape in shapes) else None
-
-
-def _locate(records: list[Record], path: Path, format: str, images: str | Path | None) -> None:
-    """Make the records' picture paths absolute; the first few decide which folder they are in."""
-    home = path if path.is_dir() else path.parent
-    if images is not None:
-        home = Path(images).expanduser()
-    if images is None and format in ("jsonl", "folder"):
-        folders = [home]
-    else:
-        bases = [home] if images is not None else [home, home.absolute().parent]
-        folders = [base / name for base in bases for name in PICTURE_FOLDERS]
-    for folder in folders:
-        if any((folder / record.image).is_file() for record in records[:5]):
-            for record in records:
-                record.image = os.path.abspath(os.path.join(folder, record.image))
-            return
-    raise UserError(
-        f"{path}: its first picture, {records[0].image}, is not in {home}"
-        f"{'' if len(folders) == 1 else ' or the usual folders near it'}; "
-        "say with --images which folder the pictures are in"
-    )
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank, stripped, each after the name of its place."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line := line.strip():
-                    yield f"{path}, line {number}", line
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-
-
-REQUIRED = object()
-KINDS = {str: "a text", int: "a number", list: "a list"}
-
-
-def _field(
-    entry: Any, key: str, kinds: type | tuple, where: object, default: Any = REQUIRED
-) -> Any:
-    """``entry[key]``, which must be of one of the kinds; null counts as missing."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected a JSON object, found {str(entry)[:60]!r}")
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    value = entry.get(key)
-    if value is None:
-        if default is REQUIRED:
-            raise UserError(f"{where}: {key!r} is missing; it should be {KINDS[kinds[0]]}")
-        return default
-    if not isinstance(value, kinds):
-        wanted = " or ".join(KINDS[kind] for kind in kinds)
-        raise UserError(f"{where}: {key!r} should be {wanted}, found {str(value)[:60]!r}")
-    return value
-
-
-def _picture(entry: Any, key: str, where: object) -> str:
-    name = _field(entry, key, str, where)
-    if not name.strip():
-        raise UserError(f"{where}: {key!r} should name a picture, found {name!r}")
-    return name
 
 
 def _listed(names: set[str | None]) -> str:

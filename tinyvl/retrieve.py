@@ -1,4 +1,4 @@
-"""What `tinyvl retrieve` does: queries become vectors, and an index is searched for them exactly."""
+"""What `tinyvl retrieve` does: queries become vectors, and an index is searched, exactly."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ all-MiniLM-L6-v2 were trained for the mean over the tokens.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyvl import UserError
+from tinyvl.data import tidy
 
 POOLS = ("token", "mean")
 
@@ -41,11 +43,11 @@ class TextEncoder(nn.Module):
 
     def encode(self, texts: list[str], max_tokens: int) -> list[list[int]]:
         """Ids of each text with the tokenizer's begin and end, cut to ``max_tokens`` in all."""
-        texts = [clean_caption(t) if self.clean else " ".join(t.split()) for t in texts]
+        texts = [clean_caption(text) if self.clean else tidy(text) for text in texts]
         longest = min(max_tokens, self.model.config.max_position_embeddings)
         return self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
 
-    def pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T)."""
         width = max(map(len, ids))
         out = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0)

@@ -1,0 +1,265 @@
+"""Readers of folders and archives: pictures, classes of pictures, WebDataset tars."""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinyvl import UserError
+from tinyvl.hub import cache_dir
+from tinyvl.records import (
+    KIND_OF,
+    MODALITIES,
+    PARTS,
+    Record,
+    json_document,
+    records_of,
+    split_in,
+    text_lines,
+)
+
+log = logging.getLogger(__name__)
+
+
+def read_folder(path: Path) -> Iterator[Record]:
+    """The pictures in a folder and below it, by name; ``x.txt`` beside ``x.jpg`` has captions.
+
+    A folder without pictures gives its videos, and one without these its sounds.
+    """
+    files = list(_media(path))
+    for kind in MODALITIES:
+        chosen = [name for name in files if KIND_OF[name.suffix.lower()] == kind]
+        for name in chosen:
+            beside = (path / name).with_suffix(".txt")
+            captions = [line for _, line in text_lines(beside)] if beside.exists() else []
+            yield Record(**{kind: name.as_posix()}, captions=captions, id=name.as_posix())
+        if chosen:
+            return
+
+
+def read_classes(path: Path) -> Iterator[Record]:
+    """A folder of classes: ``<class>/x.jpg``, or ``<split>/<class>/x.jpg`` under train, val, test.
+
+    Videos and sounds are read alike. A class is called by its folder, or as a list beside the
+    folders (or in the folder above) has it: ``LOC_synset_mapping.txt``, ``synset_words.txt``,
+    ``words.txt``, ``imagenet_class_index.json`` or ``Labels.json``, of which the first synonym is
+    taken.
+    """
+    files = [(name, name.parts) for name in _media(path)]
+    by_split = all(parts[0].lower() in PARTS for _, parts in files)
+    folders = {parts[by_split] for _, parts in files if len(parts) > 1 + by_split}
+    names = _class_names(path, folders)
+    for name, parts in files:
+        if len(parts) < 2 + by_split:
+            raise UserError(f"{path / name}: lies in no class's folder")
+        yield Record(
+            **{KIND_OF[name.suffix.lower()]: name.as_posix()},
+            id=name.as_posix(),
+            split=PARTS[parts[0].lower()] if by_split else split_in(path.absolute().name),
+            label=names.get(parts[by_split], parts[by_split]),
+        )
+
+
+def is_classes(path: Path) -> bool:
+    """Whether a folder looks like one of classes, from the first file of each folder in it.
+
+    That is: two folders or more, or some called train, val or test that look so, each with
+    pictures (or videos, or sounds) right in it, none of them with captions beside, and no picture
+    beside the folders.
+    """
+    folders = []
+    for entry in os.scandir(path):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            folders.append(Path(entry.path))
+        elif Path(entry.name).suffix.lower() in KIND_OF:
+            return False
+    if folders and all(folder.name.lower() in PARTS for folder in folders):
+        return all(map(is_classes, folders))
+    firsts = [next(_first_media(folder), None) for folder in folders]
+    return len(firsts) > 1 and all(
+        first is not None and not first.with_suffix(".txt").exists() for first in firsts
+    )
+
+
+def _first_media(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if Path(entry.name).suffix.lower() in KIND_OF and not entry.name.startswith("."):
+                yield Path(entry.path)
+
+
+def _media(path: Path) -> Iterator[Path]:
+    """The pictures, videos and sounds below a folder, relative to it, sorted; hidden ones not."""
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if file.suffix.lower() in KIND_OF and not hidden and file.is_file():
+            yield name
+
+
+def _class_names(path: Path, folders: set[str]) -> dict[str, str]:
+    """What a list beside the folders calls their classes; nothing where no list knows them all."""
+    lists = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
+    lists += ("imagenet_class_index.json", "Labels.json")
+    for file in (place / name for place in (path, path.absolute().parent) for name in lists):
+        if not file.exists():
+            continue
+        if file.suffix == ".json":
+            document = json_document(file)
+            pairs = document.items() if isinstance(document, dict) else ()
+            pairs = [pair[1] if isinstance(pair[1], list) else list(pair) for pair in pairs]
+        else:
+            pairs = [line.split(None, 1) for _, line in text_lines(file)]
+        pairs = [pair for pair in pairs if len(pair) == 2 and isinstance(pair[1], str)]
+        known = {name: called for name, called in pairs if name in folders}
+        if not folders <= known.keys():
+            continue
+        # A class must stay one: ImageNet has two cranes, and two maillots.
+        names = {folder: name.replace("_", " ") for folder, name in known.items()}
+        short = {folder: name.split(",")[0].strip() for folder, name in names.items()}
+        return _distinct(short, names)
+    return {}
+
+
+def _distinct(short: dict[str, str], long: dict[str, str]) -> dict[str, str]:
+    """The first synonym; all of them where two classes share it; with the folder where need be."""
+    times = Counter(short.values())
+    names = {key: name if times[name] == 1 else long[key] for key, name in short.items()}
+    times = Counter(names.values())
+    return {key: name if times[name] == 1 else f"{name} ({key})" for key, name in names.items()}
+
+
+# ------------------------------------------------------------------------------ WebDataset
+
+
+def read_webdataset(path: Path) -> Iterator[Record]:
+    """A WebDataset ``.tar``, or a folder of them: files that share a name up to its first dot.
+
+    ``jpg`` (or any picture, video or sound) with ``txt`` (a caption a line), ``json`` (fields as in
+    JSON Lines: caption, question, answers, label, ...) and ``cls`` (a class, by its name or its
+    line in ``classnames.txt`` beside the tars, from 0). Each tar is unpacked once, into the cache
+    (``TINYVL_CACHE``), so that its pictures are files like all others; delete them there.
+    """
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    home = path if path.is_dir() else path.parent
+    listing = home / "classnames.txt"
+    classes = [line for _, line in text_lines(listing)] if listing.exists() else []
+    folders = [_unpacked(tar) for tar in tars]
+    waiting = [tar for tar, folder in zip(tars, folders, strict=True) if not folder.exists()]
+    if waiting:
+        _fits(waiting)
+    for tar, folder in zip(tars, folders, strict=True):
+        if not folder.exists():
+            _unpack(tar, folder)
+        for where, line in text_lines(folder / "samples.jsonl"):
+            entry = json.loads(line)
+            where = f"{tar}, {entry['id']}"
+            if (label := entry.pop("cls", None)) is not None:
+                if classes and (not label.isdecimal() or int(label) >= len(classes)):
+                    raise UserError(f"{where}: class {label!r} is not a line of {listing}")
+                entry["label"] = classes[int(label)] if classes else label
+            for record in records_of(entry, where):
+                record.path = str(folder / record.path)
+                record.split = record.split or split_in(tar.stem)
+                yield record
+
+
+def _unpacked(tar: Path) -> Path:
+    """The cache folder of a tar: another one when the tar has changed."""
+    state = tar.stat()
+    key = f"{tar.absolute()}|{state.st_size}|{state.st_mtime_ns}"
+    digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:12]
+    return cache_dir() / "webdataset" / f"{tar.stem}-{digest}"
+
+
+def _fits(tars: list[Path]) -> None:
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    need, free = sum(tar.stat().st_size for tar in tars), shutil.disk_usage(cache).free
+    if need > 0.95 * free:
+        raise UserError(
+            f"{tars[0]}: unpacking takes {need / 2**30:.1f} GiB, and {cache} has "
+            f"{free / 2**30:.1f} GiB left; set TINYVL_CACHE to a folder on a larger disk"
+        )
+    if need > 2**30:
+        log.warning("unpacking %d tars, %.1f GiB, into %s", len(tars), need / 2**30, cache)
+
+
+def _unpack(tar: Path, folder: Path) -> None:
+    """Write a tar's samples as files and ``samples.jsonl``; the folder appears when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for rest in folder.parent.glob(f"{glob.escape(folder.name)}.*"):  # of a run that was killed
+        if time.time() - rest.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(rest, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        part.chmod(0o755)  # a cache may be shared
+        with open(part / "samples.jsonl", "w", encoding="utf-8") as lines:
+            for number, sample in enumerate(_samples(tar)):
+                entry, suffix, content = _sample_entry(sample, f"{tar}, {sample['__key__']}")
+                if suffix is not None:
+                    name = f"{number:07d}{suffix}"  # never the archive's own: it may point anywhere
+                    (part / name).write_bytes(content)
+                    entry[KIND_OF[suffix]] = name
+                    lines.write(json.dumps(entry) + "\n")
+        try:
+            part.rename(folder)
+        except OSError:  # another process was first
+            if not folder.exists():
+                raise
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _samples(tar: Path) -> Iterator[dict]:
+    try:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+    except ImportError as error:
+        raise UserError(
+            f"{tar}: reading tars needs an extra package; pip install 'tinyvl[webdataset]'"
+        ) from error
+    with open(tar, "rb") as stream:
+        try:
+            yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}]))
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            raise UserError(f"{tar}: damaged, or not a WebDataset tar ({error.args[0]})") from error
+
+
+def _sample_entry(sample: dict, where: str) -> tuple[dict, str | None, bytes]:
+    """A sample's JSON entry, and the suffix and the bytes of its picture, video or sound."""
+    entry, found = {}, {}
+    for key, content in sample.items():
+        if f".{key}" in KIND_OF:
+            found.setdefault(KIND_OF[f".{key}"], (f".{key}", content))
+            continue
+        if key not in ("json", "txt", "cls"):
+            continue
+        try:
+            text = content.decode("utf-8-sig").strip()
+            fields = json.loads(text) if key == "json" else {}
+        except ValueError:
+            kind = "JSON" if key == "json" else "text in UTF-8"
+            raise UserError(f"{where}: its {key!r} is not {kind}") from None
+        if key == "json":
+            if not isinstance(fields, dict):
+                raise UserError(f"{where}: its 'json' should be an object, found {text[:60]!r}")
+            entry = {k: v for k, v in fields.items() if k not in (*MODALITIES, "cls")} | entry
+        elif key == "txt":
+            entry["captions"] = [line.strip() for line in text.splitlines()]
+        else:
+            entry["cls"] = text
+    suffix, content = next((found[kind] for kind in MODALITIES if kind in found), (None, b""))
+    entry["id"] = str(sample["__key__"])
+    return entry, suffix, content

@@ -1,0 +1,262 @@
+"""What a record is, its line in a JSON Lines file, and how readers take fields from a file.
+
+A record is one line of JSON, its path relative to the file:
+
+    {"image": "images/1.jpg", "captions": ["a dog runs"], "id": "1", "split": "train", "lang": "en"}
+    {"video": "clips/7.mp4", "question": "what runs?", "answers": ["dog"], "question_id": "70"}
+    {"audio": "audio/1.ogg", "label": "dog bark"}
+
+Only the path is needed. A field that is missing or malformed is a `UserError` that names the file
+and the record.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tinyvl import UserError
+from tinyvl.media import IMAGE_SUFFIXES
+
+MODALITIES = ("image", "video", "audio")
+SUFFIXES = {
+    "image": IMAGE_SUFFIXES,
+    "video": frozenset(
+        ".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp .ogv .ts".split()  # noqa: SIM905
+    ),
+    "audio": frozenset(
+        ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .aif .aiff .wma".split()  # noqa: SIM905
+    ),
+}
+KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
+# Where a published format does not say what its files are called, a reader joins the names they
+# may have by this (no path holds it), the likeliest first; `locate` settles on one.
+OR = "\0"
+
+
+@dataclass(slots=True)
+class Record:
+    """A picture, a video or a sound with its captions, its question or its class.
+
+    Exactly one of ``image``, ``video`` and ``audio`` is set, to an absolute path (in what a reader
+    yields, the path as the file has it). ``id`` names the picture on any machine. What the file
+    does not say is None or empty; ``answers`` are as annotated, repeats kept.
+    """
+
+    image: str | None = None
+    captions: list[str] = field(default_factory=list)
+    id: str = ""
+    split: str | None = None
+    lang: str | None = None
+    video: str | None = None
+    audio: str | None = None
+    question: str | None = None
+    answers: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)  # of a multiple-choice question
+    question_id: str | None = None
+    question_type: str | None = None
+    answer_type: str | None = None
+    label: str | None = None  # the class, in words
+    domain: str | None = None  # NoCaps: in, near or out
+
+    @property
+    def modality(self) -> str:
+        """``"image"``, ``"video"`` or ``"audio"``: the field that is set."""
+        return next(kind for kind in MODALITIES if getattr(self, kind) is not None)
+
+    @property
+    def path(self) -> str:
+        """Where the picture, the video or the sound is."""
+        return getattr(self, self.modality)
+
+    @path.setter
+    def path(self, path: str) -> None:
+        setattr(self, self.modality, path)
+
+
+# ------------------------------------------------------------------------------ JSON Lines
+
+
+def line_of(record: Record, folder: Path) -> str:
+    """A record's line in a JSON Lines file in ``folder``; `records_of` reads the same record."""
+    entry = {f.name: getattr(record, f.name) for f in fields(record)}
+    entry = {name: value for name, value in entry.items() if value is not None and value != []}
+    try:
+        entry[record.modality] = Path(os.path.relpath(record.path, folder.absolute())).as_posix()
+    except ValueError:  # Windows: on another drive
+        entry[record.modality] = record.path
+    line = json.dumps(entry, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # a name that is not UTF-8: only an escape brings it through a file
+        return json.dumps(entry)
+    return line
+
+
+def records_of(entry: Any, where: object) -> Iterator[Record]:
+    """The records of one JSON object: one, or one a language where its captions go by language.
+
+    A text does for a list of one, and ``caption`` and ``answer`` for ``captions`` and ``answers``;
+    ``image_id`` does for ``id``. ``{"image": ..., "en": [...], "de": [...]}`` has captions by
+    language.
+    """
+    named = [kind for kind in MODALITIES if isinstance(entry, dict) and entry.get(kind) is not None]
+    if len(named) > 1:
+        raise UserError(f"{where}: has {' and '.join(named)}; a record has one of them")
+    kind = named[0] if named else "image"
+    path = name_in(entry, kind, where)
+
+    def text(key: str, kinds: tuple[type, ...] = (str,)) -> str | None:
+        value = get(entry, key, kinds, where, default=None)
+        return None if value is None else str(value)
+
+    record = Record(
+        **{kind: path},
+        captions=texts_in(entry, "captions", "caption", where),
+        id=text("id", (str, int)) or text("image_id", (str, int)) or path,
+        split=text("split"),
+        lang=text("lang"),
+        question=text("question"),
+        answers=texts_in(entry, "answers", "answer", where),
+        choices=texts_in(entry, "choices", "choices", where),
+        question_id=text("question_id", (str, int)),
+        question_type=text("question_type"),
+        answer_type=text("answer_type"),
+        label=text("label", (str, int)),
+        domain=text("domain"),
+    )
+    languages = [
+        key
+        for key, value in entry.items()
+        if len(key) == 2 and isinstance(value, list) and key.islower() and key.isalpha()
+    ]
+    if languages and not {"captions", "caption", "question", "label"} & entry.keys():
+        for lang in languages:
+            yield replace(record, lang=lang, captions=texts_in(entry, lang, lang, where))
+    else:
+        yield record
+
+
+# ------------------------------------------------------------------------------ fields of a file
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What the system refuses while a data set is read becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
+
+
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not blank, stripped, each after the name of its place."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line := line.strip():
+                    yield f"{path}, line {number}", line
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8") from None
+
+
+def json_document(path: Path) -> Any:
+    """A file's JSON."""
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A file's JSON, which must be an object."""
+    document = json_document(path)
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected a JSON object, found {str(document)[:60]!r}")
+    return document
+
+
+def json_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON array, one at a time, each after the name of its place.
+
+    A published array can be 700 MB long (Visual Genome), and many times that as Python objects.
+    """
+    text, decoder = _text(path), json.JSONDecoder()
+    blank = re.compile(r"[\s,]*")
+    position = blank.match(text).end()
+    if text[position : position + 1] != "[":
+        raise UserError(f"{path}: expected a JSON array, found {text[:60]!r}")
+    position, number = blank.match(text, position + 1).end(), 0
+    while text[position : position + 1] != "]":
+        try:
+            item, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        yield f"{path}, [{number}]", item
+        position, number = blank.match(text, position).end(), number + 1
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8") from None
+
+
+REQUIRED = object()
+KINDS = {str: "a text", int: "a number", list: "a list", dict: "an object"}
+
+
+def get(
+    entry: Any, key: str, kinds: type | tuple[type, ...], where: object, default: Any = REQUIRED
+) -> Any:
+    """``entry[key]``, which must be of one of the kinds; null counts as missing."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected a JSON object, found {str(entry)[:60]!r}")
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    value = entry.get(key)
+    if value is None:
+        if default is REQUIRED:
+            raise UserError(f"{where}: {key!r} is missing; it should be {KINDS[kinds[0]]}")
+        return default
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        wanted = " or ".join(KINDS[kind] for kind in kinds)
+        raise UserError(f"{where}: {key!r} should be {wanted}, found {str(value)[:60]!r}")
+    return value
+
+
+def name_in(entry: Any, key: str, where: object) -> str:
+    """``entry[key]``, which must name a file."""
+    name = get(entry, key, str, where)
+    if not name.strip():
+        kind = {"video": "a video", "audio": "a sound"}.get(key, "a picture")
+        raise UserError(f"{where}: {key!r} should name {kind}, found {name!r}")
+    return name
+
+
+def texts_in(entry: Any, plural: str, singular: str, where: object) -> list[str]:
+    """A list of texts, or a text alone, under one of two names; none where there is neither."""
+    key = plural if plural in entry else singular
+    texts = get(entry, key, (list, str), where, default=[])
+    texts = [texts] if isinstance(texts, str) else texts
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: {key!r} should be texts")
+    return texts
+
+
+PARTS = {
+    **dict.fromkeys(("train", "training", "development"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "evaluation"), "test"),
+    **{name: name for name in ("testdev", "challenge", "submission")},
+}
+
+
+def split_in(name: str) -> str | None:
+    """The split that a file's or folder's name speaks of: ``val_balanced_questions`` -> ``val``."""
+    words = re.split("[^a-z]+", name.lower())
+    return next((PARTS[word] for word in words if word in PARTS), None)
