@@ -65,14 +65,15 @@ class Bert(nn.Module):
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         self.config, width = config, config.hidden_size
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config.vocab_size, width),
-                "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
-                "token_type_embeddings": nn.Embedding(config.type_vocab_size, width),
-                "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps),
-            }
-        )
+        rows = {
+            "word_embeddings": config.vocab_size,
+            "position_embeddings": config.max_position_embeddings,
+            "token_type_embeddings": config.type_vocab_size,
+        }
+        # Without _weight it would be drawn, and drawing on the meta device imports torch's compiler.
+        tables = {n: nn.Embedding(r, width, _weight=torch.empty(r, width)) for n, r in rows.items()}
+        self.embeddings = nn.ModuleDict(tables)
+        self.embeddings["LayerNorm"] = nn.LayerNorm(width, eps=config.layer_norm_eps)
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
 

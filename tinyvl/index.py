@@ -57,9 +57,12 @@ class Row:
     @property
     def place(self) -> bytes:
         """What rows are sorted by."""
-        if self.caption is None:
-            return os.fsencode(self.path)
-        return self.caption.encode("utf-8", "surrogatepass")
+        return os.fsencode(self.path) if self.caption is None else self.caption.encode()
+
+
+def one_line(text: str) -> str:
+    """A text as it is embedded: white space collapsed, what is no Unicode a question mark."""
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
 @dataclass(slots=True)

@@ -265,7 +265,7 @@ class Update:
         texts: dict[str, str] = {}  # -> the first picture that has it
         for row in pictures:
             for text in self.source.captions[row.path]:
-                texts.setdefault(" ".join(text.split()), row.path)
+                texts.setdefault(index.one_line(text), row.path)
         texts.pop("", None)
         rows = [Row(path, text_digest(text), caption=text) for text, path in texts.items()]
         known = self.known("captions")
@@ -287,7 +287,7 @@ def file_digest(path: str) -> str:
 
 
 def text_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:

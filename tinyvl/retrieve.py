@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyvl import UserError, media
-from tinyvl.index import Index
+from tinyvl.index import Index, one_line
 
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
 ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
@@ -68,7 +68,7 @@ def candidates(
         keep = scores >= floors[owners]
         owners, rows, scores = owners[keep], rows[keep], scores[keep]
 
-    start, size, limit = 0, 256, 2 * k * count  # small blocks first: they make the floors
+    start, size, limit = 0, min(256, ROWS), 2 * k * count  # small blocks first make the floors
     while start < len(vectors):
         block = vectors[start : start + size]
         products = np.matmul(block, columns, out=buffer[: len(block)])  # (n, Q)
@@ -133,7 +133,7 @@ def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
     """A unit vector (width,) for each query, or what is wrong with its picture."""
     import torch
 
-    texts = [readable(query.name) for query in queries if not query.picture]
+    texts = [one_line(query.name) for query in queries if not query.picture]
     files = [query.name for query in queries if query.picture]
     words = iter(model.embed_texts(texts).float().cpu().numpy() if texts else ())
     if not files:
@@ -147,11 +147,6 @@ def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
             found = model.embed_images(found[None])[0].float().cpu().numpy()
         out.append(found)
     return out
-
-
-def readable(text: str) -> str:
-    """Bytes of the shell that are not UTF-8 become question marks: a tokenizer refuses them."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def shift_of(model: Any, plus: list[Query], minus: list[Query]) -> np.ndarray | float:
