@@ -70,7 +70,7 @@ class Bert(nn.Module):
             "position_embeddings": config.max_position_embeddings,
             "token_type_embeddings": config.type_vocab_size,
         }
-        # Without _weight it would be drawn, and drawing on the meta device imports torch's compiler.
+        # Without _weight it is drawn, and drawing on the meta device imports torch's compiler.
         tables = {n: nn.Embedding(r, width, _weight=torch.empty(r, width)) for n, r in rows.items()}
         self.embeddings = nn.ModuleDict(tables)
         self.embeddings["LayerNorm"] = nn.LayerNorm(width, eps=config.layer_norm_eps)

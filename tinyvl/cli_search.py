@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,10 +25,13 @@ AnyModel = Annotated[
     ),
 ]
 HIDDEN = ".tinyvl"  # the index of a folder, in that folder
+SIDES = ("text", "image")
 
 
-def load_towers(name: str, device: str | None, precision: str | None, towers: str = "both") -> Any:
-    return load_model(name, device, precision, task="retrieve")
+def load_towers(
+    name: str, device: str | None, precision: str | None, sides: Iterable[str] = SIDES
+) -> Any:
+    return load_model(name, device, precision, task="retrieve", sides=sides)
 
 
 def index(
@@ -156,14 +159,17 @@ def retrieve(
     if index is None and not finished(home):
         status, loaded = make_first(folder or ".", home, model, device, precision)
     found = Index(home)
+    if not captions and not len(found.images.vectors):
+        raise UserError(f"{home}: this index holds no pictures.")
     if captions and not len(found.captions.vectors):
         raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
     if loaded is None:
         name = local(model or found.about["model"])
-        pictures = bool(images) or any(t.picture for t in adds + subtracts)
-        words = bool(texts) or not all(t.picture for t in adds + subtracts)
-        towers = "both" if pictures and words else "image" if pictures else "text"
-        loaded = load_towers(name, device, precision, towers)
+        terms = adds + subtracts
+        words = bool(texts) or not all(t.picture for t in terms)
+        pictures = bool(images) or any(t.picture for t in terms)
+        sides = [side for side, used in zip(SIDES, (words, pictures), strict=True) if used]
+        loaded = load_towers(name, device, precision, sides)
         check_model(home, found.about, loaded, name)
     settings = {
         "k": k, "threshold": threshold, "captions": captions,

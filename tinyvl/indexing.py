@@ -85,15 +85,16 @@ class Changes:
     """What an update found, in pictures."""
 
     embedded: int = 0
-    moved: int = 0  # or copied, or touched: the content was known
+    moved: int = 0  # or copied: the content was known
     unchanged: int = 0
     gone: int = 0
     unreadable: int = 0
     captions: int = 0  # embedded
 
     def __str__(self) -> str:
-        found = [f"{count:,} {what}" for what, count in vars(self).items() if count]
-        return ", ".join(found).replace("captions", "captions embedded") or "nothing"
+        words = {"moved": "moved or copied", "captions": "captions embedded"}
+        found = [f"{n:,} {words.get(what, what)}" for what, n in vars(self).items() if n]
+        return ", ".join(found)
 
 
 def update(
@@ -210,7 +211,6 @@ class Update:
                 changed.append((path, status))
             else:
                 self.failed(path, "it is not a file")
-        self.changes.unchanged = len(rows)
         waiting: deque[Row] = deque()  # at the decoder
 
         def unknown() -> Iterator[str]:  # runs in the decoder's reading thread
@@ -252,6 +252,8 @@ class Update:
                 self.failed(row.path, broken[row.digest])
         rows = [row for row in rows if row.digest not in broken]
         changes, paths = self.changes, self.source.captions.keys()
+        same = (row.path in last and row.digest == last[row.path].digest for row in rows)
+        changes.unchanged = sum(same)
         changes.moved = len(rows) - changes.unchanged - changes.embedded
         changes.gone = len({row.path for row in self.before["images"]} - paths)
         return sorted(rows, key=lambda row: row.place)
