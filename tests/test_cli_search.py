@@ -25,7 +25,7 @@ def loads() -> list[tuple]:
 
 
 @pytest.fixture
-def tinyvl(monkeypatch, capsys, loads):
+def tinyvl(monkeypatch, loads):
     """The command line in this process, with the little dual encoder."""
 
     def load(name, device, precision, sides=("text", "image")):
@@ -36,10 +36,15 @@ def tinyvl(monkeypatch, capsys, loads):
         source = io.TextIOWrapper(io.BytesIO(os.fsencode(stdin)))
         source.isatty = lambda: tty
         monkeypatch.setattr(sys, "stdin", source)
+        streams = [io.BytesIO(), io.BytesIO()]  # not capsys: names that are not UTF-8 come out
+        for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+            wrapped = io.TextIOWrapper(stream, errors="backslashreplace", write_through=True)
+            monkeypatch.setattr(sys, name, wrapped)
         monkeypatch.setattr(sys, "argv", ["tinyvl", *map(str, args)])
         with pytest.raises(SystemExit) as exit:
             cli.main()
-        return Done(exit.value.code or 0, *capsys.readouterr())
+        sys.stdout.flush()
+        return Done(exit.value.code or 0, *(os.fsdecode(s.getvalue()) for s in streams))
 
     monkeypatch.setattr(cli_search, "load_towers", load)
     return run
