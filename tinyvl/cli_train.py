@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Precision, Workers, given, local
+from tinyvl.cli_options import Device, Features, Precision, Workers, given, local
 
 if TYPE_CHECKING:
     from tinyvl.presets import Preset
@@ -102,6 +102,7 @@ def train_itune(
     validate_every: ValidateEvery = None,
     checkpointing: Checkpointing = False,
     no_cache: NoCache = False,
+    features: Features = None,
     quiet: Quiet = False,
     device: Device = None,
     precision: Precision = None,
@@ -139,8 +140,8 @@ def train_itune(
         row, parts, recipe, given(max_tokens=max_tokens, per_image=per_image, views=views),
         data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
         seed=seed, device=device, precision=precision, out=out, micro=micro_batch,
-        checkpointing=checkpointing, cache=not no_cache, resume=resume, save_every=save_every,
-        validate_every=validate_every, workers=workers, quiet=quiet,
+        checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
+        save_every=save_every, validate_every=validate_every, workers=workers, quiet=quiet,
     )  # fmt: skip
 
 
@@ -230,6 +231,7 @@ def train_lilt(
     validate_every: ValidateEvery = None,
     checkpointing: Checkpointing = False,
     no_cache: NoCache = False,
+    features: Features = None,
     quiet: Quiet = False,
     device: Device = None,
     precision: Precision = None,
@@ -288,8 +290,8 @@ def train_lilt(
         given(max_tokens=max_tokens, per_image=per_image, views=views, crops=crops),
         data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
         seed=seed, device=device, precision=precision, out=out, micro=micro_batch,
-        checkpointing=checkpointing, cache=not no_cache, resume=resume, save_every=save_every,
-        validate_every=validate_every, workers=workers, quiet=quiet,
+        checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
+        save_every=save_every, validate_every=validate_every, workers=workers, quiet=quiet,
     )  # fmt: skip
 
 

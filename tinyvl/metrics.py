@@ -18,8 +18,8 @@ from tinyvl.caption_metrics import CAPTION_METRICS, CaptionScores, caption_score
 
 __all__ = [
     "CAPTION_METRICS", "CaptionScores", "by_type", "caption_scores", "class_embeddings",
-    "gqa_accuracy", "normalise_answer", "plan_captions", "ranks", "recall", "strict_accuracy",
-    "topk_accuracy", "vqa_accuracy",
+    "gqa_accuracy", "label_ranks", "normalise_answer", "plan_captions", "ranks", "recall",
+    "strict_accuracy", "topk_accuracy", "vqa_accuracy",
 ]  # fmt: skip
 
 # Answers
@@ -134,6 +134,8 @@ def ranks(
     depend on ``block`` (images, texts), the largest part of the matrix that is ever in memory.
     An image without captions has rank M.
     """
+    if images.device.type == "mps":  # has no double precision
+        images, texts = images.cpu(), None if texts is None else texts.cpu()
     owner = torch.as_tensor(image_of_text, dtype=torch.long, device=images.device)
     count, captions = len(images), len(owner)
     check_pairs(images, texts, owner)
@@ -149,16 +151,20 @@ def ranks(
         parts = (images[owner[j]].double() * texts[j].double() for j in blocks(captions, block[1]))
         own = torch.cat([part.sum(1).float() for part in parts])
     best = torch.full((count,), -torch.inf, device=own.device)
-    best.scatter_reduce_(0, owner, own, "amax")  # (N,), not a number if a caption's score is not
+    best.scatter_reduce_(0, owner, own.nan_to_num(-torch.inf, torch.inf, -torch.inf), "amax")
     of_image = torch.zeros(count, dtype=torch.long, device=own.device)
     of_text = torch.zeros(captions, dtype=torch.long, device=own.device)
     for i in blocks(count, block[0]):
-        rows = torch.arange(count, device=own.device)[i, None]
         for j in blocks(captions, block[1]):
             scores = score(i, j)
-            wrong = owner[None, j] != rows
-            of_image[i] += (wrong & ~(scores < best[i, None])).sum(1)
-            of_text[j] += (wrong & ~(scores < own[None, j])).sum(0)
+            mine = ((owner[j] >= i.start) & (owner[j] < i.stop)).nonzero()[:, 0]
+            pairs = owner[j][mine] - i.start, mine  # right ones are never ahead
+            behind = scores < best[i, None]
+            behind[pairs] = True
+            of_image[i] += behind.shape[1] - behind.sum(1)
+            behind = scores < own[None, j]
+            behind[pairs] = True
+            of_text[j] += behind.shape[0] - behind.sum(0)
     of_image[torch.bincount(owner, minlength=count) == 0] = captions
     return of_image.cpu(), of_text.cpu()
 
@@ -169,10 +175,11 @@ def blocks(length: int, size: int) -> Iterator[slice]:
 
 def check_pairs(images: Tensor, texts: Tensor | None, owner: Tensor) -> None:
     columns = images.shape[1] if texts is None else len(texts)
-    if len(owner) != columns or not len(owner):
-        raise UserError(f"{columns} texts and {len(owner)} images to go with them.")
-    if int(owner.min()) < 0 or int(owner.max()) >= len(images):
-        raise UserError(f"A text belongs to image {int(owner.max())} of {len(images)}.")
+    if len(owner) != columns or not columns:
+        raise UserError(f"There are {columns} texts, and an image is named for {len(owner)}.")
+    wrong = owner[(owner < 0) | (owner >= len(images))]
+    if len(wrong):
+        raise UserError(f"A text belongs to image {int(wrong[0])}; there are {len(images)}.")
 
 
 def recall(
@@ -198,7 +205,7 @@ def recall(
 
 # Zero-shot classification
 
-TEMPLATE = ("a photo of a {}.",)
+TEMPLATE = ("a photo of {}",)  # LilT's, section 6.5
 # CLIP's seven for ImageNet (Radford et al. 2021, the notebook "Prompt engineering").
 ENSEMBLE = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
@@ -227,10 +234,18 @@ def class_embeddings(
     return normalize(prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
 
 
-def topk_accuracy(scores: Tensor, labels: Sequence[int] | Tensor) -> dict[str, float]:
-    """``scores`` (N, C), ``labels`` (N,) -> {"top1", "top5"}; ties are misses."""
+def label_ranks(scores: Tensor, labels: Sequence[int] | Tensor) -> Tensor:
+    """How many classes come before the right one, ``scores`` (N, C) and ``labels`` (N,) -> (N,).
+
+    0 is a hit at 1; a tie (and a score that is not a number) counts against the model.
+    """
     labels = torch.as_tensor(labels, dtype=torch.long, device=scores.device)
     scores = scores.float()
     own = scores.gather(1, labels[:, None])
-    ahead = (~(scores < own)).sum(1) - 1  # its own score is not ahead of itself
+    return (~(scores < own)).sum(1) - 1  # its own score is not ahead of itself
+
+
+def topk_accuracy(scores: Tensor, labels: Sequence[int] | Tensor) -> dict[str, float]:
+    """``scores`` (N, C), ``labels`` (N,) -> {"top1", "top5"}; ties are misses."""
+    ahead = label_ranks(scores, labels)
     return {f"top{k}": float((ahead < k).double().mean()) for k in (1, 5)}
