@@ -31,7 +31,7 @@ def layernorm_shifts(name: str) -> list[dict[str, Any]]:
     import torch
 
     from tinyvl import models
-    from tinyvl.encoders import NORMS
+    from tinyvl.encoders import norm_types
 
     folder = models.checkpoint_folder(name, "retrieve")
     config = models.read_config(folder)
@@ -47,7 +47,7 @@ def layernorm_shifts(name: str) -> list[dict[str, Any]]:
     before = {
         f"{prefix}.{part}": tensor.detach().clone()
         for prefix, module in model.named_modules()
-        if isinstance(module, NORMS)
+        if isinstance(module, norm_types())
         for part, tensor in module.named_parameters()
         if model.trainable(f"{prefix}.{part}")
     }

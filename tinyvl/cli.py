@@ -8,7 +8,16 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_analyze, cli_data, cli_eval, cli_features, cli_train
+from tinyvl import (
+    UserError,
+    __version__,
+    cli_analyze,
+    cli_data,
+    cli_eval,
+    cli_features,
+    cli_search,
+    cli_train,
+)
 from tinyvl.cli_options import (
     Beams,
     Device,
@@ -115,6 +124,10 @@ def caption(
     results = generate.captions(loaded, paths, style=how, batch=batch, workers=workers, store=store)
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
+
+
+for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
+    app.command()(command)
 
 
 @app.command("models")
