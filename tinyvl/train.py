@@ -55,7 +55,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:
         config = models.read_config(run.out)  # the backbones it was started with
-    store = open_store(run.features, config["vision"]) if run.features else None
+    store = open_store(run.features, config[models.towers(job.method)[1]]) if run.features else None
     if state is None:
         models.save_config(run.out, config)
     precision = models.choose_precision(job.precision, run.device)
@@ -184,6 +184,8 @@ def check_features(job: Job, run: Run) -> None:
     """Refuses what goes against reading a finished cache."""
     if run.features is None:
         return
+    if job.options.get("size"):
+        raise UserError("--features are of the encoder's own size: leave out --size.", 2)
     if job.views > 1 or job.crops:
         raise UserError(
             "--features has one view of each picture: leave out --views and --crops.", 2
