@@ -50,6 +50,8 @@ app.add_typer(cli_analyze.app, name="analyze")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_eval.app, name="eval")
 app.command("features")(cli_features.features)
+for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -124,10 +126,6 @@ def caption(
     results = generate.captions(loaded, paths, style=how, batch=batch, workers=workers, store=store)
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
-
-
-for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
-    app.command()(command)
 
 
 @app.command("models")
