@@ -44,7 +44,7 @@ def world(tmp_path_factory) -> dict[str, str]:
     words = [c for line in lines for c in line["captions"]]
     return {
         "data": str(data),
-        "decoder": str(write_decoder(root / "lm", "llama", words)),
+        "language": str(write_decoder(root / "lm", "llama", words)),
         "vision": str(write_vision(root / "vision")),
     }
 
@@ -169,7 +169,7 @@ class StopWhen(list):
 def command(world: dict[str, str], out: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "tinyvl.cli", "train", "itune", "--data", world["data"],
-        "--lm", world["decoder"], "--vision", world["vision"], "--out", str(out), "--fit", "crop",
+        "--lm", world["language"], "--vision", world["vision"], "--out", str(out), "--fit", "crop",
         "--batch", "12", "--micro-batch", "6", "--per-image", "2", "--epochs", "40",
         "--rate", "3e-3", "--save-every", "7", "--device", "cpu", "--workers", "0", "--resume",
         *more,
@@ -373,7 +373,7 @@ def test_nothing_readable_and_nothing_finite_are_said(world, tmp_path):
 
 def test_captions_are_cut_to_the_decoders_positions(world, tmp_path):
     config = models.new_config(
-        "itune", world["decoder"], world["vision"], fit="crop", prompt="a", options={}
+        "itune", world["language"], world["vision"], fit="crop", prompt="a", options={}
     )
     model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
     long = Record("x.png", ["red " * 200], "x")
@@ -384,5 +384,5 @@ def test_captions_are_cut_to_the_decoders_positions(world, tmp_path):
 
 
 def test_a_job_survives_json():
-    made = job({"data": "d", "decoder": "l", "vision": "v"})
+    made = job({"data": "d", "language": "l", "vision": "v"})
     assert json.loads(json.dumps(asdict(made)))["recipe"]["batch"] == 12

@@ -52,6 +52,37 @@ def write_decoder(
     return folder
 
 
+BERT = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 48,
+}  # fmt: skip
+
+
+def write_text(folder: Path, texts: list[str], *, seed: int = 0, **shape: float) -> Path:
+    """A random BERT over the words of some texts, as the hub keeps it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = special + sorted({word for text in texts for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(seed)
+    model = BertModel(BertConfig(vocab_size=len(words), **(BERT | shape)))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_vision(
     folder: Path,
     architecture: str = "vit_tiny_patch16_224",
@@ -75,6 +106,27 @@ def write_vision(
     }  # fmt: skip
     config = {"architecture": architecture, "model_args": model_args, "pretrained_cfg": cfg}
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_captioner(folder: Path, texts: list[str]) -> Path:
+    """A checkpoint of an untrained I-Tuning model over the words of some texts."""
+    from tinyvl import models
+
+    config = models.new_config(
+        "itune",
+        str(write_decoder(folder / "lm", "gpt2", texts)),
+        str(write_vision(folder / "vision")),
+        fit="squash",
+        prompt="",
+        options={},
+    )
+    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
+    torch.manual_seed(3)
+    for parameter in model.itune.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    models.save_config(folder, config)
+    models.save(model, folder)
     return folder
 
 

@@ -5,11 +5,14 @@ nothing else, so that a resumed run, a cached one and one with other workers see
 """
 
 import io
+import math
 import random
 import zlib
 from collections.abc import Callable
 
-from PIL import Image, ImageEnhance, ImageFilter
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 
@@ -58,3 +61,68 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
         picture.save(file, "JPEG", quality=round(rng.uniform(30, 95)))
         picture = Image.open(file).convert("RGB")
     return picture
+
+
+class RandomCrop:
+    """LilT's training view: a random crop of a square, mirrored or not, two operations. Picklable.
+
+    A crop of 20 to 100 % of the area and an aspect of 3/4 to 4/3, bicubic; then RandAugment
+    (https://arxiv.org/abs/1909.13719) with N = 2, M = 7 out of the operations that leave colours
+    alone, each done in one case of two: as ALBEF and LilT's code have it.
+    """
+
+    def __init__(self, size: int, epoch: int, seed: int = 0):
+        self.size, self.epoch, self.seed = size, epoch, seed
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """RGB picture -> uint8 (3, size, size)."""
+        content = zlib.crc32(picture.tobytes())
+        rng = random.Random(f"{self.seed}/{self.epoch}/{content}/crop")
+        box = random_box(*picture.size, rng)
+        picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        if rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for operation in rng.choices(OPERATIONS, k=2):
+            if rng.random() < 0.5:
+                picture = operation(picture, 0.7, rng.choice((-1, 1)))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def random_box(width: int, height: int, rng: random.Random) -> tuple[float, float, float, float]:
+    """A part of a picture, 20 to 100 % of its area, as torchvision's RandomResizedCrop draws it."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.2, 1.0)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def warp(picture: Image.Image, *matrix: float) -> Image.Image:
+    """Each pixel is taken from where the matrix (2 x 3) puts it; grey where nothing is."""
+    grey = (128, 128, 128)
+    return picture.transform(
+        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey
+    )
+
+
+def rotate(picture: Image.Image, m: float, sign: int) -> Image.Image:
+    return picture.rotate(sign * 30 * m, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+
+
+OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
+    lambda picture, m, sign: picture,
+    lambda picture, m, sign: ImageOps.autocontrast(picture),
+    lambda picture, m, sign: ImageOps.equalize(picture),
+    lambda picture, m, sign: ImageEnhance.Brightness(picture).enhance(0.1 + 1.8 * m),
+    lambda picture, m, sign: ImageEnhance.Sharpness(picture).enhance(0.1 + 1.8 * m),
+    lambda picture, m, sign: warp(picture, 1, sign * 0.3 * m, 0, 0, 1, 0),  # shear
+    lambda picture, m, sign: warp(picture, 1, 0, 0, sign * 0.3 * m, 1, 0),
+    lambda picture, m, sign: warp(picture, 1, 0, sign * 10 * m, 0, 1, 0),  # 7 pixels
+    lambda picture, m, sign: warp(picture, 1, 0, 0, 0, 1, sign * 10 * m),
+    rotate,
+)

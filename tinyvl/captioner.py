@@ -6,7 +6,7 @@ pass of the decoder with that added.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyvl import decode
+from tinyvl.data import tidy
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
 
@@ -96,6 +97,8 @@ class Captioner(nn.Module, ABC):
 
     levels: int | None = 1  # how many of the encoder's summaries the method reads; None: all
     text_layers: int = 0  # the decoder's first layers that nothing of the picture reaches
+    fixed_pictures = True  # the encoder is frozen: it makes the same of a picture in every epoch
+    whole_steps = False  # the loss is a sum over captions: their order in a step is free
 
     def __init__(self, encoder: ImageEncoder | None, decoder: Decoder, text: Text, prompt: str):
         super().__init__()
@@ -131,6 +134,53 @@ class Captioner(nn.Module, ABC):
         states (B, T, d) that this layer reads.
         """
 
+    def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
+        """Bare ids of captions, as training reads them."""
+        lead = " " if self.prompt else ""  # a prompt ends in a word
+        longest = min(max_tokens, self.room - 1)
+        return [ids[:longest] for ids in self.text.encode([lead + tidy(c) for c in captions])]
+
+    @property
+    def fixed_text(self) -> bool:
+        return self.text_layers > 0
+
+    def state_rows(self, caption: Sequence[int]) -> int:
+        """How many states `states` makes of a caption's ids: of all but the end."""
+        return 1 + len(self.prompt) + len(caption)
+
+    @torch.no_grad()
+    def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """What the text layers make of captions, one after another (rows, d)."""
+        lines = [[self.text.bos, *self.prompt, *caption] for caption in captions]
+        ids = torch.full((len(lines), max(map(len, lines))), self.text.eos)
+        real = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, line in enumerate(lines):
+            ids[row, : len(line)] = torch.tensor(line)
+            real[row, : len(line)] = True
+        real = real.to(self.device)
+        with self.autocast():
+            states = self.decoder(ids.to(self.device), real, last=self.text_layers)
+        return states[real].to(self.decoder.embed.weight.dtype)
+
+    def collate(
+        self,
+        captions: list[list[int]],
+        rows: list[int],
+        pictures: Tensor,
+        keys: list[int],
+        states: list[Tensor] | None = None,
+    ) -> Batch:
+        """A `Batch` of caption ids; ``keys``, which pictures are the same, play no part."""
+        return collate(captions, rows, pictures, self.text, self.prompt, states)
+
+    def checkpoint(self, on: bool) -> None:
+        """Recompute the decoder's layers in the backward pass."""
+        self.decoder.checkpointing = on
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay pulls at it: at all."""
+        return True
+
     @property
     def room(self) -> int:
         """How many tokens, the end included, the decoder can place behind the prompt."""
@@ -143,6 +193,14 @@ class Captioner(nn.Module, ABC):
     def autocast(self):
         """Mixed precision where the model was placed with it."""
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def halve(self, dtype: torch.dtype) -> None:
+        """What is not trained in half precision; pictures are still normalised in float32."""
+        self.encoder.model.to(dtype)
+        self.decoder.to(dtype)
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
     def percept(self, pictures: Tensor) -> Percept:
         """uint8 pictures through the encoder; cached tokens as they are."""

@@ -48,7 +48,7 @@ def features(
     from tinyvl import extract, models
     from tinyvl.job import Run, keep_memory
 
-    row = models.preset(preset)
+    row = models.preset(preset, "itune")
     target = models.choose_device(device)
     dtype_of_encoder = models.choose_precision(precision, target)
     records = [

@@ -167,18 +167,21 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def length_buckets(
-    lengths: list[int], batch: int, seed: int, epoch: int, pool: int = 50
+    lengths: list[int], batch: int, seed: int, epoch: int, pool: int = 50, shuffle: bool = True
 ) -> list[list[int]]:
     """Batches of examples of similar length, in random order: a pure function of (seed, epoch).
 
     The epoch's order is cut into pools of ``pool`` batches, each pool is sorted by length and cut
     into batches, and the batches are shuffled. Each index occurs once; one batch may be short.
+    Without ``shuffle`` the pools stay together, each a random part of the examples.
     """
     order = epoch_order(len(lengths), seed, epoch)
     batches = []
     for start in range(0, len(order), pool * batch):
         chunk = sorted(order[start : start + pool * batch], key=lengths.__getitem__)
         batches += [chunk[i : i + batch] for i in range(0, len(chunk), batch)]
+    if not shuffle:
+        return batches
     rng = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
     return [batches[i] for i in rng.permutation(len(batches))]
 

@@ -10,7 +10,7 @@ final norm, or the mean of each stage's feature map.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,21 @@ def build_image_encoder(
     config: dict, *, fit: str = "crop", levels: int | None = None
 ) -> ImageEncoder:
     """The encoder a timm ``config.json`` describes, with random weights, without classifier."""
+    model = build_timm(config)
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(
+            f"timm's {config['architecture']} has no forward_intermediates, so its tokens cannot "
+            "be read; choose another image encoder.",
+            2,
+        )
+    return ImageEncoder(model, fit=fit, levels=levels)
+
+
+def build_timm(config: dict, **changes: Any) -> nn.Module:
+    """The timm model a ``config.json`` describes, random, without classifier.
+
+    ``changes`` go to timm's constructor beside the configuration's own arguments.
+    """
     import timm
 
     if "architecture" not in config:
@@ -177,20 +192,10 @@ def build_image_encoder(
             "vit_base_patch16_clip_quickgelu_224.openai.",
             2,
         )
+    settings = {"pretrained_cfg": config.get("pretrained_cfg"), **config.get("model_args", {})}
     try:
-        model = timm.create_model(
-            config["architecture"],
-            pretrained=False,
-            num_classes=0,
-            pretrained_cfg=config.get("pretrained_cfg"),
-            **config.get("model_args", {}),
+        return timm.create_model(
+            config["architecture"], pretrained=False, num_classes=0, **(settings | changes)
         )
     except RuntimeError as error:
         raise UserError(f"timm has no image model named {config['architecture']!r}.", 2) from error
-    if not hasattr(model, "forward_intermediates"):
-        raise UserError(
-            f"timm's {config['architecture']} has no forward_intermediates, so its tokens cannot "
-            "be read; choose another image encoder.",
-            2,
-        )
-    return ImageEncoder(model, fit=fit, levels=levels)

@@ -1,21 +1,29 @@
 """What a training run reads: records, caption ids, pictures or their cached tokens, batches."""
 
+from __future__ import annotations
+
 import math
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinyvl import UserError, data, media
-from tinyvl.augment import View
-from tinyvl.captioner import Batch, Captioner, collate
+from tinyvl.augment import RandomCrop, View
 from tinyvl.extract import contents, extract
 from tinyvl.features import FeatureStore
 from tinyvl.job import Interrupted, Job, Run, bar, say
+
+if TYPE_CHECKING:
+    from tinyvl.captioner import Batch
+    from tinyvl.lilt import Pairs
+    from tinyvl.models import Model
 
 
 def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
@@ -35,9 +43,21 @@ def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
         raise UserError(f"{job.data}: no picture with a caption to train on.", 2)
     if not job.val and (not val or val == train):  # no validation part of its own
         train, val = data.hold_out(train, seed=job.seed)
-    if job.limit:
+    if job.limit and job.method == "lilt":
+        train = limit_pairs(train, job.limit, job.seed)
+    elif job.limit:
         train = [train[i] for i in sorted(data.epoch_order(len(train), job.seed, 0)[: job.limit])]
     return train, val
+
+
+def limit_pairs(records: list[data.Record], limit: int, seed: int) -> list[data.Record]:
+    """That many pairs of a picture and a caption, drawn from all; the other captions go."""
+    pairs = [(r, c) for r, record in enumerate(records) for c in range(len(record.captions))]
+    kept: dict[int, list[str]] = {}
+    for i in sorted(data.epoch_order(len(pairs), seed, 0)[:limit]):
+        record, caption = pairs[i]
+        kept.setdefault(record, []).append(records[record].captions[caption])
+    return [replace(records[r], captions=captions) for r, captions in kept.items()]
 
 
 @dataclass
@@ -62,28 +82,32 @@ def groups_of(tokens: list[list[list[int]]], per_image: int) -> list[Group]:
 class Pictures:
     """Pictures of a list of records, as uint8 tensors or as an encoder's tokens from a cache.
 
-    Each has ``views`` views (`augment.View`), one after another by epoch. The tokens are those of
-    ``store``, or else of caches in the run's folder, a view each, that are filled first and go on
-    after a kill. The operating system keeps in memory what fits.
+    Each has ``views`` views (`augment.View`), one after another by epoch; with ``crops`` a new
+    random one in every epoch (`augment.RandomCrop`), never cached, as are pictures whose encoder
+    learns. The tokens are those of ``store``, or else of caches in the run's folder, a view each,
+    that are filled first and go on after a kill. The operating system keeps in memory what fits.
     """
 
     def __init__(
         self,
         records: list[data.Record],
-        model: Captioner,
+        model: Model,
         run: Run,
         name: str,
         views: int = 1,
         seed: int = 0,
         store: FeatureStore | None = None,
+        crops: bool = False,
     ):
         self.paths = [r.image for r in records]
+        number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
+        self.keys = [number[path] for path in self.paths]  # equal where pictures are the same
         own, self.size = model.encoder.transform(), model.encoder.size
         self.transforms = [View(own, view, seed) if view else own for view in range(views)]
-        self.run, self.bad = run, set()
+        self.run, self.seed, self.crops, self.bad = run, seed, crops, set()
         self.stores = [] if store is None else [store]
         pictures = [(r.image, r.id) for r in records]
-        if store is None and run.cache:
+        if store is None and run.cache and not crops and model.fixed_pictures:
             head = contents({}, model.encoder, what="tokens")
             for view, transform in enumerate(self.transforms):
                 folder = run.out / "features" / f"{name}-{view}"
@@ -122,9 +146,12 @@ class Pictures:
                 lists.append(indices)
                 yield from (self.paths[i] for i in indices)
 
+        transform, target = self.transforms[view], self.size
+        if self.crops:
+            transform, target = RandomCrop(self.size, epoch, self.seed), None
         found: list[Tensor | media.MediaError] = []
         for _, picture in media.decode_images(
-            paths(), self.transforms[view], target=self.size, workers=self.run.workers
+            paths(), transform, target=target, workers=self.run.workers
         ):
             found.append(picture)
             if len(found) == len(lists[0]):
@@ -134,55 +161,44 @@ class Pictures:
 
 
 class TextStates:
-    """What the decoder's lower layers make of each caption, where no picture reaches them.
+    """What frozen layers that no picture reaches make of each caption.
 
-    I-Tuning that drops its first N modules reads the same states of those N layers in every epoch.
-    They are computed once, in the decoder's own precision, and kept on disk as pictures are;
-    where the disk has no room for them, training does without.
+    I-Tuning that drops its first N modules reads the same states of those N layers in every epoch,
+    LilT with a locked text tower the same vectors. They are computed once, in the layers' own
+    precision, and kept on disk as pictures are; where the disk has no room for them, training does
+    without.
     """
 
-    def __init__(self, tokens: list[list[list[int]]], model: Captioner, run: Run, name: str):
+    def __init__(self, tokens: list[list[list[int]]], model: Model, run: Run, name: str):
         self.store: Tensor | None = None
-        if not run.cache or not model.text_layers:
-            return
-        lead = [model.text.bos, *model.prompt]
         captions = sorted(
             {tuple(c) for record in tokens for c in record}, key=lambda c: (len(c), c)
         )
-        ends = np.cumsum([len(lead) + len(c) for c in captions]).tolist()
+        if not run.cache or not model.fixed_text or not captions:
+            return
+        ends = np.cumsum([model.state_rows(c) for c in captions]).tolist()
         self.rows = {
-            c: slice(end - len(lead) - len(c), end) for c, end in zip(captions, ends, strict=True)
+            c: slice(end - model.state_rows(c), end) for c, end in zip(captions, ends, strict=True)
         }
-        weight, width = model.decoder.embed.weight, model.decoder.config.hidden_size
-        shape = (ends[-1] if ends else 0, width)
-        self.store, fresh = cached(run, f"{name}.states", shape, weight.dtype)
+        probe = model.states(captions[:1])
+        self.store, fresh = cached(run, f"{name}.states", (ends[-1], probe.shape[1]), probe.dtype)
         if self.store is None:
-            say(run, "no room on this disk for the lower layers' states: going on without")
+            say(run, "no room on this disk for the captions' states: going on without")
             return
         blocks = [captions[i : i + 256] for i in range(0, len(captions), 256)]
         done, _ = cached(run, f"{name}.states.done", (len(blocks),), torch.uint8, fresh=fresh)
         with bar(f"reading {name} captions", len(blocks), run) as advance:
             for i, block in enumerate(blocks):
                 if not done[i]:
-                    longest = len(lead) + len(block[-1])
-                    ids = torch.full((len(block), longest), model.text.eos)
-                    real = torch.zeros(len(block), longest, dtype=torch.bool)
-                    for row, c in enumerate(block):
-                        ids[row, : len(lead) + len(c)] = torch.tensor([*lead, *c])
-                        real[row, : len(lead) + len(c)] = True
-                    with torch.no_grad(), model.autocast():
-                        states = model.decoder(
-                            ids.to(model.device), real.to(model.device), last=model.text_layers
-                        )
                     place = slice(self.rows[block[0]].start, self.rows[block[-1]].stop)
-                    self.store[place] = states[real.to(model.device)].to(weight.dtype).cpu()
+                    self.store[place] = model.states(block).cpu()
                     done[i] = 1
                 advance(1)
                 if run.stop:
                     raise Interrupted
 
     def of(self, captions: list[list[int]]) -> list[Tensor] | None:
-        """The states (1 + P + t, d) of each caption, or None where they are not kept."""
+        """The states (rows, d) of each caption, or None where they are not kept."""
         if self.store is None:
             return None
         return [self.store[self.rows[tuple(c)]] for c in captions]
@@ -211,13 +227,10 @@ def cached(
     return kept.view(shape), fresh
 
 
-def prepare(records: list[data.Record], model: Captioner, job: Job) -> list[list[list[int]]]:
-    """Caption ids of each record, cut to max_tokens and to the decoder's positions."""
-    longest = min(job.max_tokens, model.room - 1)
-    lead = " " if model.prompt else ""  # a prompt ends in a word
-    flat = model.text.encode([lead + data.tidy(c) for r in records for c in r.captions])
-    ids = iter(flat)
-    return [[next(ids)[:longest] for _ in r.captions] for r in records]
+def prepare(records: list[data.Record], model: Model, job: Job) -> list[list[list[int]]]:
+    """Caption ids of each record, cut to max_tokens and to what the model has room for."""
+    ids = iter(model.encode([c for r in records for c in r.captions], job.max_tokens))
+    return [[next(ids) for _ in r.captions] for r in records]
 
 
 def batches(
@@ -225,9 +238,9 @@ def batches(
     order: list[list[int]],
     pictures: Pictures,
     states: TextStates,
-    model: Captioner,
+    model: Model,
     epoch: int = 0,
-) -> Iterator[Batch | None]:
+) -> Iterator[Batch | Pairs | None]:
     """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
     wanted = ([groups[g].record for g in micro] for micro in order)
     for micro, seen in zip(order, pictures.stream(wanted, epoch), strict=True):
@@ -240,4 +253,74 @@ def batches(
         captions = [c for g, _ in good for c in groups[g].captions]
         rows = [row for row, (g, _) in enumerate(good) for _ in groups[g].captions]
         seen = torch.stack([p for _, p in good])
-        yield collate(captions, rows, seen, model.text, model.prompt, states.of(captions))
+        keys = [pictures.keys[groups[g].record] for g, _ in good]
+        yield model.collate(captions, rows, seen, keys, states.of(captions))
+
+
+class Feed:
+    """The micro-batches of a run: those of each optimizer step, and those to validate on."""
+
+    def __init__(
+        self,
+        train: list[data.Record],
+        val: list[data.Record],
+        model: Model,
+        job: Job,
+        run: Run,
+        store: FeatureStore | None = None,
+    ):
+        self.model, self.job = model, job
+        self.pictures = Pictures(
+            train, model, run, "train", job.views, job.seed, store=store, crops=job.crops
+        )
+        self.val_pictures = Pictures(val, model, run, "val", store=store)
+        tokens = prepare(train, model, job)
+        for i in self.pictures.bad:
+            tokens[i] = []
+        self.states = TextStates(tokens, model, run, "train")
+        self.groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
+        if not self.groups:
+            raise UserError(f"{job.data}: none of its pictures could be read.")
+        self.lengths = [max(map(len, g.captions)) for g in self.groups]
+        self.val_groups = [
+            Group(i, t[:1])  # one caption a picture: enough to choose by, and cheap
+            for i, t in enumerate(prepare(val, model, job))
+            if i not in self.val_pictures.bad
+        ]
+        self.val_states = TextStates([g.captions for g in self.val_groups], model, run, "val")
+        order = sorted(
+            range(len(self.val_groups)), key=lambda g: len(self.val_groups[g].captions[0])
+        )
+        self.val_order = [order[i : i + run.micro] for i in range(0, len(order), run.micro)]
+
+        mean = sum(len(g.captions) for g in self.groups) / len(self.groups)
+        self.micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
+        self.per_step = max(1, round(job.recipe.batch / (self.micro * mean)))  # micro-batches
+        self.captions = round(self.per_step * self.micro * mean)  # in a step
+        self.steps_per_epoch = math.ceil(math.ceil(len(self.groups) / self.micro) / self.per_step)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.pictures.paths):,} pictures, "
+            f"{sum(len(g.captions) for g in self.groups):,} captions, "
+            f"{len(self.val_groups):,} pictures to validate on"
+        )
+
+    def steps(self, epoch: int, done: int) -> Iterator[list[Batch | Pairs]]:
+        """The micro-batches of each step of an epoch behind the first ``done``.
+
+        None at all where every picture of a step is unreadable.
+        """
+        order = data.length_buckets(
+            self.lengths, self.micro, self.job.seed, epoch,
+            **({"pool": self.per_step, "shuffle": False} if self.model.whole_steps else {}),
+        )  # fmt: skip
+        order = order[done * self.per_step :]
+        source = batches(self.groups, order, self.pictures, self.states, self.model, epoch)
+        for _ in range(done, self.steps_per_epoch):
+            yield [batch for batch in islice(source, self.per_step) if batch is not None]
+
+    def validation(self) -> Iterator[Batch | Pairs | None]:
+        return batches(
+            self.val_groups, self.val_order, self.val_pictures, self.val_states, self.model
+        )

@@ -19,7 +19,7 @@ class Job:
 
     method: str
     data: str
-    decoder: str
+    language: str  # the decoder, or LilT's text encoder
     vision: str
     fit: str
     options: dict[str, Any]
@@ -35,6 +35,7 @@ class Job:
     max_tokens: int = 40  # longer captions are cut
     per_image: int = 5  # captions of a picture that share a micro-batch
     views: int = 1  # of each picture, one after another by epoch; 1: the picture itself
+    crops: bool = False  # LilT: a random crop of each picture, augmented, new in every epoch
     precision: str = "fp32"
 
 

@@ -1,4 +1,4 @@
-"""Presets, checkpoint folders, and how a name becomes a model.
+"""Checkpoint folders, and how a name becomes a model.
 
 A checkpoint folder holds ``config.json`` (method, backbones with their hashes, options) and
 ``model.safetensors`` (the trainable tensors only); the frozen backbones are fetched by name.
@@ -10,92 +10,30 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyvl import UserError, hub
+from tinyvl import UserError, hub, lilt
 from tinyvl.captioner import Captioner, Text
 from tinyvl.decoder import Decoder
 from tinyvl.encoders import build_image_encoder, load_image_encoder
 from tinyvl.itune import ITune
+from tinyvl.lilt import LilT
+from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, Recipe, architecture, preset
 from tinyvl.pretrained import decoder_config, load_decoder
 
-METHODS = {"itune": ITune}
+__all__ = ["CONFIGS", "PRESETS", "SMALL", "Preset", "Recipe", "architecture", "preset"]
+
+Model = Captioner | LilT
+METHODS = {"itune": ITune, "lilt": LilT}
+TASKS = {"caption": Captioner, "retrieve": LilT}
+# A configuration's backbones and the role in which `hub` fetches each.
+ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT = {"caption": Path(__file__).parent / "checkpoints" / "caption"}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a preset is trained. Rates are AdamW's; warm-up is a share of all steps."""
-
-    batch: int = 64
-    epochs: float = 5
-    rate: float = 8e-4
-    final_rate: float = 0.0
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    clip: float = 1.0
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A row of a paper's table: method, backbones, options, recipe."""
-
-    method: str
-    decoder: str
-    vision: str
-    row: str  # where in the paper
-    options: dict[str, Any] = field(default_factory=dict)
-    recipe: Recipe = field(default_factory=Recipe)
-    fit: str = "crop"
-
-
-CLIP_B16 = "vit_base_patch16_clip_quickgelu_224.openai"
-# Batch and epochs are the paper's; rate, warm-up and decay are not given there. Ours are guesses
-# for that batch, not tuned at its scale.
-PAPER = Recipe(batch=4096, epochs=30, rate=1e-3, warmup=0.05)
-ITUNE = "I-Tuning, Table 1"
-PRESETS: dict[str, Preset] = {
-    "itune-base": Preset("itune", "gpt2", CLIP_B16, f"{ITUNE}: GPT2-Base", recipe=PAPER),
-    "itune-medium": Preset("itune", "gpt2-medium", CLIP_B16, f"{ITUNE}: GPT2-Medium", recipe=PAPER),
-    "itune-large": Preset("itune", "gpt2-large", CLIP_B16, f"{ITUNE}: GPT2-Large", recipe=PAPER),
-    "itune-large-drop18": Preset(
-        "itune", "gpt2-large", CLIP_B16, f"{ITUNE}: GPT2-Large with dropping", {"drop": 18}, PAPER
-    ),
-}
-# Runs everywhere, a CPU included: what commands use without a preset.
-SMALL = Preset(
-    "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {"drop": 19}, Recipe(), fit="jpeg"
-)
-
-
-def preset(name: str | None) -> Preset:
-    """A preset by name; None is the small recipe that runs everywhere."""
-    if name in (None, "small"):
-        return SMALL
-    if name not in PRESETS:
-        raise UserError(f"No preset {name!r}; there are {', '.join(PRESETS)}.", 2)
-    return PRESETS[name]
-
-
-# Published configurations, so that a preset can be inspected without its weights.
-GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
-CONFIGS: dict[str, dict] = {
-    "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
-    "gpt2-medium": GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
-    "gpt2-large": GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
-    "gpt2-xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
-    "SmolLM2-135M": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
-        "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -168,34 +106,38 @@ def first(*values):
     return value[0] if isinstance(value, list) else value
 
 
+def towers(method: str) -> tuple[str, str]:
+    """What a configuration calls a method's language side and its image side."""
+    return ("text", "image") if method == "lilt" else ("decoder", "vision")
+
+
+def backbones(config: dict) -> dict[str, dict]:
+    """A configuration's backbones by what it calls them."""
+    return {side: config[side] for side in ROLES if side in config}
+
+
 def new_config(
-    method: str, decoder: str, vision: str, *, fit: str, prompt: str, options: dict[str, Any]
+    method: str, language: str, vision: str, *, fit: str, prompt: str, options: dict[str, Any]
 ) -> dict:
     """The ``config.json`` of a model to be trained; fetches its backbones."""
-    decoder_folder = hub.fetch(decoder, "decoder")
-    vision_folder = hub.fetch(vision, "vision")
-    return {
-        "format": 1,
-        "method": method,
-        "decoder": {
-            "name": decoder,
-            "sha256": hub.fingerprint(decoder_folder),
-            "config": json.loads((decoder_folder / "config.json").read_text()),
-        },
-        "vision": {
-            "name": vision,
-            "sha256": hub.fingerprint(vision_folder),
-            "config": json.loads((vision_folder / "config.json").read_text()),
-            "fit": fit,
-        },
-        "prompt": prompt,
-        "options": options,
-    }
+    config: dict[str, Any] = {"format": 1, "method": method}
+    for side, name in zip(towers(method), (language, vision), strict=True):
+        folder = hub.fetch(name, ROLES[side])
+        config[side] = {
+            "name": name,
+            "sha256": hub.fingerprint(folder),
+            "config": json.loads((folder / "config.json").read_text()),
+        }
+        if ROLES[side] == "vision":
+            config[side]["fit"] = fit
+    if method != "lilt":
+        config["prompt"] = prompt
+    return config | {"options": options}
 
 
 def build(
     config: dict, *, device: torch.device, precision: torch.dtype, weights: bool = True
-) -> Captioner:
+) -> Model:
     """The model of a ``config.json``, modules new. ``weights`` False: on the meta device."""
     if config.get("format") != 1 or config.get("method") not in METHODS:
         raise UserError(
@@ -203,57 +145,63 @@ def build(
             f"{config.get('format')!r}; this tinyvl reads {', '.join(METHODS)} in format 1.",
             2,
         )
-    method = METHODS[config["method"]]
-    lm, vision, prompt = config["decoder"], config["vision"], config.get("prompt", "")
     if not weights:
         with torch.device("meta"):
-            encoder = build_image_encoder(vision["config"], fit=vision["fit"], levels=method.levels)
-            decoder = Decoder(decoder_config(lm["config"]))
-            text = Text(None, 0, 0)
-            return method(encoder, decoder, text, vision_width=encoder.width, **config["options"])
+            return assemble(config, None, precision)
     folders = {}
-    for role, part in (("decoder", lm), ("vision", vision)):
-        folders[role] = hub.fetch(part["name"], role)
-        if part["sha256"] != hub.fingerprint(folders[role]):
+    for side, part in backbones(config).items():
+        folders[side] = hub.fetch(part["name"], ROLES[side])
+        if part["sha256"] != hub.fingerprint(folders[side]):
             raise UserError(
                 f"{part['name']}: the weights here are not those this model was trained with "
-                f"(SHA-256 {part['sha256'][:12]}…); its captions would be wrong."
+                f"(SHA-256 {part['sha256'][:12]}…); its answers would be wrong."
             )
-    encoder = load_image_encoder(folders["vision"], fit=vision["fit"], levels=method.levels)
-    decoder = load_decoder(folders["decoder"], dtype=precision)
-    text = read_text(folders["decoder"], lm["config"])
-    model = method(
+    return place(assemble(config, folders, precision), device, precision)
+
+
+def assemble(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) -> Model:
+    """The model over the backbones of these folders; None: parameters only."""
+    if config["method"] == "lilt":
+        return lilt.build(config, folders)
+    method = METHODS[config["method"]]
+    lm, vision, prompt = config["decoder"], config["vision"], config.get("prompt", "")
+    if folders is None:
+        encoder = build_image_encoder(vision["config"], fit=vision["fit"], levels=method.levels)
+        decoder, text, prompt = Decoder(decoder_config(lm["config"])), Text(None, 0, 0), ""
+    else:
+        encoder = load_image_encoder(folders["vision"], fit=vision["fit"], levels=method.levels)
+        decoder = load_decoder(folders["decoder"], dtype=precision)
+        text = read_text(folders["decoder"], lm["config"])
+    return method(
         encoder, decoder, text, vision_width=encoder.width, prompt=prompt, **config["options"]
     )
-    return place(model, device, precision)
 
 
 def parts_of(config: dict) -> dict[str, Any]:
     """What of a checkpoint a run that starts from it takes over."""
+    language, vision = (config[side] for side in towers(config["method"]))
     return {
-        "decoder": config["decoder"]["name"],
-        "vision": config["vision"]["name"],
-        "fit": config["vision"]["fit"],
-        "prompt": config["prompt"],
+        "language": language["name"],
+        "vision": vision["name"],
+        "fit": vision["fit"],
+        "prompt": config.get("prompt", ""),
         "options": config["options"],
     }
 
 
-def place(model: Captioner, device: torch.device, precision: torch.dtype) -> Captioner:
+def place(model: Model, device: torch.device, precision: torch.dtype) -> Model:
     """Moves a model: frozen parts in ``precision``, trainable ones in float32 under autocast."""
-    half = precision != torch.float32
-    if half:
-        model.encoder.model.to(precision)  # pictures are still normalised in float32
-        model.decoder.to(precision)
-    model.amp = precision if half else None
+    if precision != torch.float32:
+        model.halve(precision)
+        model.amp = precision
     return model.to(device)
 
 
-def trainable_state(model: Captioner) -> dict[str, torch.Tensor]:
+def trainable_state(model: Model) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if model.trainable(n)}
 
 
-def load_trainable(model: Captioner, state: dict[str, torch.Tensor], where: str) -> None:
+def load_trainable(model: Model, state: dict[str, torch.Tensor], where: str) -> None:
     """Fills in the trainable tensors; any name too many, missing or misshapen is refused."""
     own = trainable_state(model)
     if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
@@ -295,12 +243,12 @@ def save_config(folder: Path, config: dict) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
-def save(model: Captioner, folder: Path, file: str = "model.safetensors") -> None:
+def save(model: Model, folder: Path, file: str = "model.safetensors") -> None:
     """The trainable tensors, in the type they are trained in."""
     write_tensors(folder / file, trainable_state(model), {"format": "pt"})
 
 
-def load_weights(model: Captioner, folder: Path) -> None:
+def load_weights(model: Model, folder: Path) -> None:
     """Fills a built model with a checkpoint folder's trainable tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -314,21 +262,21 @@ def load_weights(model: Captioner, folder: Path) -> None:
 
 def write_card(folder: Path, config: dict, summary: dict) -> None:
     """The model card: data, metrics, licences, the settings."""
+    parts = backbones(config)
     lines = [
         "---",
         "library_name: tinyvl",
-        "tags: [image-captioning]",
+        f"tags: [{'image-text-retrieval' if config['method'] == 'lilt' else 'image-captioning'}]",
         "---",
-        f"# {config['method']} on {config['decoder']['name']} with {config['vision']['name']}",
+        f"# {config['method']} on {' with '.join(part['name'] for part in parts.values())}",
         "",
         "A tinyvl checkpoint: only the trained modules; the frozen backbones are fetched by name.",
         "",
     ]
-    for role in ("decoder", "vision"):
-        part = config[role]
+    for side, part in parts.items():
         known = hub.find(part["name"])
         licence = known.licence if known else "see its own card"
-        lines.append(f"- {role}: {part['name']} (licence: {licence}; SHA-256 {part['sha256']})")
+        lines.append(f"- {side}: {part['name']} (licence: {licence}; SHA-256 {part['sha256']})")
     training = config["training"]
     lines += [f"- data: {Path(training['data']).name}", ""]
     lines += ["```", shlex.join(["tinyvl", *sys.argv[1:]]), "```", "", "| | |", "|---|---|"]
@@ -366,36 +314,42 @@ def load(
     task: str = "caption",
     device: torch.device | None = None,
     precision: torch.dtype | None = None,
-) -> Captioner:
-    """A trained model, ready to run."""
+) -> Model:
+    """A trained model, ready to run: a `Captioner` for captions, a `LilT` to retrieve."""
     folder = checkpoint_folder(name, task)
     device = device or choose_device()
     precision = precision or choose_precision(None, device)
-    model = build(read_config(folder), device=device, precision=precision)
+    config = read_config(folder)
+    if config.get("method") in METHODS and not issubclass(METHODS[config["method"]], TASKS[task]):
+        raise UserError(
+            f"{name}: a model of the method {config['method']}, which cannot {task}; name another.",
+            2,
+        )
+    model = build(config, device=device, precision=precision)
     load_weights(model, folder)
+    model.requires_grad_(False).eval()
     if model.amp:  # no gradients to keep exact: cast once, not in every step
-        for name, parameter in model.named_parameters():
-            if model.trainable(name):
-                parameter.data = parameter.data.to(model.amp)
-    return model.requires_grad_(False).eval()
+        model.halve(model.amp)
+    return model
 
 
 def inspect(name: str) -> dict[str, Any]:
     """Parameter counts of a preset or a checkpoint, on the meta device: no weights, no network."""
-    if name in PRESETS or name == "small":
-        preset = PRESETS.get(name, SMALL)
+    if name in PRESETS or name in (*SMALL, "small"):
+        row = PRESETS.get(name) or SMALL[name if name in SMALL else "itune"]
+        language, vision = towers(row.method)
         config = {
             "format": 1,
-            "method": preset.method,
-            "decoder": {"name": preset.decoder, "config": CONFIGS[preset.decoder]},
-            "vision": {
-                "name": preset.vision,
-                "config": {"architecture": architecture(preset.vision)},
-                "fit": preset.fit,
+            "method": row.method,
+            language: {"name": row.language, "config": CONFIGS[row.language]},
+            vision: {
+                "name": row.vision,
+                "config": {"architecture": architecture(row.vision)},
+                "fit": row.fit,
             },
-            "options": preset.options,
+            "options": row.options,
         }
-        extra = {"row": preset.row, "recipe": asdict(preset.recipe)}
+        extra = {"row": row.row, "recipe": asdict(row.recipe)}
     elif name == "default" or name.startswith("hf://") or os.path.isdir(name):
         config, extra = read_config(checkpoint_folder(name)), {}
     else:
@@ -411,13 +365,7 @@ def inspect(name: str) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "total_parameters": total,
         "trainable_percent": round(100 * trainable / total, 3),
-        "decoder": config["decoder"]["name"],
-        "vision": config["vision"]["name"],
+        **{side: part["name"] for side, part in backbones(config).items()},
         "options": config["options"],
         **extra,
     }
-
-
-def architecture(vision: str) -> str:
-    """timm's architecture of an encoder's name."""
-    return {"EfficientNet-Lite2": "tf_efficientnet_lite2"}.get(vision, vision.split(".")[0])

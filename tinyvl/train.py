@@ -8,18 +8,18 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from tinyvl import UserError, __version__, data, models
-from tinyvl.captioner import Batch, Captioner
+from tinyvl import UserError, __version__, models
+from tinyvl.captioner import Batch
 from tinyvl.features import open_store
-from tinyvl.feed import Group, Pictures, TextStates, batches, groups_of, load_records, prepare
+from tinyvl.feed import Feed, load_records
 from tinyvl.job import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
+from tinyvl.lilt import Pairs
 
 
 def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
@@ -33,7 +33,7 @@ def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
 
 
 def train(job: Job, run: Run) -> dict[str, Any]:
-    """Trains a captioner, -> a summary. Leaves a checkpoint folder in ``run.out``."""
+    """Trains a captioner or LilT, -> a summary. Leaves a checkpoint folder in ``run.out``."""
     keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
     check_features(job, run)
@@ -45,7 +45,12 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         config = models.read_config(source)
     else:
         config = models.new_config(
-            job.method, job.decoder, job.vision, fit=job.fit, prompt=job.prompt, options=job.options
+            job.method,
+            job.language,
+            job.vision,
+            fit=job.fit,
+            prompt=job.prompt,
+            options=job.options,
         )
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:
@@ -57,41 +62,25 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     model = models.build(config, device=run.device, precision=precision)
     if job.init:
         models.load_weights(model, source)
-    model.decoder.checkpointing = run.checkpointing
+    model.checkpoint(run.checkpointing)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
 
+    if store is not None and not model.fixed_pictures:
+        raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
     with stopping(run):
-        pictures = Pictures(train_records, model, run, "train", job.views, job.seed, store)
-        val_pictures = Pictures(val_records[:1000], model, run, "val", store=store)
-        tokens = prepare(train_records, model, job)
-        for i in pictures.bad:
-            tokens[i] = []
-        states = TextStates(tokens, model, run, "train")
-        groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
-        if not groups:
-            raise UserError(f"{job.data}: none of its pictures could be read.")
-        lengths = [max(map(len, g.captions)) for g in groups]
-        val_groups = [
-            Group(i, t[:1])  # one caption a picture: enough to choose by, and cheap
-            for i, t in enumerate(prepare(val_records[:1000], model, job))
-            if i not in val_pictures.bad
-        ]
-        val_states = TextStates([g.captions for g in val_groups], model, run, "val")
-        by_length = sorted(range(len(val_groups)), key=lambda g: len(val_groups[g].captions[0]))
-        val_order = [by_length[i : i + run.micro] for i in range(0, len(by_length), run.micro)]
-
-        mean = sum(len(g.captions) for g in groups) / len(groups)
-        micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
-        per_step = max(1, round(job.recipe.batch / (micro * mean)))  # micro-batches
-        steps_per_epoch = math.ceil(math.ceil(len(groups) / micro) / per_step)
-        steps = max(1, round(job.recipe.epochs * steps_per_epoch))
-        validate_every = run.validate_every or steps_per_epoch
-
+        feed = Feed(train_records, val_records[:1000], model, job, run, store)
+        steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
+        validate_every = run.validate_every or feed.steps_per_epoch
+        decayed, others = [], []
+        for parameter in parameters.values():
+            (decayed if model.decays(parameter) else others).append(parameter)
         optimizer = torch.optim.AdamW(
-            parameters.values(), lr=job.recipe.rate, weight_decay=job.recipe.weight_decay
-        )
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            lr=job.recipe.rate, weight_decay=job.recipe.weight_decay,
+        )  # fmt: skip
         scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
+        clip = math.inf if job.recipe.clip is None else job.recipe.clip
         step, best = 0, math.inf
         if state:
             step, best = restore(state, parameters, optimizer, scaler)
@@ -100,31 +89,25 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         say(
             run,
             f"{sum(p.numel() for p in parameters.values()):,} trainable parameters; "
-            f"{len(train_records):,} pictures, {sum(map(len, tokens)):,} captions, "
-            f"{len(val_groups):,} pictures to validate on; {steps:,} steps of "
-            f"{round(per_step * micro * mean)} captions",
+            f"{feed}; {steps:,} steps of {feed.captions} captions",
         )
         pieces, started, done, speed = 1, time.monotonic(), 0, 0.0
         with bar("training", steps, run, start=step) as advance:
-            source: Iterator[Batch] = iter(())
-            epoch = None
+            epoch, source = None, iter(())
             while step < steps:
-                if epoch != step // steps_per_epoch:  # a new epoch, or the middle of a resumed one
-                    epoch, offset = divmod(step, steps_per_epoch)
-                    order = data.length_buckets(lengths, micro, job.seed, epoch)[
-                        offset * per_step :
-                    ]
-                    source = batches(groups, order, pictures, states, model, epoch)
+                if epoch != step // feed.steps_per_epoch:  # anew, or resumed
+                    epoch, behind = divmod(step, feed.steps_per_epoch)
+                    source = feed.steps(epoch, behind)
                 rate = lr_at(step, steps, job.recipe)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, if a method has any
-                taken = [b for _, b in zip(range(per_step), source, strict=False) if b is not None]
+                taken = next(source)
                 step += 1
                 if taken:  # else every picture of the step was unreadable
                     metrics, pieces = accumulate(model, taken, scaler, pieces, run)
                     scaler.unscale_(optimizer)
-                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), job.recipe.clip)
+                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
@@ -132,7 +115,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     speed = done / (time.monotonic() - started)
                     memory = peak_memory(run.device)
                     write(
-                        log, step=step, epoch=round(step / steps_per_epoch, 4),
+                        log, step=step, epoch=round(step / feed.steps_per_epoch, 4),
                         loss=round(metrics["loss"], 5), rate=rate,
                         gradient_norm=round(norm.item(), 4),
                         captions_per_second=round(speed, 2), peak_memory=memory,
@@ -140,10 +123,8 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     report = f"loss {metrics['loss']:.3f}  {speed:.1f} captions/s"
                     advance(1, f"{report}  {memory / 2**30:.1f} GiB")
                 ends = step == steps
-                if val_order and (step % validate_every == 0 or ends):
-                    value = model.validate(
-                        batches(val_groups, val_order, val_pictures, val_states, model)
-                    )
+                if feed.val_order and (step % validate_every == 0 or ends):
+                    value = model.validate(b for b in feed.validation() if b is not None)
                     write(log, step=step, val_loss=round(value, 5))
                     say(run, f"step {step}: validation loss {value:.4f}")
                     if value < best:
@@ -155,12 +136,12 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     raise Interrupted
     log.close()
     models.save(model, run.out, "last.safetensors")
-    if not val_order:
+    if not feed.val_order:
         models.save(model, run.out, "model.safetensors")
     if not (run.out / "model.safetensors").exists():
         raise UserError(f"{run.out}: the loss was never finite; train with a lower --rate.")
     summary = {
-        "steps": step, "epochs": job.recipe.epochs, "val_loss": best if val_order else None,
+        "steps": step, "epochs": job.recipe.epochs, "val_loss": best if feed.val_order else None,
         "captions_per_second": round(speed, 2), "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if done:
@@ -176,8 +157,8 @@ def write(log: TextIO, **values: float) -> None:
 
 
 def accumulate(
-    model: Captioner,
-    taken: list[Batch],
+    model: models.Model,
+    taken: list[Batch] | list[Pairs],
     scaler: torch.amp.GradScaler,
     pieces: int,
     run: Run,
@@ -203,8 +184,10 @@ def check_features(job: Job, run: Run) -> None:
     """Refuses what goes against reading a finished cache."""
     if run.features is None:
         return
-    if job.views > 1:
-        raise UserError("--features has one view of each picture: leave out --views.", 2)
+    if job.views > 1 or job.crops:
+        raise UserError(
+            "--features has one view of each picture: leave out --views and --crops.", 2
+        )
     if not run.cache:
         raise UserError("--features and --no-cache contradict each other: leave out one.", 2)
     if (run.out / "features").absolute() in (

@@ -89,7 +89,7 @@ def paper_model(preset: str, precision: torch.dtype) -> ITune:
     row = models.PRESETS[preset]
     with torch.device("cuda"):
         encoder = build_image_encoder({"architecture": models.architecture(row.vision)})
-        decoder = Decoder(decoder_config(models.CONFIGS[row.decoder])).requires_grad_(False).eval()
+        decoder = Decoder(decoder_config(models.CONFIGS[row.language])).requires_grad_(False).eval()
         model = ITune(
             encoder, decoder, Text(None, 50256, 50256), vision_width=encoder.width, **row.options
         )

@@ -1,0 +1,553 @@
+"""LilT: align an image encoder and a text encoder by training little of either.
+
+Khan and Fu, "Contrastive Alignment of Vision to Language Through Parameter-Efficient Transfer
+Learning", https://arxiv.org/abs/2301.04558. Each tower's token 0 after its last norm goes through
+a linear projection to 256 numbers, scaled to length one. With s the products of all images and
+texts of a batch, divided by a learned temperature (section 2.1):
+
+    L = ½ (cross-entropy of each text among the images + of each image among the texts)   (1)
+
+The towers are locked but for what a `Tuning` unlocks or adds. Layerwise adapters stand where the
+authors' code has them: on a ViT block's branch, before norm1 and norm2; in BERT after the dense
+layer and its dropout, before the LayerNorm that adds the residual. Deep adapters are one more
+layer on top of a stack. Dropout is on in a tower that has something to train, off in a locked one;
+BatchNorms keep their statistics, so that a batch cut into pieces is still the same batch.
+
+What differs from the authors' code: the loss sees the whole batch, not each GPU's part; the
+temperature has no weight decay; pictures are normalised as the encoder was trained; and two
+captions of one picture are no negatives of each other.
+
+A tower without [CLS] (a CNN) is read by the mean of its last feature map; a deep adapter on it is
+one transformer block over the map's cells, projected to a width of choice.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from tinyvl import UserError
+from tinyvl.encoders import NORMS, ImageEncoder, Percept, build_timm, channels_last
+from tinyvl.text_encoders import (
+    TextEncoder,
+    build_text_model,
+    load_text_model,
+    load_tokenizer,
+    pool_tokens,
+)
+
+ADAPTERS = ("none", "layerwise", "deep")
+UNLOCKS = ("none", "layernorm", "bitfit", "all")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What of a tower is trained, and how it is read."""
+
+    adapter: str = "none"  # ADAPTERS
+    unlock: str = "none"  # UNLOCKS: of the pretrained parameters
+    layers: tuple[int, int] | None = None  # unlock only in first..last; -1 is the deepest (Fig. 5)
+    pool: str | None = None  # "token", "mean"; None: the paper's token 0 where there is one
+    width: int = 384  # of the block over a feature map
+
+    def __post_init__(self):
+        for name, known in (("adapter", ADAPTERS), ("unlock", UNLOCKS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is one of {', '.join(known)}.", 2)
+
+
+# ---------------------------------------------------------------------------------- what is added
+
+
+class Adapter(nn.Module):
+    """x + W_up gelu(W_down x), with biases; the bottleneck has a quarter of the width."""
+
+    def __init__(self, width: int, init: Callable[[Tensor], Any], reduction: int = 4):
+        super().__init__()
+        self.down = nn.Linear(width, width // reduction)
+        self.up = nn.Linear(width // reduction, width)
+        for layer in (self.down, self.up):
+            init(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+def add_layerwise_adapters(model: nn.Module) -> int:
+    """Two adapters in each layer of a timm ViT or a BERT, initialised as each is; -> how many."""
+    count = 0
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            for name in ("norm1", "norm2"):
+                norm = getattr(module, name)
+                adapter = Adapter(norm.weight.numel(), partial(nn.init.trunc_normal_, std=0.02))
+                setattr(module, name, nn.Sequential(OrderedDict(adapter=adapter, norm=norm)))
+                count += 1
+        elif all(hasattr(module, name) for name in ("dense", "dropout", "LayerNorm")):
+            # BERT: LayerNorm(dropout(dense(h)) + residual)
+            adapter = Adapter(module.dense.out_features, partial(nn.init.normal_, std=0.02))
+            parts = OrderedDict(dropout=module.dropout, adapter=adapter)
+            module.dropout = nn.Sequential(parts)
+            count += 1
+    return count
+
+
+class MapAdapter(nn.Module):
+    """A deep adapter for a feature map: one transformer block over its cells, then their mean."""
+
+    def __init__(self, cells: int, map_width: int, width: int):
+        super().__init__()
+        self.project = nn.Linear(map_width, width)
+        self.positions = nn.Parameter(torch.zeros(cells, width))
+        self.block = Block(width, num_heads=max(1, width // 64), qkv_bias=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, S, D) -> (B, width)."""
+        return self.norm(self.block(self.project(tokens) + self.positions)).mean(1)
+
+
+# -------------------------------------------------------------------------------- what is unlocked
+
+
+def unlocked(model: nn.Module, tuning: Tuning, depth: int, grown: int, where: str) -> frozenset:
+    """Names of a tower's trainable parameters. ``depth`` counts its pretrained layers."""
+    names = [name for name, _ in model.named_parameters()]
+    added = re.compile(r"\.adapter\.")
+    if grown:  # the new layer, and the norm behind a ViT's stack
+        added = re.compile(rf"(^|\.)(layer|blocks)\.{depth}\.|^norm\.")
+    norms = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for name, _ in module.named_parameters()
+    }
+    kinds = {
+        "none": lambda name: False,
+        "layernorm": norms.__contains__,
+        "bitfit": lambda name: "bias" in name,
+        "all": lambda name: True,
+    }
+    first, last = (i if i >= 0 else depth + i for i in tuning.layers or (0, -1))
+
+    def inside(name: str) -> bool:
+        found = re.search(r"(?:^|\.)(?:layer|blocks)\.(\d+)\.", name)
+        layer = int(found[1]) if found else depth - 1 if name.startswith("norm.") else 0
+        return first <= layer <= last  # embeddings go with the first layer, the norm with the last
+
+    chosen = {n for n in names if kinds[tuning.unlock](n) and (inside(n) or not tuning.layers)}
+    if tuning.unlock != "none" and not chosen:
+        what = {"layernorm": "LayerNorms", "bitfit": "biases"}.get(tuning.unlock, "parameters")
+        layers = f" in the layers {first} to {last}" if tuning.layers else ""
+        raise UserError(f"{where} has no {what}{layers} to unlock; choose another preset.", 2)
+    return frozenset(chosen | {n for n in names if tuning.adapter != "none" and added.search(n)})
+
+
+# ---------------------------------------------------------------------------------------- towers
+
+
+def image_model(
+    config: dict, *, size: int | None, grow: bool, state: dict[str, Tensor] | None = None
+) -> nn.Module:
+    """A timm model for pictures of ``size`` pixels, its stack one block deeper with ``grow``.
+
+    Args:
+        state: pretrained weights; a ViT's position embeddings are interpolated (bicubic), a new
+            block stays random.
+    """
+    changes: dict[str, Any] = {}
+    if size:
+        overlay = {"input_size": (3, size, size)}
+        changes = {"pretrained_cfg_overlay": overlay, "img_size": size}
+    try:
+        model = build_timm(config, **changes)
+    except TypeError:  # a CNN: it takes any size
+        changes.pop("img_size", None)
+        model = build_timm(config, **changes)
+    depth = len(model.blocks) if isinstance(model, VisionTransformer) else 0
+    if grow and depth:
+        model = build_timm(config, depth=depth + 1, **changes)
+    if state is None:
+        return model
+    if depth:  # as the authors: no antialiasing
+        state = checkpoint_filter_fn(dict(state), model, antialias=False)
+    missing, _ = model.load_state_dict(state, strict=False)  # a classifier may be extra
+    if missing := [n for n in missing if not (grow and n.startswith(f"blocks.{depth}."))]:
+        raise UserError(
+            f"The image encoder's weights of {missing[0]} (and maybe more) are missing."
+        )
+    return model
+
+
+class ImageTower(ImageEncoder):
+    """A timm model of which a part may be trained. uint8 (B, 3, H, W) -> tokens (B, S, D)."""
+
+    def __init__(self, model: nn.Module, *, fit: str, tuning: Tuning, where: str):
+        super().__init__(model, fit=fit)
+        vit = isinstance(model, VisionTransformer)
+        grown = vit and tuning.adapter == "deep"
+        depth = len(model.blocks) - grown if vit else 0
+        self.map_adapter = tuning.adapter == "deep" and not vit
+        if tuning.adapter == "layerwise" and not (vit and add_layerwise_adapters(model)):
+            raise UserError(
+                f"{where} has no transformer blocks to put layerwise adapters in; use a deep "
+                "adapter (--image-adapter deep) or a ViT.",
+                2,
+            )
+        if tuning.layers and not vit:
+            raise UserError(f"{where} has no transformer layers to choose from.", 2)
+        self.pool = tuning.pool or ("token" if getattr(model, "num_prefix_tokens", 0) else "mean")
+        if self.pool == "token" and not getattr(model, "num_prefix_tokens", 0):
+            raise UserError(f"{where} has no [CLS] token; pool its tokens by their mean.", 2)
+        own = Tuning("none" if self.map_adapter else tuning.adapter, tuning.unlock, tuning.layers)
+        self.tuned = unlocked(model, own, depth, grown, where)
+
+    def forward(self, images: Tensor) -> Percept:
+        """-> tokens (B, S, D): all that a map adapter reads, else one pooled vector (S = 1)."""
+        x = (images.float() / 255 - self.mean) / self.std
+        x = x.contiguous(memory_format=torch.channels_last)
+        tokens = channels_last(self.model.forward_features(x), self.width)
+        if not self.final_norm:
+            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
+        if not self.map_adapter:
+            tokens = tokens[:, :1] if self.pool == "token" else tokens.mean(1, keepdim=True)
+        return Percept(tokens, [])
+
+    def train(self, mode: bool = True):
+        """Locked towers stay in eval mode, and so do all BatchNorms."""
+        nn.Module.train(self, mode and bool(self.tuned))
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
+        return self
+
+
+class TextTower(TextEncoder):
+    """A BERT of which a part may be trained. ids, mask (B, T) -> vectors (B, D)."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, clean: bool, tuning: Tuning, where: str
+    ):
+        super().__init__(model, tokenizer, clean=clean)
+        grown = tuning.adapter == "deep"
+        if tuning.adapter == "layerwise" and not add_layerwise_adapters(self.model):
+            raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
+        self.pool = tuning.pool or "token"
+        depth = self.model.config.num_hidden_layers - grown
+        self.tuned = unlocked(self.model, tuning, depth, grown, where)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return pool_tokens(super().forward(ids, mask), mask, self.pool)
+
+    def train(self, mode: bool = True):
+        """A locked tower stays in eval mode: no dropout."""
+        return nn.Module.train(self, mode and bool(self.tuned))
+
+
+def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
+    """The model of a checkpoint's ``config.json``; ``folders`` None: parameters only, random.
+
+    Args:
+        folders: of the backbones "image" and "text".
+    """
+    image, text, options = config["image"], config["text"], dict(config["options"])
+    tunings = [Tuning(**options.pop(side, {})) for side in ("image", "text")]
+    size, clean = options.pop("size", None), options.pop("clean", False)
+    random = options.pop("random_init", False)
+    if random and not all(tuning.unlock == "all" and not tuning.layers for tuning in tunings):
+        raise UserError(
+            "--random-init is for towers that are trained whole; add --preset clip-base, or "
+            "--image-unlock all --text-unlock all.",
+            2,
+        )
+    grow = [tuning.adapter == "deep" for tuning in tunings]
+    state = tokenizer = None
+    if folders and not random:
+        state = load_file(folders["image"] / "model.safetensors")
+    if folders:
+        tokenizer = load_tokenizer(folders["text"])
+    tower = ImageTower(
+        image_model(image["config"], size=size, grow=grow[0], state=state),
+        fit=image["fit"], tuning=tunings[0], where=image["name"],
+    )  # fmt: skip
+    if folders and not random:
+        bert = load_text_model(folders["text"], grow=grow[1])
+    else:
+        bert = build_text_model(text["config"], grow=grow[1])
+    return LilT(
+        tower,
+        TextTower(bert, tokenizer, clean=clean, tuning=tunings[1], where=text["name"]),
+        map_width=tunings[0].width,
+        **options,
+    )
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+@dataclass
+class Pairs:
+    """A micro-batch: pictures, and captions that each belong to one of them."""
+
+    pictures: Tensor  # uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) from a cache
+    keys: Tensor  # (I,) a number for each picture: equal where pictures are the same
+    rows: Tensor  # (B,) which picture each caption belongs to
+    ids: Tensor  # (B, T), or a locked tower's vectors (B, D) from a cache
+    mask: Tensor  # (B, T) 1 where there is a token
+
+    def to(self, device: torch.device) -> "Pairs":
+        return Pairs(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+
+    def split(self, pieces: int) -> list["Pairs"]:
+        """The same captions in this many smaller batches."""
+        if pieces == 1:
+            return [self]
+        size = -(-len(self.ids) // pieces)
+        out = []
+        for i in range(0, len(self.ids), size):
+            used, rows = self.rows[i : i + size].unique(return_inverse=True)
+            part = slice(i, i + size)
+            out.append(
+                Pairs(self.pictures[used], self.keys[used], rows, self.ids[part], self.mask[part])
+            )
+        return out
+
+
+def contrastive_loss(
+    images: Tensor, texts: Tensor, rows: Tensor, keys: Tensor, temperature: Tensor
+) -> Tensor:
+    """Equation 1, a mean over the pairs.
+
+    Args:
+        images, texts: unit vectors (I, d) and (B, d).
+        rows: (B,) the image of each text.
+        keys: (I,) equal where two images are the same picture. A picture counts once, however
+            often it is in the batch, and its texts are not each other's negatives.
+    """
+    own = torch.arange(len(rows), device=rows.device)
+    picture = keys[rows]  # (B,)
+    scores = texts @ images.T / temperature  # (B, I)
+    others = scores - (keys[:, None] == keys).sum(0).log()  # copies share one picture's weight
+    others = others.masked_fill(picture[:, None] == keys, -torch.inf)
+    others[own, rows] = scores[own, rows]
+    text_to_image = F.cross_entropy(others, rows)
+    twins = picture[:, None] == picture  # (B, B)
+    twins[own, own] = False
+    pairs = scores.T[rows]  # (B, B): the image of each pair against all texts
+    image_to_text = F.cross_entropy(pairs.masked_fill(twins, -torch.inf), own)
+    return (image_to_text + text_to_image) / 2
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+class LilT(nn.Module):
+    """Two towers, two projections and a temperature."""
+
+    whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
+
+    def __init__(
+        self,
+        encoder: ImageTower,
+        text: TextTower,
+        *,
+        embed: int = 256,
+        projections: bool = True,
+        map_width: int = 384,
+    ):
+        """Args:
+        embed: width d of the common space.
+        projections: whether the projections are trained (Table 1, θ).
+        """
+        super().__init__()
+        self.encoder, self.text, self.width = encoder, text, embed
+        self.projections = projections
+        wide = encoder.width
+        self.map_adapter = None
+        if encoder.map_adapter:
+            probe = torch.zeros(1, 3, encoder.size, encoder.size, device=encoder.mean.device)
+            cells = encoder(probe).tokens.shape[1]
+            self.map_adapter, wide = MapAdapter(cells, wide, map_width), map_width
+        self.image_projection = nn.Linear(wide, embed)
+        self.text_projection = nn.Linear(text.width, embed)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.trainable(name))
+
+    def trainable(self, name: str) -> bool:
+        """Which parameters are trained, saved and counted."""
+        part, _, rest = name.partition(".")
+        if part in ("encoder", "text"):
+            return rest.removeprefix("model.") in getattr(self, part).tuned
+        return self.projections or not part.endswith("projection")
+
+    @property
+    def device(self) -> torch.device:
+        return self.temperature.device
+
+    @property
+    def fixed_pictures(self) -> bool:
+        """Whether the image tower is locked: it makes the same of a picture in every epoch."""
+        return not self.encoder.tuned
+
+    @property
+    def fixed_text(self) -> bool:
+        return not self.text.tuned
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay pulls at it: at matrices, as in the authors' code, and at nothing
+        else, the temperature included (which theirs decays)."""
+        return parameter.ndim > 1
+
+    def checkpoint(self, on: bool) -> None:
+        """Recompute the towers' layers in the backward pass."""
+        if on and self.encoder.tuned and hasattr(self.encoder.model, "set_grad_checkpointing"):
+            self.encoder.model.set_grad_checkpointing(True)
+        if on and self.text.tuned:
+            model = self.text.model  # the first name is the one of newer versions
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def autocast(self):
+        """Mixed precision where the model was placed with it."""
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def halve(self, dtype: torch.dtype) -> None:
+        """Locked matrices and filters in half precision; all else stays float32 for autocast."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+                module.to(dtype)
+
+    def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
+        """Ids of captions, [CLS] and [SEP] included, as training reads them."""
+        return self.text.encode(captions, max_tokens)
+
+    def state_rows(self, caption: Sequence[int]) -> int:
+        return 1
+
+    @torch.no_grad()
+    def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """What the locked text tower makes of captions' ids: a vector each (B, D)."""
+        ids, mask = self.text.pad(captions)
+        with self.autocast():
+            return self.eval().text(ids.to(self.device), mask.to(self.device)).float()
+
+    def collate(
+        self,
+        captions: list[list[int]],
+        rows: list[int],
+        pictures: Tensor,
+        keys: list[int],
+        states: list[Tensor] | None = None,
+    ) -> Pairs:
+        """A micro-batch of caption ids, or of the locked text tower's vectors in their place."""
+        ids, mask = self.text.pad(captions)
+        if states is not None:
+            ids = torch.cat(states)
+        return Pairs(pictures, torch.tensor(keys), torch.tensor(rows), ids, mask)
+
+    def image_vectors(self, pictures: Tensor) -> Tensor:
+        """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d)."""
+        with self.autocast():
+            seen = pictures
+            if pictures.dtype == torch.uint8:
+                seen = self.encoder(pictures).tokens
+            seen = self.map_adapter(seen.float()) if self.map_adapter else seen[:, 0].float()
+            out = self.image_projection(seen)
+        return F.normalize(out.float(), dim=-1)
+
+    def text_vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask (B, T), or a locked tower's vectors (B, D) -> unit vectors (B, d)."""
+        with self.autocast():
+            read = ids if ids.is_floating_point() else self.text(ids, mask)
+            out = self.text_projection(read)
+        return F.normalize(out.float(), dim=-1)
+
+    def loss(self, images: Tensor, texts: Tensor, batches: list[Pairs]) -> Tensor:
+        """Equation 1 over all the pairs of some micro-batches, given their vectors."""
+        with torch.no_grad():
+            self.temperature.clamp_(0.001, 0.5)
+        starts = [0]
+        for batch in batches:
+            starts.append(starts[-1] + len(batch.keys))
+        rows = torch.cat([b.rows + start for b, start in zip(batches, starts, strict=False)])
+        keys = torch.cat([b.keys for b in batches])
+        return contrastive_loss(images, texts, rows, keys, self.temperature)
+
+    def accumulate(
+        self, batches: list[Pairs], scaler: torch.amp.GradScaler | None = None
+    ) -> dict[str, float]:
+        """Adds the gradients of one optimizer step, whose negatives are all of its pairs.
+
+        Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983): a pass without graph gives
+        all vectors, the loss on them their gradients, and a second pass, with the same dropout,
+        carries those into the towers a micro-batch at a time. -> {"loss", "captions"}.
+        """
+        self.train()
+        batches = [batch.to(self.device) for batch in batches]
+        seeds = torch.randint(2**62, (len(batches),)).tolist()
+
+        def vectors(i: int) -> tuple[Tensor, Tensor]:
+            torch.manual_seed(seeds[i])
+            batch = batches[i]
+            return self.image_vectors(batch.pictures), self.text_vectors(batch.ids, batch.mask)
+
+        with torch.set_grad_enabled(len(batches) == 1):
+            images, texts = map(torch.cat, zip(*map(vectors, range(len(batches))), strict=True))
+        if len(batches) > 1:
+            images.requires_grad_(), texts.requires_grad_()
+        loss = self.loss(images, texts, batches)
+        (scaler.scale(loss) if scaler else loss).backward()
+        start = start_text = 0
+        for i, batch in enumerate(batches if len(batches) > 1 else []):
+            end, end_text = start + len(batch.keys), start_text + len(batch.ids)
+            gradients = (images.grad[start:end], texts.grad[start_text:end_text])
+            start, start_text = end, end_text
+            pairs = [p for p in zip(vectors(i), gradients, strict=True) if p[0].requires_grad]
+            torch.autograd.backward(*zip(*pairs, strict=True)) if pairs else None
+        return {"loss": loss.item(), "captions": len(texts)}
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Pairs]) -> float:
+        """The loss with all given pairs as one batch."""
+        self.eval()
+        kept, images, texts = [], [], []
+        for batch in batches:
+            batch = batch.to(self.device)
+            images.append(self.image_vectors(batch.pictures))
+            texts.append(self.text_vectors(batch.ids, batch.mask))
+            kept.append(batch)
+        return self.loss(torch.cat(images), torch.cat(texts), kept).item() if kept else float("nan")
+
+    @torch.no_grad()
+    def embed_images(self, pictures: Tensor) -> Tensor:
+        """Pictures as `encoder.transform` makes them, uint8 (B, 3, H, W) -> unit vectors (B, d)."""
+        return self.image_vectors(pictures.to(self.device))
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str], *, max_tokens: int = 30, batch: int = 256) -> Tensor:
+        """Texts in any order -> unit vectors (B, d) in that order, float32.
+
+        Args:
+            max_tokens: longer texts are cut; 30 is the authors' length at evaluation.
+        """
+        ids = self.text.encode(texts, max_tokens)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out = torch.empty(len(ids), self.width, device=self.device)
+        for i in range(0, len(order), batch):
+            rows = order[i : i + batch]
+            tokens, mask = self.text.pad([ids[row] for row in rows])
+            out[rows] = self.text_vectors(tokens.to(self.device), mask.to(self.device))
+        return out

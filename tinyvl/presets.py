@@ -1,0 +1,173 @@
+"""The papers' rows as data: method, backbones, options, recipe; and backbones' configurations.
+
+With the configurations a preset can be inspected without weights or network.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinyvl import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained. Rates are AdamW's; warm-up is a share of all steps."""
+
+    batch: int = 64  # captions
+    epochs: float = 5
+    rate: float = 8e-4
+    final_rate: float = 0.0
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float | None = 1.0  # of the gradients' norm; None: none
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A row of a paper's table."""
+
+    method: str
+    language: str  # the decoder, or LilT's text encoder
+    vision: str
+    row: str  # where in the paper
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+    fit: str = "crop"
+    job: dict[str, Any] = field(default_factory=dict)  # what else of `job.Job` is not the default
+
+
+CLIP_B16 = "vit_base_patch16_clip_quickgelu_224.openai"
+# Batch and epochs are the paper's; rate, warm-up and decay are not given there. Ours are guesses
+# for that batch, not tuned at its scale.
+PAPER = Recipe(batch=4096, epochs=30, rate=1e-3, warmup=0.05)
+ITUNE = "I-Tuning, Table 1"
+PRESETS: dict[str, Preset] = {
+    "itune-base": Preset("itune", "gpt2", CLIP_B16, f"{ITUNE}: GPT2-Base", recipe=PAPER),
+    "itune-medium": Preset("itune", "gpt2-medium", CLIP_B16, f"{ITUNE}: GPT2-Medium", recipe=PAPER),
+    "itune-large": Preset("itune", "gpt2-large", CLIP_B16, f"{ITUNE}: GPT2-Large", recipe=PAPER),
+    "itune-large-drop18": Preset(
+        "itune", "gpt2-large", CLIP_B16, f"{ITUNE}: GPT2-Large with dropping", {"drop": 18}, PAPER
+    ),
+}
+
+# LilT. The paper says that the rate is warmed up "in the first 10 epochs"; its code does so in
+# 1,000 of some 17,340 steps, which is what its numbers come from.
+CONTRASTIVE = Recipe(
+    batch=512, epochs=15, rate=1e-4, final_rate=1e-5, warmup=0.058, weight_decay=0.02, clip=None
+)
+SIMCSE = "princeton-nlp/unsup-simcse-bert-{}-uncased"
+TOWERS = {
+    "tiny": ("prajjwal1/bert-tiny", "deit_tiny_patch16_224"),
+    "small": ("prajjwal1/bert-small", "deit_small_patch16_224"),
+    "base": (SIMCSE.format("base"), "deit_base_patch16_224"),
+    "large": (SIMCSE.format("large"), "deit3_large_patch16_224"),
+    "multilingual": ("bert-base-multilingual-cased", "deit_base_patch16_224"),
+}
+
+
+def lilt(row: str, size: str, text: str, image: str, projections: bool = True) -> Preset:
+    """A row of LilT's tables; a tower is described as "adapter unlock"."""
+    names = ("adapter", "unlock")
+    options = {
+        "text": dict(zip(names, text.split(), strict=True)),
+        "image": dict(zip(names, image.split(), strict=True)),
+        "size": 256,  # pixels
+        "clean": True,  # captions are read as the authors read them
+    } | ({} if projections else {"projections": False})
+    job = {"crops": True, "per_image": 1, "max_tokens": 25}
+    return Preset("lilt", *TOWERS[size], f"LilT, {row}", options, CONTRASTIVE, "squash", job)
+
+
+def both(row: str, size: str, tower: str, projections: bool = True) -> Preset:
+    return lilt(row, size, tower, tower, projections)
+
+
+T1 = "Table 1"
+PRESETS |= {
+    "lilt-frozen": both(f"{T1} (a)", "base", "none none", projections=False),
+    "lilt-ln-only": both(f"{T1} (b)", "base", "none layernorm", projections=False),
+    "lilt-projection": both(f"{T1} (c)", "base", "none none"),
+    "lilt-ln": both(f"{T1} (d)", "base", "none layernorm"),
+    "lilt-bitfit": both(f"{T1} (e)", "base", "none bitfit"),
+    "lilt-da-noln": both(f"{T1} (f)", "base", "deep none"),
+    "lilt-da-base": both(f"{T1} (g), Table 3 (a)", "base", "deep layernorm"),
+    "lilt-lwa-noln": both(f"{T1} (h)", "base", "layerwise none"),
+    "lilt-lwa-base": both(f"{T1} (i), Table 3 (c)", "base", "layerwise layernorm"),
+    "lilt-lwa-bitfit": both(f"{T1} (j)", "base", "layerwise bitfit"),
+    "lilt-da-bitfit": both(f"{T1} (k)", "base", "deep bitfit"),
+    "lit": lilt(f"{T1} (l), Table 3 (e)", "base", text="none all", image="none none"),
+    "lit-reversed": lilt(f"{T1} (m)", "base", text="none none", image="none all"),
+    # Only with adapters and LayerNorms of the image tower alone does (o) give its 57.57 %; (n) is
+    # read the same way, though no reading that we tried gives its 65.87 %.
+    "lit-da": lilt(f"{T1} (n)", "base", text="none all", image="deep layernorm"),
+    "lit-lwa": lilt(f"{T1} (o)", "base", text="none all", image="layerwise layernorm"),
+    "clip-base": both(f"{T1} (p), Table 3 (f)", "base", "none all"),
+    "lilt-da-large": both("Table 3 (b)", "large", "deep layernorm"),
+    "lilt-lwa-large": both("Table 3 (d)", "large", "layerwise layernorm"),
+    "lilt-da-tiny": both("Table 5 (a)", "tiny", "deep layernorm"),
+    "lit-tiny": lilt("Table 5 (b)", "tiny", text="none all", image="none none"),
+    "lilt-da-small": both("Table 5 (c)", "small", "deep layernorm"),
+    "clip-tiny": both("Table 5 (d)", "tiny", "none all"),
+    "lit-small": lilt("Table 5 (g)", "small", text="none all", image="none none"),
+    "clip-small": both("Table 5 (h)", "small", "none all"),
+    "lilt-da-multilingual": both("Table 2", "multilingual", "deep layernorm"),
+    "lilt-lwa-multilingual": both("Table 2", "multilingual", "layerwise layernorm"),
+}
+
+# Run everywhere, a CPU included: what commands use without a preset.
+SMALL: dict[str, Preset] = {
+    "itune": Preset(
+        "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {"drop": 19}, fit="jpeg"
+    ),
+    "lilt": Preset(
+        "lilt", "all-MiniLM-L6-v2", "EfficientNet-Lite2", "ours",
+        {"text": {"pool": "mean"}, "image": {"adapter": "deep"}},
+        Recipe(batch=500, epochs=6, rate=1e-3, weight_decay=0.02), fit="jpeg",
+    ),
+}  # fmt: skip
+
+
+def preset(name: str | None, method: str) -> Preset:
+    """A preset of a method by name; None is the small recipe that runs everywhere."""
+    if name in (None, "small"):
+        return SMALL[method]
+    own = [known for known, row in PRESETS.items() if row.method == method]
+    if name not in own:
+        raise UserError(f"No preset {name!r} of {method}; there are {', '.join(own)}.", 2)
+    return PRESETS[name]
+
+
+# Published configurations.
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+
+
+def bert(layers: int, width: int, heads: int, vocabulary: int = 30522) -> dict:
+    return {
+        "model_type": "bert", "vocab_size": vocabulary, "num_hidden_layers": layers,
+        "hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width,
+    }  # fmt: skip
+
+
+CONFIGS: dict[str, dict] = {
+    "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "SmolLM2-135M": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
+        "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "all-MiniLM-L6-v2": bert(6, 384, 12),
+    "prajjwal1/bert-tiny": bert(2, 128, 2),
+    "prajjwal1/bert-small": bert(4, 512, 8),
+    "princeton-nlp/unsup-simcse-bert-base-uncased": bert(12, 768, 12),
+    "princeton-nlp/unsup-simcse-bert-large-uncased": bert(24, 1024, 16),
+    "bert-base-multilingual-cased": bert(12, 768, 12, 119547),
+}  # fmt: skip
+
+
+def architecture(vision: str) -> str:
+    """timm's architecture of an encoder's name."""
+    return {"EfficientNet-Lite2": "tf_efficientnet_lite2"}.get(vision, vision.split(".")[0])
