@@ -220,9 +220,11 @@ class ImageTower(ImageEncoder):
         tokens = channels_last(self.model.forward_features(x), self.width)
         if not self.final_norm:
             tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
-        if not self.map_adapter:
-            tokens = tokens[:, :1] if self.pool == "token" else tokens.mean(1, keepdim=True)
-        return Percept(tokens, [])
+        return Percept(tokens if self.map_adapter else self.pooled(tokens), [])
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """(B, S, D) -> (B, 1, D); what is pooled already stays."""
+        return tokens[:, :1] if self.pool == "token" else tokens.mean(1, keepdim=True)
 
     def train(self, mode: bool = True):
         """Locked towers stay in eval mode, and so do all BatchNorms."""
@@ -459,12 +461,18 @@ class LilT(nn.Module):
         return Pairs(pictures, torch.tensor(keys), torch.tensor(rows), ids, mask)
 
     def image_vectors(self, pictures: Tensor) -> Tensor:
-        """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d)."""
+        """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d).
+
+        Tokens may be all of the encoder's (`features`), or the pooled one of the run's own cache.
+        """
         with self.autocast():
             seen = pictures
             if pictures.dtype == torch.uint8:
                 seen = self.encoder(pictures).tokens
-            seen = self.map_adapter(seen.float()) if self.map_adapter else seen[:, 0].float()
+            if self.map_adapter:
+                seen = self.map_adapter(seen.float())
+            else:
+                seen = self.encoder.pooled(seen.float())[:, 0]
             out = self.image_projection(seen)
         return F.normalize(out.float(), dim=-1)
 
