@@ -117,7 +117,8 @@ def caption(
     if features is not None:
         from tinyvl.features import open_store
 
-        store = open_store(features, models.read_config(models.checkpoint_folder(model))["vision"])
+        config = models.read_config(models.checkpoint_folder(model))
+        store = open_store(features, models.image_side(config))
         paths = paths if inputs else iter([entry.path for entry in store.entries])
     loaded = load_model(model, device, precision)
     if out is not None:

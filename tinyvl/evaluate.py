@@ -352,7 +352,9 @@ def run(
     store = None
     if features is not None:
         config = models.read_config(models.checkpoint_folder(name))
-        store = open_store(features, config["vision"])
+        store = open_store(features, models.image_side(config))
+        ids = {record.path: record.id for record in everything}
+        store.entries_of((path, ids[path]) for path in shown.values())
     model = load(name, place, "caption")
     if kind == "vqa" and not hasattr(model, "answer"):
         raise UserError(f"{name}: this model does not answer questions; name one that does.", 2)

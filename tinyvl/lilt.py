@@ -475,7 +475,10 @@ class LilT(nn.Module):
         return Pairs(pictures, torch.tensor(keys), torch.tensor(rows), ids, mask)
 
     def image_vectors(self, pictures: Tensor) -> Tensor:
-        """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d)."""
+        """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d).
+
+        Tokens may be all of the encoder's (`features`), or the pooled one of the run's own cache.
+        """
         with self.autocast():
             seen = pictures
             if pictures.dtype == torch.uint8:

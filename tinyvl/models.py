@@ -107,6 +107,11 @@ def first(*values):
     return value[0] if isinstance(value, list) else value
 
 
+def image_side(config: dict) -> dict:
+    """The image encoder's part of a ``config.json``: name, sha256, config, fit."""
+    return config[towers(config["method"])[1]]
+
+
 def towers(method: str) -> tuple[str, str]:
     """What a configuration calls a method's language side and its image side."""
     return ("text", "image") if method == "lilt" else ("decoder", "vision")

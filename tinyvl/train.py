@@ -55,7 +55,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:
         config = models.read_config(run.out)  # the backbones it was started with
-    store = open_store(run.features, config[models.towers(job.method)[1]]) if run.features else None
+    store = open_store(run.features, models.image_side(config)) if run.features else None
     if state is None:
         models.save_config(run.out, config)
     precision = models.choose_precision(job.precision, run.device)
@@ -66,8 +66,10 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
 
-    if store is not None and not model.fixed_pictures:
-        raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
+    if store is not None:
+        if not model.fixed_pictures:
+            raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
+        store.check_transform(model.encoder.data_config)
     with stopping(run):
         feed = Feed(train_records, val_records[:1000], model, job, run, store)
         steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
