@@ -307,6 +307,12 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
 def checkpoint_folder(name: str, task: str = "caption") -> Path:
     """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``."""
     if name == "default":
+        if task not in DEFAULT:
+            raise UserError(
+                "No model for search is shipped yet: train one (`tinyvl train lilt --data ...`) "
+                "and name its folder.",
+                2,
+            )
         folder = DEFAULT[task]
     elif name.startswith("hf://"):
         folder = hub.fetch(name.removeprefix("hf://"), "checkpoint")
