@@ -211,7 +211,10 @@ class Captioner(nn.Module, ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number."""
         batch = batch.to(self.device)
-        plain = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        fast = (
+            self.device.type == "cpu" and not self.decoder.checkpointing
+        )  # recomputed outside of it
+        plain = sdpa_kernel(SDPBackend.MATH) if fast else nullcontext()
         with self.autocast(), plain:  # a CPU's fused attention is slow backward over short texts
             visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
             read = batch.targets[:, 1:]

@@ -8,7 +8,16 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_data, cli_eval, cli_features, cli_train
+from tinyvl import (
+    UserError,
+    __version__,
+    cli_analyze,
+    cli_data,
+    cli_eval,
+    cli_features,
+    cli_search,
+    cli_train,
+)
 from tinyvl.cli_options import (
     Beams,
     Device,
@@ -37,9 +46,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_train.app, name="train")
+app.add_typer(cli_analyze.app, name="analyze")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_eval.app, name="eval")
 app.command("features")(cli_features.features)
+for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

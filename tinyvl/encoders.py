@@ -8,6 +8,7 @@ final norm, or the mean of each stage's feature map.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         norm = getattr(model, "norm", None)
-        self.final_norm = norm is not None and isinstance(norm, NORMS)
+        self.final_norm = norm is not None and isinstance(norm, norm_types())
         self.width: int = model.num_features
 
     def transform(self) -> "Callable[[Image], Tensor]":
@@ -137,12 +138,9 @@ def summary(level: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def norm_types() -> tuple[type, ...]:
-    from timm.layers import LayerNorm, RmsNorm
-
-    return (nn.LayerNorm, LayerNorm, RmsNorm, nn.RMSNorm)
-
-
-NORMS = norm_types()
+    """Normalisations with a scale of their own. timm is not imported for its: it takes seconds."""
+    layers = sys.modules.get("timm.layers")
+    return (nn.LayerNorm, nn.RMSNorm, *([layers.LayerNorm, layers.RmsNorm] if layers else []))
 
 
 def load_image_encoder(

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -206,10 +207,18 @@ def write(
     return status
 
 
-def open_output(out: Path, resume: bool) -> tuple[TextIO, set[str]]:
-    """The file to append to, and the paths it already has a caption for.
+def open_output(
+    out: Path, resume: bool, *, field: str = "caption", tabs: int = 1, lines: int = 1
+) -> tuple[TextIO, set[str]]:
+    """The file to append to, and the paths it already has results for.
 
-    A line cut off by a kill and the lines of failed files are dropped: they are tried again.
+    A line cut off by a kill, the lines of failed files and those of a path with too few lines are
+    dropped: they are tried again.
+
+    Args:
+        field: what a line of JSON has unless its file failed.
+        tabs: how many columns follow the path in a line of text.
+        lines: how many lines a path has.
     """
     append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
     if not out.exists():
@@ -221,7 +230,7 @@ def open_output(out: Path, resume: bool) -> tuple[TextIO, set[str]]:
         raise UserError(
             f"{out}: this file exists; go on with it by --resume, or choose another name.", 2
         )
-    kept, done = [], set()
+    kept: list[tuple[str, str]] = []  # path, line
     content = out.read_text(encoding="utf-8", errors="surrogateescape")
     for line in re.findall(r"[^\n]*\n", content):
         try:
@@ -229,15 +238,15 @@ def open_output(out: Path, resume: bool) -> tuple[TextIO, set[str]]:
         except ValueError:
             record = None
         if isinstance(record, dict):
-            if "caption" not in record:
-                continue
-            done.add(record.get("path"))
-        elif "\t" in line:
-            done.add(line.rsplit("\t", 1)[0])  # a path may hold a tab, a caption does not
+            if field in record:
+                kept.append((record.get("path"), line))
+        elif line.count("\t") >= tabs:  # a path may hold a tab, a caption or label does not
+            kept.append((line.rsplit("\t", tabs)[0], line))
         else:
             raise UserError(f"{out}: this file was not written by tinyvl; nothing was changed.", 2)
-        kept.append(line)
+    counts = Counter(path for path, _ in kept)
     part = out.with_name(f".{out.name}.part")
-    part.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
+    whole = "".join(line for path, line in kept if counts[path] >= lines)
+    part.write_text(whole, encoding="utf-8", errors="surrogateescape")
     part.replace(out)
-    return append(), done
+    return append(), {path for path, count in counts.items() if count >= lines}

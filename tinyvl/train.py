@@ -186,6 +186,8 @@ def check_features(job: Job, run: Run) -> None:
     """Refuses what goes against reading a finished cache."""
     if run.features is None:
         return
+    if job.options.get("size"):
+        raise UserError("--features are of the encoder's own size: leave out --size.", 2)
     if job.views > 1 or job.crops:
         raise UserError(
             "--features has one view of each picture: leave out --views and --crops.", 2
