@@ -584,3 +584,5 @@ def test_the_format_on_disk(pictures, vision, tmp_path):
     store = features.FeatureStore.open(tmp_path / "out")
     assert torch.equal(shard["tokens"][3], store.tokens([records[35]["row"]])[0])
     assert set(shard) == set(manifest["tensors"])
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.suffix}
+    assert len(modes) == 1  # others read the shards as they do the manifest
