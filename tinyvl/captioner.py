@@ -211,11 +211,7 @@ class Captioner(nn.Module, ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number."""
         batch = batch.to(self.device)
-        fast = (
-            self.device.type == "cpu" and not self.decoder.checkpointing
-        )  # recomputed outside of it
-        plain = sdpa_kernel(SDPBackend.MATH) if fast else nullcontext()
-        with self.autocast(), plain:  # a CPU's fused attention is slow backward over short texts
+        with self.autocast():
             visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
             read = batch.targets[:, 1:]
             real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
@@ -227,6 +223,10 @@ class Captioner(nn.Module, ABC):
         losses = F.cross_entropy(logits, batch.ids[:, 1:][read], reduction="sum")
         return losses, read.sum()
 
+    def attention(self):
+        """On a CPU the plain kernel: the fused one is slow backward over short texts."""
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+
     def accumulate(
         self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None
     ) -> dict[str, float]:
@@ -236,11 +236,12 @@ class Captioner(nn.Module, ABC):
         """
         tokens = sum(int(batch.targets[:, 1:].sum()) for batch in batches)
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss, _ = self.loss(batch)
-            share = loss / tokens
-            (scaler.scale(share) if scaler else share).backward()
-            total += share.detach()
+        with self.attention():  # backward too: checkpointed layers are computed again there
+            for batch in batches:
+                loss, _ = self.loss(batch)
+                share = loss / tokens
+                (scaler.scale(share) if scaler else share).backward()
+                total += share.detach()
         captions = sum(len(batch.ids) for batch in batches)
         return {"loss": total.item(), "tokens": tokens, "captions": captions}
 
@@ -248,9 +249,10 @@ class Captioner(nn.Module, ABC):
     def validate(self, batches: Iterable[Batch]) -> float:
         """Mean cross-entropy per token, nats."""
         total, tokens = 0.0, 0
-        for batch in batches:
-            loss, count = self.loss(batch)
-            total, tokens = total + loss.item(), tokens + count.item()
+        with self.attention():
+            for batch in batches:
+                loss, count = self.loss(batch)
+                total, tokens = total + loss.item(), tokens + count.item()
         return total / tokens if tokens else float("nan")
 
     def stepper(self, visual: Any, images: int) -> decode.Step:
