@@ -507,7 +507,8 @@ def test_memory_stays_flat(vision, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     wide = write_vision(
-        tmp_path / "wide", model_args={"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 1}
+        tmp_path / "wide",
+        model_args={"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 4},
     )
     paint(tmp_path / "in", 6)
     originals = sorted((tmp_path / "in").iterdir())
