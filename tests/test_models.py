@@ -203,6 +203,16 @@ def test_texts_are_read_as_transformers_reads_them(kind, tmp_path):
     assert (ours.bos, ours.eos) == (peer.bos_token_id, peer.eos_token_id)
 
 
-def test_a_task_without_a_shipped_model_says_so():
-    with pytest.raises(UserError, match="train one"):
-        models.checkpoint_folder("default", "retrieve")
+def test_the_shipped_model_for_search_is_small_and_of_the_default_backbones():
+    folder = models.DEFAULT["retrieve"]
+    assert (folder / "model.safetensors").stat().st_size <= 12 * 2**20
+    config = models.read_config(folder)
+    assert (config["text"]["name"], config["image"]["name"]) == (
+        models.SMALL["lilt"].language, models.SMALL["lilt"].vision,
+    )  # fmt: skip
+    kept = load_file(folder / "model.safetensors")
+    model = models.build(
+        config, device=torch.device("meta"), precision=torch.float32, weights=False
+    )
+    own = models.trainable_state(model)
+    assert {n: t.shape for n, t in kept.items()} == {n: t.shape for n, t in own.items()}

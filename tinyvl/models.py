@@ -34,7 +34,8 @@ TASKS = {"caption": Captioner, "retrieve": LilT}
 # A configuration's backbones and the role in which `hub` fetches each.
 ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT = {"caption": Path(__file__).parent / "checkpoints" / "caption"}
+SHIPPED = Path(__file__).parent / "checkpoints"
+DEFAULT = {"caption": SHIPPED / "caption", "retrieve": SHIPPED / "search"}
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -310,12 +311,6 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
 def checkpoint_folder(name: str, task: str = "caption") -> Path:
     """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``."""
     if name == "default":
-        if task not in DEFAULT:
-            raise UserError(
-                "No model for search is shipped yet: train one (`tinyvl train lilt --data ...`) "
-                "and name its folder.",
-                2,
-            )
         folder = DEFAULT[task]
     elif name.startswith("hf://"):
         folder = hub.fetch(name.removeprefix("hf://"), "checkpoint")
