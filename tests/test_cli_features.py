@@ -163,6 +163,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(world, tmp_path, monke
             time.sleep(chance.uniform(0, 0.02))
         process.send_signal(number)
         _, said = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break  # done before the signal came
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
         if number == signal.SIGINT:
             assert "goes on from here" in said
