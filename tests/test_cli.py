@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from tinyvl import __version__, cli
 
-COMMANDS = ["caption", "models", "inspect", "pull", "samples", "draw"]
+COMMANDS = ["caption", "models", "inspect", "pull", "samples", "draw", "train itune"]
+COMMANDS += [f"eval {task}" for task in ("caption", "vqa", "retrieval", "zeroshot")]
 
 
 def tinyvl(*args: str) -> subprocess.CompletedProcess:
@@ -31,7 +32,11 @@ def test_every_command_and_option_has_help():
     import typer.main
 
     root = typer.main.get_command(cli.app)
-    commands = dict(root.commands) | dict(root.commands["train"].commands)
+    commands = dict(root.commands)
+    for name, group in root.commands.items():
+        commands |= {
+            f"{name} {key}": value for key, value in getattr(group, "commands", {}).items()
+        }
     assert set(COMMANDS) <= set(commands)
     for name, command in commands.items():
         assert command.help, name

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import write_decoder, write_vision
+from tiny import write_captioner
 
 from tinyvl import UserError, generate, models
 
@@ -19,23 +19,8 @@ from tinyvl import UserError, generate, models
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """An untrained I-Tuning model over a handful of words."""
-    root = tmp_path_factory.mktemp("checkpoint")
     texts = ["a red dog runs", "two cats sleep", "the sky is blue"]
-    config = models.new_config(
-        "itune",
-        str(write_decoder(root / "lm", "gpt2", texts)),
-        str(write_vision(root / "vision")),
-        fit="squash",
-        prompt="",
-        options={},
-    )
-    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
-    torch.manual_seed(3)
-    for parameter in model.itune.parameters():
-        parameter.data += 0.5 * torch.randn_like(parameter)
-    models.save_config(root, config)
-    models.save(model, root)
-    return root
+    return write_captioner(tmp_path_factory.mktemp("checkpoint"), texts)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,8 @@ def test_every_option_named_exists():
     root = typer.main.get_command(cli.app)
     known = {
         option
-        for command in [*root.commands.values(), *root.commands["train"].commands.values()]
+        for group in root.commands.values()
+        for command in [group, *getattr(group, "commands", {}).values()]
         for parameter in command.params
         for option in parameter.opts
     }

@@ -109,6 +109,27 @@ def write_vision(
     return folder
 
 
+def write_captioner(folder: Path, texts: list[str]) -> Path:
+    """A checkpoint of an untrained I-Tuning model over the words of some texts."""
+    from tinyvl import models
+
+    config = models.new_config(
+        "itune",
+        str(write_decoder(folder / "lm", "gpt2", texts)),
+        str(write_vision(folder / "vision")),
+        fit="squash",
+        prompt="",
+        options={},
+    )
+    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
+    torch.manual_seed(3)
+    for parameter in model.itune.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    models.save_config(folder, config)
+    models.save(model, folder)
+    return folder
+
+
 def fit_decoder(folder: Path, family: str, texts: list[str], *, epochs: int) -> Path:
     """A tiny language model fitted to some texts: a few seconds."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

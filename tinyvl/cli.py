@@ -8,8 +8,23 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_data, cli_train
-from tinyvl.cli_options import Device, Model, Precision, Workers, load_model
+from tinyvl import UserError, __version__, cli_data, cli_eval, cli_train
+from tinyvl.cli_options import (
+    Beams,
+    Device,
+    LateStopping,
+    LengthPenalty,
+    Model,
+    Precision,
+    Sample,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Workers,
+    load_model,
+    style,
+)
 
 app = typer.Typer(
     name="tinyvl",
@@ -22,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_train.app, name="train")
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_eval.app, name="eval")
 
 
 @app.callback(invoke_without_command=True)
@@ -41,21 +57,15 @@ def caption(
         typer.Argument(help="Pictures, folders, globs, or - for paths on stdin (as a pipe is)."),
     ] = None,
     model: Model = "default",
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 5,
+    beams: Beams = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
-    length_penalty: Annotated[
-        float, typer.Option(help="Beam scores are divided by length to this power.")
-    ] = 1.0,
-    late: Annotated[
-        bool, typer.Option("--late-stopping", help="Search on after all beams have an end.")
-    ] = False,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample: below 1 is safer.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="With --sample: the k likeliest.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="With --sample: the likeliest with this mass.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample: the seed.")] = 0,
+    length_penalty: LengthPenalty = 1.0,
+    late: LateStopping = False,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures captioned together.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
     out: Annotated[
@@ -72,18 +82,13 @@ def caption(
     workers: Workers = None,
 ) -> None:
     """Caption pictures: a line each, path<TAB>caption where there are several."""
-    if sample and temperature <= 0:
-        raise UserError(
-            "--temperature is above 0; for the likeliest caption leave out --sample.", 2
-        )
-    if not 0 < top_p <= 1:
-        raise UserError("--top-p is above 0 and at most 1.", 2)
     if not inputs:
         if sys.stdin.isatty():
             raise UserError("Name pictures or folders, or pipe their paths in.", 2)
         inputs = ["-"]
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
+    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
     from tinyvl import generate, media
 
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
@@ -93,11 +98,7 @@ def caption(
     if out is not None:
         stream, done = generate.open_output(out, resume)
         paths = (path for path in paths if path not in done)
-    sampling = None
-    if sample:
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    style = generate.Style(beams, max_tokens, length_penalty, not late, sampling)
-    results = generate.captions(loaded, paths, style=style, batch=batch, workers=workers)
+    results = generate.captions(loaded, paths, style=how, batch=batch, workers=workers)
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyvl import UserError
+
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Checkpoint folder, hf://owner/name, or default.")
 ]
@@ -15,6 +17,46 @@ Precision = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode pictures. [default: by the cores]")
 ]
+
+# How captions and answers are searched for.
+Beams = Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")]
+LengthPenalty = Annotated[
+    float, typer.Option(help="Beam scores are divided by length to this power.")
+]
+LateStopping = Annotated[
+    bool, typer.Option("--late-stopping", help="Search on after all beams have an end.")
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")]
+Temperature = Annotated[float, typer.Option(help="With --sample: below 1 is safer.")]
+TopK = Annotated[int, typer.Option(min=0, help="With --sample: the k likeliest.")]
+TopP = Annotated[float, typer.Option(help="With --sample: the likeliest with this mass.")]
+Seed = Annotated[int, typer.Option(help="With --sample: the seed.")]
+
+
+def style(
+    beams: int,
+    max_tokens: int,
+    length_penalty: float,
+    late: bool,
+    sample: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+):
+    """The search that these options ask for: a `generate.Style`."""
+    if sample and temperature <= 0:
+        raise UserError(
+            "--temperature is above 0; for the likeliest caption leave out --sample.", 2
+        )
+    if not 0 < top_p <= 1:
+        raise UserError("--top-p is above 0 and at most 1.", 2)
+    from tinyvl import generate
+
+    sampling = None
+    if sample:
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    return generate.Style(beams, max_tokens, length_penalty, not late, sampling)
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,36 +39,56 @@ def captions(
     style: Style,
     batch: int = 16,
     workers: int | None = None,
+    questions: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, str | UserError, float]]:
     """(path, caption or what is wrong with the file, mean log-probability), in order.
 
     Pictures are decoded ahead in worker processes. What has come is captioned at once: a slow
     producer at the other end of a pipe makes small batches, not waiting.
+
+    Args:
+        questions: one for each path, to be answered by ``model.answer`` in the captions' place.
     """
-    encoder = model.encoder
-    decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
-    for group in gathered(decoded, batch):
-        good = [(path, picture) for path, picture in group if isinstance(picture, Tensor)]
+    for group in gathered(decoded(model, paths, questions, workers), batch):
+        good = [item for item in group if isinstance(item[1], Tensor)]
         found = iter(run(model, good, style))
-        for path, picture in group:
+        for path, picture, *_ in group:
             if isinstance(picture, Tensor):
                 yield path, *next(found)
             else:
                 yield path, picture, 0.0
 
 
-def run(
-    model: Captioner, pictures: list[tuple[str, Tensor]], style: Style
-) -> list[tuple[str, float]]:
-    """Captions of decoded pictures; a batch that does not fit in memory is halved."""
+def decoded(
+    model: Captioner, paths: Iterable[str], questions: Iterable[str] | None, workers: int | None
+) -> Iterator[tuple]:
+    """(path, picture or what is wrong with it), and its question, if there are questions."""
+    encoder = model.encoder
+    pictures = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
+    with closing(pictures):  # ends the workers when this generator is closed
+        if questions is None:
+            yield from pictures
+        else:
+            for (path, picture), question in zip(pictures, questions, strict=False):
+                yield path, picture, question
+
+
+def run(model: Captioner, pictures: list[tuple], style: Style) -> list[tuple[str, float]]:
+    """Captions of (path, decoded picture), or answers to (path, decoded picture, question).
+
+    A batch that does not fit in memory is halved.
+    """
     if not pictures:
         return []
     settings = dict(vars(style))
     if style.sampling:  # what is drawn for a file depends on its path and the seed alone
-        indices = [zlib.crc32(os.fsencode(path)) for path, _ in pictures]
+        indices = [zlib.crc32(os.fsencode("\0".join([path, *rest]))) for path, _, *rest in pictures]
         settings["sampling"] = style.sampling | {"indices": indices}
+    pixels = torch.stack([item[1] for item in pictures])
     try:
-        return model.caption(torch.stack([picture for _, picture in pictures]), **settings)
+        if len(pictures[0]) == 3:
+            return model.answer(pixels, [item[2] for item in pictures], **settings)
+        return model.caption(pixels, **settings)
     except torch.OutOfMemoryError:
         if len(pictures) == 1:
             raise UserError(

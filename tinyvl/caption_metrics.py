@@ -1,0 +1,285 @@
+"""Caption metrics as everyone else reports them: BLEU, METEOR, ROUGE-L, CIDEr, SPICE, SPIDEr.
+
+pycocoevalcap's scorers and jars, called one by one (its own driver hangs, shifts captions and
+downloads; see ``java.py``). Scores lie between 0 and 1, except CIDEr and SPIDEr (1.0 is 100 of
+the papers).
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from tinyvl import UserError, hub, ptb
+from tinyvl import java as jvm
+
+T = TypeVar("T")
+
+BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
+CAPTION_METRICS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE", "SPIDEr")
+NEEDS_JAVA = f"needs Java, and none was found; get it by {jvm.INSTALL}"
+OPT_IN = "SPICE is opt-in: --spice-jars DIR, a folder with CoreNLP 3.6.0's code and models"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``caption_scores`` will compute, and with what."""
+
+    metrics: tuple[str, ...]
+    missing: dict[str, str]  # metric -> why it will be None
+    java: jvm.Java | None
+    spice_jars: Path | None
+
+
+def plan_captions(
+    metrics: Sequence[str] | None = None,
+    java: str | None = None,
+    spice_jars: Path | None = None,
+) -> Plan:
+    """Find Java and the jars, and refuse what cannot be had: call it before a long run.
+
+    ``metrics`` None means all: what cannot be computed here is None with a reason. A metric asked
+    for by name raises UserError (2) instead.
+    """
+    names = tuple(CAPTION_METRICS if metrics is None else metrics)
+    if unknown := [name for name in names if name not in CAPTION_METRICS]:
+        raise UserError(f"No metric {unknown[0]!r}; there are {', '.join(CAPTION_METRICS)}.", 2)
+    found = jvm.find_java(java)
+    missing = {}
+    for name in names:
+        if name in ("SPICE", "SPIDEr") and spice_jars is None:
+            missing[name] = OPT_IN
+        elif name in ("METEOR", "SPICE", "SPIDEr") and found is None:
+            missing[name] = f"{name} {NEEDS_JAVA}"
+    if metrics is not None and missing:
+        raise UserError(f"{next(iter(missing.values()))}.", 2)
+    if spice_jars is not None and found is not None:
+        jvm.spice_class_path(spice_jars)
+    return Plan(names, missing, found, spice_jars)
+
+
+@dataclass
+class CaptionScores:
+    """Corpus scores, and what they are made of.
+
+    ``items[metric][id]`` is the score of one caption. The corpus value of ROUGE-L, CIDEr, SPICE
+    and SPIDEr is their mean; that of BLEU and METEOR comes from sums of counts
+    (``statistics``), and is not the mean. CIDEr's are relative to the whole set: its inverse
+    document frequencies come from all references scored together.
+    """
+
+    metrics: dict[str, float | None]
+    items: dict[str, dict[str, float]]
+    tokenizer: str  # "java" | "python"
+    missing: dict[str, str]  # metric -> why it is None
+    ids: list[str] = field(default_factory=list)  # in the order of the rows of statistics
+    # "BLEU": (N, 10) hypothesis and reference length, then the n-grams guessed and correct,
+    # n = 1 to 4. "METEOR": (N, 23), METEOR's own. Sums over captions give the corpus value.
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def resample(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """The corpus scores when caption i of ``ids`` counts ``counts[r, i]`` times.
+
+        ``counts`` (R, N) -> {metric: (R,)}: a bootstrap resample a row. Compare two systems on
+        the same counts. Document frequencies of CIDEr stay those of the whole set.
+        """
+        counts = np.asarray(counts, dtype=np.float64)
+        found = {}
+        if "BLEU" in self.statistics:
+            values = bleu_scores(counts @ self.statistics["BLEU"])
+            found = {name: values[:, n] for n, name in enumerate(BLEU) if name in self.metrics}
+        if "METEOR" in self.statistics:
+            found["METEOR"] = meteor_score(counts @ self.statistics["METEOR"])
+        for name, values in self.items.items():
+            if name not in found and name not in BLEU:
+                column = np.array([values[i] for i in self.ids])
+                found[name] = counts @ column / counts.sum(1)
+        return {name: found[name] for name in self.metrics if name in found}
+
+
+def caption_scores(
+    references: Mapping[str, Sequence[str]],
+    hypotheses: Mapping[str, str],
+    *,
+    metrics: Sequence[str] | None = None,
+    java: str | None = None,
+    spice_jars: Path | None = None,
+) -> CaptionScores:
+    """Score captions {id: caption} against references {id: [captions]}, as pycocoevalcap does.
+
+    Every id needs both. ``metrics``: see ``plan_captions``; ``java``: the program or home to
+    use; ``spice_jars``: folder with CoreNLP's jars, without which there is no SPICE.
+    Without Java our own tokenizer stands in (``"python"``; CIDEr moves by less than 0.0001).
+    """
+    plan = plan_captions(metrics, java, spice_jars)
+    ids = check_captions(references, hypotheses)
+    refs, hyps = tokenised(plan, [references[i] for i in ids], [hypotheses[i] for i in ids])
+    wanted = set(plan.metrics) - set(plan.missing)
+    missing, statistics = dict(plan.missing), {}
+    corpus: dict[str, float] = {}
+    each: dict[str, Sequence[float]] = {}
+
+    def java_metric(name: str, compute: Callable[[], T]) -> T | None:
+        try:
+            return compute()
+        except UserError as error:
+            if metrics is not None:  # asked for by name
+                raise
+            warn(f"no {name}: {error}")
+            missing[name] = str(error)
+
+    with contextlib.ExitStack() as stack:
+        if "METEOR" in wanted:  # a process beside ours
+            meteor_statistics = stack.enter_context(jvm.meteor(plan.java, refs, hyps))
+        if wanted & set(BLEU):
+            counts = statistics["BLEU"] = bleu_statistics(refs, hyps)
+            corpus |= zip(BLEU, bleu_scores(counts.sum(0)), strict=True)
+            each |= zip(BLEU, bleu_scores(counts).T, strict=True)
+        if "ROUGE-L" in wanted:
+            each["ROUGE-L"] = rouge(refs, hyps)
+        if wanted & {"CIDEr", "SPIDEr"}:
+            each["CIDEr"] = cider(refs, hyps)
+        corpus |= {name: np.mean(each[name]) for name in ("ROUGE-L", "CIDEr") if name in each}
+        if "METEOR" in wanted:
+            found = java_metric("METEOR", meteor_statistics)
+            if found is not None:
+                statistics["METEOR"] = found
+                corpus["METEOR"], each["METEOR"] = meteor_score(found.sum(0)), meteor_score(found)
+    if wanted & {"SPICE", "SPIDEr"}:
+        run = partial(jvm.spice, plan.java, plan.spice_jars, refs, hyps, hub.cache_dir() / "spice")
+        found = java_metric("SPICE", run)
+        if found is None:
+            missing["SPIDEr"] = missing["SPICE"]
+        else:
+            corpus["SPICE"], values = found
+            corpus["SPIDEr"] = (corpus.get("CIDEr", np.nan) + corpus["SPICE"]) / 2
+            if values is not None:
+                each["SPICE"] = values
+                each["SPIDEr"] = (np.array(each.get("CIDEr", np.nan)) + values) / 2
+    if len(ids) == 1 and "CIDEr" in wanted:
+        warn("CIDEr of a single image is always 0: it weighs words by how few images have them")
+    return CaptionScores(
+        {name: float(corpus[name]) if name in corpus else None for name in plan.metrics},
+        {name: named(ids, each[name]) for name in plan.metrics if name in each},
+        "java" if plan.java else "python",
+        {name: missing[name] for name in plan.metrics if name in missing},
+        ids,
+        statistics,
+    )
+
+
+def check_captions(
+    references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]
+) -> list[str]:
+    """The ids to score, in the references' order; UserError if something is missing."""
+    if not references or not hypotheses:
+        raise UserError("There are no captions to score.")
+    for i in references:
+        if i not in hypotheses:
+            raise UserError(f"No caption was made for {i!r}, which has references.")
+        if not references[i]:
+            raise UserError(f"{i!r} has no reference captions; leave it out.")
+    if extra := next((i for i in hypotheses if i not in references), None):
+        raise UserError(f"{extra!r} has a caption and no references to score it by.")
+    return list(references)
+
+
+def tokenised(
+    plan: Plan, references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+) -> tuple[list[list[str]], list[str]]:
+    """References and hypotheses as tokens joined by spaces; ours without Java, with a warning."""
+    flat = [caption for candidates in references for caption in candidates]
+    if plan.java is None:
+        warn(f"the Penn Treebank tokenizer {NEEDS_JAVA}; using our own")
+        flat, hyps = map(ptb.tokenise, flat), list(map(ptb.tokenise, hypotheses))
+    else:  # each in a process of its own, as there: the tokenizer looks at the next line
+        with (
+            jvm.tokenising(plan.java, flat) as reference_tokens,
+            jvm.tokenising(plan.java, hypotheses) as hypothesis_tokens,
+        ):
+            flat, hyps = reference_tokens(), hypothesis_tokens()
+    tokens = iter(flat)
+    return [[next(tokens) for _ in candidates] for candidates in references], hyps
+
+
+def named(ids: Sequence[str], values: Iterable[float]) -> dict[str, float]:
+    return dict(zip(ids, map(float, values), strict=True))
+
+
+@cache
+def warn(message: str) -> None:
+    """Say it on standard error, once in a process: domains of a set are scored one by one."""
+    print(f"tinyvl: {message}", file=sys.stderr)
+
+
+def bleu_statistics(refs: Sequence[Sequence[str]], hyps: Sequence[str]) -> np.ndarray:
+    """(N, 10): see ``CaptionScores.statistics``. The reference length is the closest one's."""
+    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
+
+    rows = []
+    for candidates, hypothesis in zip(refs, hyps, strict=True):
+        counted = cook_test(hypothesis, cook_refs(candidates), eff="closest")
+        rows.append([counted["testlen"], counted["reflen"], *counted["guess"], *counted["correct"]])
+    return np.array(rows, dtype=np.float64)
+
+
+def bleu_scores(statistics: np.ndarray) -> np.ndarray:
+    """(..., 10) sums of counts -> (..., 4) BLEU-1 to BLEU-4, with pycocoevalcap's constants."""
+    small, tiny = 1e-9, 1e-15
+    length, reference = statistics[..., 0], statistics[..., 1]
+    precision = (statistics[..., 6:] + tiny) / (statistics[..., 2:6] + small)
+    bleu = np.cumprod(precision, -1) ** (1 / np.arange(1, 5))
+    ratio = (length + tiny) / (reference + small)
+    with np.errstate(over="ignore"):
+        brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    return bleu * brevity[..., None]
+
+
+# METEOR 1.5's parameters for English (its "rank" task), and the weights of exact, stem, synonym
+# and paraphrase matches.
+ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
+STAGES = np.array([1.0, 0.6, 0.8, 0.6])
+
+
+def meteor_score(statistics: np.ndarray) -> np.ndarray:
+    """(..., 23) sums of METEOR's statistics -> (...) scores (Denkowski & Lavie 2014, section 3).
+
+    The columns, in pairs of hypothesis and reference: words, function words; for each of the four
+    stages the content words and the function words matched; then chunks (one column), and the
+    words matched.
+    """
+    words, function = statistics[..., :2], statistics[..., 2:4]
+    stages = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)
+    matched = np.einsum("s,...sft->...ft", STAGES, stages)  # content | function, hyp | ref
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = DELTA * matched[..., 0, :] + (1 - DELTA) * matched[..., 1, :]
+        share = share / (DELTA * (words - function) + (1 - DELTA) * function)
+        mean = 1 / ((1 - ALPHA) / share[..., 0] + ALPHA / share[..., 1])  # precision, recall
+        fragments = statistics[..., 20] / statistics[..., 21:].mean(-1)
+        score = mean * (1 - GAMMA * fragments**BETA)
+    return np.maximum(np.nan_to_num(score, nan=0.0), 0.0)
+
+
+def rouge(refs: Sequence[Sequence[str]], hyps: Sequence[str]) -> list[float]:
+    """ROUGE-L of each tokenised hypothesis."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    scorer = Rouge()
+    return [scorer.calc_score([h], candidates) for candidates, h in zip(refs, hyps, strict=True)]
+
+
+def cider(refs: Sequence[Sequence[str]], hyps: Sequence[str]) -> np.ndarray:
+    """CIDEr-D x 10 of each tokenised hypothesis; frequencies from all of ``refs``."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    scorer = CiderScorer()
+    for candidates, hypothesis in zip(refs, hyps, strict=True):
+        scorer += (hypothesis, candidates)
+    if not any(map(any, scorer.crefs)):  # no reference has a word; the scorer would raise
+        return np.zeros(len(hyps))
+    return scorer.compute_score()[1]

@@ -1,0 +1,474 @@
+"""`tinyvl eval TASK [MODEL] DATA`: a model over a data set, one report on standard output."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyvl import UserError
+from tinyvl.cli_options import (
+    Beams,
+    Device,
+    LateStopping,
+    LengthPenalty,
+    Precision,
+    Sample,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Workers,
+    style,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Run a model over a data set and score it. A table on a terminal; with --json, and where "
+    "standard output is no terminal, one JSON object {task, model, data, metrics, ...}. Metrics "
+    "are fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.",
+)
+
+ModelData = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] DATA",
+        show_default=False,
+        help="A checkpoint folder, hf://owner/name or default; then the data: what `tinyvl train` "
+        "reads. One argument is the data.",
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(help="Part of the data. Without: test if there is one, val, or all.")
+]
+Lang = Annotated[str, typer.Option(help="Language of the texts, where records say.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Evaluate this many items, the same each time.")
+]
+Format = Annotated[str | None, typer.Option(help="Force the data's format.")]
+Images = Annotated[str | None, typer.Option(help="Folder of the pictures.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures in the model at once.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="Folder to keep predictions.jsonl and report.json in."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="With -o: keep the predictions that are there.")
+]
+Predictions = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Score these predictions instead of a model's: JSON Lines, a results file, or a "
+        "folder of -o. Given several times (seeds): mean and deviation."
+    ),
+]
+Kept = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--predictions",
+        help="A folder of -o, scored again. Several times (seeds): mean and deviation.",
+    ),
+]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(
+        metavar="A B",
+        help="Score two sets of predictions: B, and B less A with 95 % intervals (bootstrap).",
+    ),
+]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Score the records that have a prediction.")
+]
+Shuffle = Annotated[
+    bool,
+    typer.Option("--shuffle-images", help="Control: each picture's place goes to another one."),
+]
+
+
+ROWS, RUNS = 100, 4  # the most rows of a table on a terminal, and of runs beside their mean
+DRAWN = (
+    "task",
+    "data",
+    "metrics",
+    "groups",
+    "difference",
+    "baseline",
+    "deviation",
+    "chance",
+    "runs",
+)
+
+
+def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[str, str]:
+    """[MODEL] DATA; ``model`` False: the predictions are there, only DATA is wanted."""
+    arguments = arguments or []
+    if not 1 <= len(arguments) <= (2 if model else 1):
+        wants = "[MODEL] DATA" if model else "DATA alone, as the predictions are there"
+        raise UserError(f"This command takes {wants}; {len(arguments)} arguments were given.", 2)
+    return ("default", *arguments)[-2:]
+
+
+@app.command()
+def caption(
+    arguments: ModelData = None,
+    predictions: Predictions = None,
+    compare: Compare = None,
+    allow_missing: AllowMissing = False,
+    out: Out = None,
+    resume: Resume = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Also write a results file for the COCO and NoCaps servers."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Some only, by commas: BLEU-4,CIDEr,METEOR,ROUGE-L,SPICE,SPIDEr."),
+    ] = None,
+    java: Annotated[str | None, typer.Option(help="The java to run METEOR with.")] = None,
+    spice_jars: Annotated[
+        Path | None, typer.Option(help="Folder of Stanford CoreNLP 3.6.0's jars: SPICE too.")
+    ] = None,
+    shuffle: Shuffle = False,
+    split: Split = None,
+    lang: Lang = "en",
+    limit: Limit = None,
+    format: Format = None,
+    images: Images = None,
+    beams: Beams = 5,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
+    length_penalty: LengthPenalty = 1.0,
+    late: LateStopping = False,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    batch: Batch = 16,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Caption a data set's pictures; score: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
+
+    NoCaps is scored by domain, each a corpus of its own, and overall. CIDEr depends on the set of
+    references: that of a part (--limit, --allow-missing) is not comparable to the whole's.
+
+    tinyvl eval caption --predictions FILE DATA    scores captions made elsewhere: JSON Lines of
+    {id | image_id | path | image, caption}, or COCO results.
+    """
+    names = [name.strip() for name in metrics.split(",")] if metrics else None
+    made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
+    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
+    from tinyvl import evaluate, evaluate_files
+
+    model, data = model_and_data(arguments, model=not made)
+    source = evaluate.Source(data, split, lang, limit, format, images)
+    scoring = evaluate.Scoring(names, java, spice_jars)
+    if made:
+        report = evaluate_files.of_files(
+            "caption", predictions, compare, source,
+            scoring=scoring, allow_missing=allow_missing, results=results,
+        )  # fmt: skip
+    else:
+        report = evaluate.run(
+            "caption", model, source, style=how, scoring=scoring, out=out, resume=resume,
+            shuffle=shuffle, results=results,
+            place=evaluate.place(device, precision, batch, workers, quiet),
+        )  # fmt: skip
+    show(report, as_json)
+
+
+@app.command()
+def vqa(
+    arguments: ModelData = None,
+    predictions: Predictions = None,
+    compare: Compare = None,
+    allow_missing: AllowMissing = False,
+    out: Out = None,
+    resume: Resume = False,
+    results: Annotated[
+        Path | None, typer.Option(help="Also write a results file for the VQA server.")
+    ] = None,
+    shuffle: Shuffle = False,
+    split: Split = None,
+    lang: Lang = "en",
+    limit: Limit = None,
+    format: Format = None,
+    images: Images = None,
+    beams: Beams = 5,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 10,
+    length_penalty: LengthPenalty = 1.0,
+    late: LateStopping = False,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    batch: Batch = 16,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Answer a data set's questions; score: VQA v2's accuracy, strict, by type of question.
+
+    accuracy is VQA v2's official one where a question has several answers, and equality where it
+    has one (GQA); strict_accuracy compares the raw texts.
+
+    tinyvl eval vqa --predictions FILE DATA    scores answers made elsewhere: JSON Lines of
+    {question_id | id | path and question, answer}, or a VQA results file.
+    """
+    made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
+    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
+    from tinyvl import evaluate, evaluate_files
+
+    model, data = model_and_data(arguments, model=not made)
+    source = evaluate.Source(data, split, lang, limit, format, images)
+    if made:
+        report = evaluate_files.of_files(
+            "vqa", predictions, compare, source, allow_missing=allow_missing, results=results
+        )
+    else:
+        report = evaluate.run(
+            "vqa", model, source, style=how, out=out, resume=resume, shuffle=shuffle,
+            results=results, place=evaluate.place(device, precision, batch, workers, quiet),
+        )  # fmt: skip
+    show(report, as_json)
+
+
+@app.command()
+def retrieval(
+    arguments: ModelData = None,
+    predictions: Kept = None,
+    compare: Compare = None,
+    out: Out = None,
+    lang: Annotated[
+        str | None,
+        typer.Option(help="Languages, by commas: a row each. Without: all that the data has."),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="full; lilt: the 200 pictures of XTD10 of the paper's Table 2.")
+    ] = "full",
+    split: Split = None,
+    limit: Limit = None,
+    format: Format = None,
+    images: Images = None,
+    batch: Batch = 32,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Find captions by picture (TR) and pictures by caption (IR): recall at 1, 5, 10, and means.
+
+    Ties count as misses. Each language is searched by itself; the metrics are their mean. Chance is
+    what a random order would score.
+    """
+    if protocol not in ("full", "lilt"):
+        raise UserError(f"--protocol is full or lilt, not {protocol!r}.", 2)
+    if finished("retrieval", arguments, predictions, compare, out, as_json):
+        return
+    model, data = model_and_data(arguments)
+    from tinyvl import evaluate, evaluate_dual
+
+    report = evaluate_dual.run_retrieval(
+        model,
+        evaluate.Source(data, split, None, limit, format, images),
+        langs=[name.strip() for name in lang.split(",")] if lang else None,
+        protocol=protocol,
+        out=out,
+        place=evaluate.place(device, precision, batch, workers, quiet),
+    )
+    show(report, as_json)
+
+
+@app.command()
+def zeroshot(
+    arguments: ModelData = None,
+    predictions: Kept = None,
+    compare: Compare = None,
+    out: Out = None,
+    resume: Resume = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Template with {} for the class, a file of them, or clip for CLIP's seven; "
+            'several are ensembled. SVHN: "a photo of the number {}". Without: "a photo of {}".'
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of class names: with a label each (n01440764 tench; tabs; JSON), or a name "
+            "a line in the folders' order. Without: the folders' own, ImageNet's by timm."
+        ),
+    ] = None,
+    all_classes: Annotated[
+        bool,
+        typer.Option(
+            "--all-classes", help="Choose among all of --classes, not only those the data has."
+        ),
+    ] = False,
+    split: Split = None,
+    limit: Limit = None,
+    format: Format = None,
+    images: Images = None,
+    batch: Batch = 32,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Classify pictures by the names of their classes: top-1 and top-5, and of each class in JSON.
+
+    DATA is a folder with a folder for each class (CIFAR, SVHN, ImageNet-V2, ImageNet-A), or records
+    with a label. ImageNet-A is evaluated among its own 200 classes.
+    """
+    if all_classes and classes is None:
+        raise UserError("--all-classes is about the names of --classes FILE: give that too.", 2)
+    if resume and out is None:
+        raise UserError("--resume goes with -o DIR: it keeps the predictions that are there.", 2)
+    if finished("zeroshot", arguments, predictions, compare, out, as_json):
+        return
+    model, data = model_and_data(arguments)
+    from tinyvl import evaluate, evaluate_dual
+
+    report = evaluate_dual.run_zeroshot(
+        model,
+        evaluate.Source(data, split, None, limit, format, images),
+        prompts=prompt,
+        class_names=classes,
+        all_classes=all_classes,
+        out=out,
+        resume=resume,
+        place=evaluate.place(device, precision, batch, workers, quiet),
+    )
+    show(report, as_json)
+
+
+def finished(
+    kind: str,
+    arguments: list[str] | None,
+    predictions: list[Path] | None,
+    compare: tuple[Path, Path] | None,
+    out: Path | None,
+    as_json: bool,
+) -> bool:
+    """Reports on runs that are kept in folders, if that is what was asked for."""
+    if not predictions and not compare:
+        return False
+    if arguments or out or (predictions and compare):
+        raise UserError(
+            "--predictions or --compare takes folders that -o made, and nothing else is needed.", 2
+        )
+    from tinyvl import evaluate_dual
+
+    if compare:
+        report = evaluate_dual.compare_folders(kind, *compare)
+    else:
+        report = evaluate_dual.score_folders(kind, predictions)
+    show(report, as_json)
+    return True
+
+
+def check_files(
+    predictions: list[Path] | None,
+    compare: tuple[Path, Path] | None,
+    allow_missing: bool,
+    out: Path | None,
+    resume: bool,
+    results: Path | None,
+    shuffle: bool,
+) -> bool:
+    """Is it predictions made elsewhere that are scored? Options that do not fit are refused."""
+    if predictions and compare:
+        raise UserError("--predictions scores each, --compare two: give one of them.", 2)
+    if predictions or compare:
+        if out or resume or shuffle:
+            raise UserError("--out, --resume and --shuffle-images are for running a model.", 2)
+        if results and (compare or len(predictions or ()) > 1):
+            raise UserError("--results writes one set of predictions: give one.", 2)
+        return True
+    if allow_missing:
+        raise UserError("--allow-missing is for --predictions and --compare.", 2)
+    if resume and out is None:
+        raise UserError("--resume goes with -o DIR: it keeps the predictions that are there.", 2)
+    return False
+
+
+def show(report: dict[str, Any], as_json: bool) -> None:
+    """The report on standard output; leaves with status 1 where a picture failed."""
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        draw(report)
+    raise typer.Exit(1 if report.get("failed") else 0)
+
+
+def draw(report: dict[str, Any]) -> None:
+    """The report as tables: the metrics, those of each part; then what was run, a line each."""
+    from rich.console import Console
+
+    console = Console()
+    columns = {"": report["metrics"]}
+    if "difference" in report:
+        columns = {"A": report["baseline"]["metrics"], "B": report["metrics"]}
+        for end, title in (("value", "B - A"), ("low", "95 % from"), ("high", "to")):
+            columns[title] = {name: found[end] for name, found in report["difference"].items()}
+    elif "runs" in report:
+        columns = {"mean": report["metrics"], "deviation": report["deviation"]}
+        columns |= {str(i): run["metrics"] for i, run in enumerate(report["runs"][:RUNS], 1)}
+    if "chance" in report:
+        columns["chance"] = report["chance"]
+    named = {
+        name: [cell(column.get(name)) for column in columns.values()] for name in report["metrics"]
+    }
+    console.print(f"{report['task']}: {report['data']}", highlight=False, markup=False)
+    console.print(table(["", *columns], named))
+    for kind, parts in report.get("groups", {}).items():
+        metrics = [name for name, value in report["metrics"].items() if value is not None]
+        rows = {
+            name: [str(part["items"]), *(cell(part.get(metric)) for metric in metrics)]
+            for name, part in parts.items()
+        }
+        title = f"by {kind.replace('_', ' ')}"
+        if len(rows) <= ROWS:
+            console.print(title)
+            console.print(table(["", "items", *metrics], rows))
+        else:
+            console.print(f"{title}: {len(rows)} rows, which --json has", highlight=False)
+    lines = {"A": report.get("baseline", {}).get("predictions")}
+    lines |= {"B" if lines["A"] and key == "predictions" else key: report[key] for key in report}
+    lines |= {f"run {i}": run["predictions"] for i, run in enumerate(report.get("runs", ()), 1)}
+    for key, value in lines.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {part}" for name, part in value.items() if part is not None)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if key not in DRAWN and value not in (None, "", False):
+            console.print(f"{key.replace('_', ' ')}: {value}", highlight=False, markup=False)
+
+
+def table(columns: list[str], rows: dict[str, list[str]]):
+    """A table of numbers that fits 80 columns, with the names of its rows on the left."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if i else "left", no_wrap=bool(i))
+    for name, cells in rows.items():
+        drawn.add_row(name, *cells)
+    return drawn
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

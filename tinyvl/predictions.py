@@ -1,0 +1,218 @@
+"""Predictions on disk: a run's own, kept while it is killed and resumed; other people's, matched
+to records; and what the evaluation servers take.
+
+A prediction is one JSON line, ``{"id", "path", "caption", "score"}`` (or ``"answer"``). Read are
+these lines, with ``id``, ``question_id``, ``image_id``, ``path`` or ``image`` naming the record,
+and the arrays of COCO's, NoCaps's and VQA's results files.
+"""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tinyvl import UserError
+from tinyvl.data import Record
+from tinyvl.models import replace_file, write_text
+
+FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
+IDS = ("id", "question_id", "image_id")
+PATHS = ("path", "image", "video", "audio")
+
+
+class Log:
+    """A run's predictions as they are made: in a folder, if there is one, else in memory.
+
+    The folder's ``run.json`` says what decides the predictions; a resumed run must be the same.
+    A line cut off by a kill is dropped, so its picture is done again.
+    """
+
+    def __init__(self, folder: Path | None, run: dict[str, Any], *, resume: bool = False):
+        """Opens the folder, or makes it.
+
+        Raises:
+            UserError: the folder is in use and ``resume`` was not asked for, was made by another
+                run, or is none of ours.
+        """
+        self.lines: dict[str, dict[str, Any]] = {}
+        self.stream = None
+        self.folder = folder
+        if folder is None:
+            return
+        if folder.is_file() or folder.suffix in (".json", ".jsonl"):
+            raise UserError(
+                f"{folder}: --out names a folder, which gets {FILE} and {REPORT}: choose another "
+                "name.",
+                2,
+            )
+        if (folder / RUN).exists():
+            self._resume(run, resume)
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: this folder has other things in it; choose another for --out.", 2
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
+        write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+        self.stream = (folder / FILE).open("a", encoding="utf-8", errors="surrogateescape")
+
+    def _resume(self, run: dict[str, Any], resume: bool) -> None:
+        if not resume:
+            raise UserError(
+                f"{self.folder}: this folder has a run in it; go on with it by --resume, or choose "
+                "another.",
+                2,
+            )
+        before = read_run(self.folder)
+        for key in before.keys() | run.keys():
+            if before.get(key) != run.get(key):
+                raise UserError(
+                    f"{self.folder}: made with {key} {before.get(key)!r}, now it is "
+                    f"{run.get(key)!r}; choose another folder for --out.",
+                    2,
+                )
+        self.lines = {line["id"]: line for line in read_lines(self.folder)}
+        kept = "".join(map(dump, self.lines.values()))
+        how = {"encoding": "utf-8", "errors": "surrogateescape"}
+        replace_file(self.folder / FILE, lambda part: part.write_text(kept, **how))
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Keeps a prediction, on disk at once."""
+        self.lines[line["id"]] = line
+        if self.stream:
+            self.stream.write(dump(line))
+            self.stream.flush()
+
+
+def dump(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What a predictions folder says about the run that made it; empty where nothing does."""
+    try:
+        return json.loads((path / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines that a run has written; one cut off by a kill is left out."""
+    try:
+        content = (folder / FILE).read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in re.findall(r"[^\n]*\n", content):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
+    """The predictions of a file, or of a run's folder, each after the name of its place.
+
+    Args:
+        path: JSON Lines, or a JSON array (COCO, NoCaps and VQA results).
+        field: where the text is: ``"caption"`` or ``"answer"``. Lines with an ``error`` in its
+            place, as `tinyvl caption --json` writes for a file it cannot read, are left out.
+
+    Raises:
+        UserError: no such file, or a line that is no prediction.
+    """
+    path = path.expanduser()
+    file = path / FILE if path.is_dir() else path
+    try:
+        content = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+    if content.lstrip().startswith("["):
+        try:
+            array = json.loads(content)
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON: {error}") from None
+        places = [(f"{file}, [{i}]", entry) for i, entry in enumerate(array)]
+    else:
+        places = []
+        for number, line in enumerate(content.split("\n"), 1):
+            if line.strip():
+                try:
+                    places.append((f"{file}, line {number}", json.loads(line)))
+                except ValueError as error:
+                    raise UserError(f"{file}, line {number} is not JSON: {error}") from None
+    found = []
+    for where, entry in places:
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: expected a JSON object, found {str(entry)[:60]!r}")
+        if "error" in entry and field not in entry:
+            continue
+        if not isinstance(entry.get(field), str):
+            raise UserError(f"{where}: {field!r} is missing; it should be a text")
+        if not any(entry.get(key) is not None for key in IDS + PATHS):
+            raise UserError(f"{where}: nothing names the record; give an {', '.join(IDS)} or path")
+        found.append((where, entry))
+    if not found:
+        raise UserError(f"{file} holds no predictions")
+    return found
+
+
+def match(
+    entries: list[tuple[str, dict[str, Any]]], records: list[Record], field: str
+) -> dict[str, str]:
+    """The text predicted for each record, by the record's id.
+
+    An entry names its record by id or by path: the same path, or the same file name where only one
+    record has it; among several questions about a picture, by ``question`` too.
+
+    Raises:
+        UserError: an entry names no record, or several, or a record that another one named.
+    """
+    ids = {record.id for record in records}
+    by_path: dict[str, list[Record]] = {}
+    for record in records:
+        by_path.setdefault(record.path, []).append(record)
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(os.path.basename(record.path), []).append(record)
+
+    def find(where: str, entry: dict[str, Any]) -> str:
+        named = [str(entry[key]) for key in IDS if entry.get(key) is not None]
+        for name in named:
+            if name in ids:
+                return name
+        paths = [str(entry[key]) for key in PATHS if entry.get(key) is not None]
+        for name in paths:
+            hits = by_path.get(os.path.abspath(name)) or by_name.get(os.path.basename(name), [])
+            if "question" in entry:
+                hits = [record for record in hits if record.question == entry["question"]]
+            if len(hits) == 1:
+                return hits[0].id
+            if hits:
+                raise UserError(
+                    f"{where}: {name!r} names {len(hits)} records of the data; name one by its id"
+                )
+        raise UserError(f"{where}: {(named + paths)[0]!r} is not in the data")
+
+    texts: dict[str, str] = {}
+    for where, entry in entries:
+        key = find(where, entry)
+        if key in texts:
+            raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
+        texts[key] = entry[field]
+    return texts
+
+
+def number(text: str) -> int | str:
+    """An id as the published files have it: a number where it is one."""
+    return int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
+
+
+def export(file: Path, texts: dict[str, str], field: str) -> None:
+    """Writes what the servers of COCO and NoCaps (captions) and of VQA (answers) take."""
+    key = "question_id" if field == "answer" else "image_id"
+    results = [{key: number(name), field: text} for name, text in texts.items()]
+    write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
