@@ -355,6 +355,7 @@ def contrastive_loss(
 class LilT(nn.Module):
     """Two towers, two projections and a temperature."""
 
+    crop_area = 0.2
     whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
 
     def __init__(
@@ -392,6 +393,10 @@ class LilT(nn.Module):
         if part in ("encoder", "text"):
             return rest.removeprefix("model.") in getattr(self, part).tuned
         return self.projections or not part.endswith("projection")
+
+    def pack(self, percept: Percept) -> Tensor:
+        """What a cache keeps of a percept."""
+        return percept.tokens
 
     @property
     def device(self) -> torch.device:

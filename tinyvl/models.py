@@ -18,8 +18,10 @@ import torch
 
 from tinyvl import UserError, hub, lilt
 from tinyvl.captioner import Captioner, Text
+from tinyvl.clipcap import ClipCap
 from tinyvl.decoder import Decoder
 from tinyvl.encoders import build_image_encoder, load_image_encoder
+from tinyvl.epalm import EPalm
 from tinyvl.itune import ITune
 from tinyvl.lilt import LilT
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, Recipe, architecture, preset
@@ -28,8 +30,8 @@ from tinyvl.pretrained import decoder_config, load_decoder
 __all__ = ["CONFIGS", "PRESETS", "SMALL", "Preset", "Recipe", "architecture", "preset"]
 
 Model = Captioner | LilT
-METHODS = {"itune": ITune, "lilt": LilT}
-TASKS = {"caption": Captioner, "retrieve": LilT}
+METHODS = {"itune": ITune, "epalm": EPalm, "clipcap": ClipCap, "lilt": LilT}
+TASKS = {"caption": Captioner, "vqa": EPalm, "retrieve": LilT}
 # A configuration's backbones and the role in which `hub` fetches each.
 ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -287,6 +289,8 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
 def checkpoint_folder(name: str, task: str = "caption") -> Path:
     """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``."""
     if name == "default":
+        if task not in DEFAULT:
+            raise UserError(f"tinyvl brings no default model for {task}; name one with --model.", 2)
         folder = DEFAULT[task]
     elif name.startswith("hf://"):
         folder = hub.fetch(name.removeprefix("hf://"), "checkpoint")
@@ -315,15 +319,20 @@ def load(
     device: torch.device | None = None,
     precision: torch.dtype | None = None,
 ) -> Model:
-    """A trained model, ready to run: a `Captioner` for captions, a `LilT` to retrieve."""
+    """A trained model, ready to run.
+
+    It is a `Captioner` for captions, an `EPalm` for answers ("vqa"), a `LilT` to retrieve.
+    """
     folder = checkpoint_folder(name, task)
     device = device or choose_device()
     precision = precision or choose_precision(None, device)
     config = read_config(folder)
-    if config.get("method") in METHODS and not issubclass(METHODS[config["method"]], TASKS[task]):
+    own = config.get("options", {}).get("task", "caption")  # what a captioner was trained for
+    method = METHODS.get(config.get("method"), TASKS[task])
+    if not issubclass(method, TASKS[task]) or (method is not LilT and own != task):
+        kind = config["method"] if method is LilT or task == "retrieve" else own
         raise UserError(
-            f"{name}: a model of the method {config['method']}, which cannot {task}; name another.",
-            2,
+            f"{name}: this is a model for {kind}, not for {task}; name another with --model.", 2
         )
     model = build(config, device=device, precision=precision)
     load_weights(model, folder)
