@@ -410,6 +410,29 @@ def test_a_meteor_that_fails_costs_meteor_only(tmp_path, capfd, meteor, said):
 
 
 @posix
+def test_a_meteor_without_its_jar_costs_meteor_only(tmp_path, monkeypatch):
+    find = jvm.jar
+
+    def jar(*parts):
+        if parts[-1] == "paraphrase-en.gz":
+            raise UserError("it is missing")
+        return find(*parts)
+
+    monkeypatch.setattr(jvm, "jar", jar)
+    java = str(fake_java(tmp_path / "java", STANDS_IN.format(meteor="pass")))
+    scores = metrics.caption_scores(REFS, HYPS, java=java)
+    assert scores.missing["METEOR"] == "it is missing"
+    assert scores.metrics["ROUGE-L"] > 0
+
+
+@posix
+def test_a_java_that_is_gone_is_one_sentence(tmp_path):
+    java = jvm.Java(str(tmp_path / "java"), 17)
+    with pytest.raises(UserError, match="could not be started"), jvm.tokenising(java, ["a"]):
+        pass
+
+
+@posix
 def test_a_tokenizer_that_loses_a_line_is_an_error(tmp_path):
     java = jvm.find_java(str(fake_java(tmp_path / "java", "print('a')")))
     with (
@@ -463,7 +486,9 @@ def run_spice(tmp_path, monkeypatch, version: str, **engine):
     assert path[0] == jvm.jar("spice", "spice-1.0.jar")
     assert {str(jars / name) for name in os.listdir(jars)} == set(path[1:])
     assert arguments[arguments.index("-cache") + 1] == str(tmp_path / "cache" / "spice")
-    assert "-Xmx8G" in arguments
+    assert {"-Xmx8G", "-Duser.language=en", "-Duser.country=US"} <= set(
+        arguments
+    )  # 0.133, not 0,133
     assert "-silent" not in arguments
     cider, spice = scores.metrics["CIDEr"], scores.metrics["SPICE"]
     assert scores.metrics["SPIDEr"] == pytest.approx((cider + spice) / 2)

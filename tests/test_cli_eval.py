@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from PIL import Image
 from tiny import write_captioner, write_text, write_vision
 from typer.testing import CliRunner
 
-from tinyvl import UserError, cli, cli_eval, models
+from tinyvl import UserError, cli, models
+from tinyvl.report import draw
 
 TEXTS = ["a red dog runs", "two cats sleep", "the sky is blue", "a cat is red"]
 SLOW = 40  # pictures of the run that is killed
@@ -93,6 +95,30 @@ def test_what_tinyvl_caption_writes_is_scored(home, tmp_path):
     found = invoke("caption", "--predictions", made, home / "all.jsonl", "--metrics", "CIDEr")
     ran = invoke("caption", home / "captioner", home / "all.jsonl", *CAPTION)
     assert found["metrics"]["CIDEr"] == pytest.approx(ran["metrics"]["CIDEr"], abs=1e-12)
+
+
+def test_features_stand_in_for_pictures_that_are_not_there(home, tmp_path):
+    data = tmp_path / "few.jsonl"
+    data.write_text((home / "few.jsonl").read_text())
+    shutil.copytree(home / "photos", tmp_path / "photos")
+    ran = invoke("caption", home / "captioner", data, "-o", tmp_path / "with", *CAPTION)
+    args = ["features", data, "--vision", home / "captioner/vision", "--fit", "squash"]
+    args += ["--what", "tokens", "-o", tmp_path / "features", *QUICK]
+    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(tmp_path / "photos")
+    args = ("--features", tmp_path / "features", "-o", tmp_path / "without")
+    found = invoke("caption", home / "captioner", data, *args, *CAPTION)
+    assert (found["items"], found["failed"]) == (6, 0)
+    assert found["features"] == str(tmp_path / "features")
+    assert ran["features"] is None
+    both = [
+        [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").open()]
+        for name in ("with", "without")
+    ]
+    for one, other in zip(*both, strict=True):  # fp16 on disk
+        assert one["caption"] == other["caption"]
+        assert one["score"] == pytest.approx(other["score"], abs=0.01)
 
 
 def test_a_run_killed_by_kill_9_goes_on_to_the_same_result(home, tmp_path):
@@ -204,7 +230,7 @@ def test_tables_on_a_terminal(capsys):
         },
         "checkpoint": {"method": "lilt"}, "seconds": 1.5,
     }  # fmt: skip
-    cli_eval.draw(report)
+    draw(report)
     drawn = capsys.readouterr().out
     for text in ("d.jsonl", "0.2500", "chance", "0.0200", "de", "0.1250", "1000 rows", "lilt"):
         assert text in drawn, text
@@ -215,7 +241,7 @@ def test_tables_on_a_terminal(capsys):
         "predictions": "b", "baseline": {"predictions": "a", "metrics": {"TR@1": 0.15}},
         "difference": {"TR@1": interval}, "groups": {},
     }  # fmt: skip
-    cli_eval.draw(compared)
+    draw(compared)
     drawn = capsys.readouterr().out
     for text in ("B - A", "95 %", "-0.0500", "0.1500", "A: a", "B: b"):
         assert text in drawn, text

@@ -174,6 +174,17 @@ def test_a_limit_grows_on_resume_and_is_spread_over_the_data(checkpoint, source,
     assert (grown["items"], grown["kept"]) == (6, 2)
 
 
+def test_a_limit_does_not_change_which_picture_stands_in(checkpoint, source, tmp_path):
+    for limit, name in ((2, "few"), (None, "all")):
+        captions_of(checkpoint, replace(source, limit=limit), out=tmp_path / name, shuffle=True)
+    few, every = (
+        {line["id"]: line["caption"] for line in map(json.loads, file.read_text().splitlines())}
+        for file in (tmp_path / name / "predictions.jsonl" for name in ("few", "all"))
+    )
+    assert len(few) == 2
+    assert few.items() <= every.items()
+
+
 def test_another_decoding_does_not_go_on_in_the_same_folder(checkpoint, source, tmp_path):
     captions_of(checkpoint, source, out=tmp_path / "out")
     with pytest.raises(UserError, match="decoding") as caught:

@@ -184,21 +184,27 @@ def test_a_broken_picture_is_left_out_with_its_captions(model, pairs, tmp_path, 
 
 
 def test_lilts_protocol_keeps_the_pictures_of_val2014(model, tmp_path):
-    entries = []
-    for i in range(210):
-        part = "val" if i < 200 else "train"
-        file = tmp_path / f"COCO_{part}2014_{i:012d}.png"
-        Image.new("RGB", (4, 4), (i, 255 - i, 7 * i % 256)).save(file)
-        entries.append({"image": file.name, "captions": ["ein rot Ding"], "lang": "de"})
-    source = evaluate.Source(str(tmp_path / "xtd.jsonl"), lang=None)
-    Path(source.path).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    """XTD10 as it is published: a caption a line, a file a language, COCO's names beside."""
+    (tmp_path / "xtd" / "images").mkdir(parents=True)
+    names = [f"COCO_{'val' if i < 200 else 'train'}2014_{i:012d}.jpg" for i in range(210)]
+    for i, name in enumerate(names):
+        colour = (i, 255 - i, 7 * i % 256)
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "xtd/images" / name)
+
+    def publish(names: list[str]) -> evaluate.Source:
+        (tmp_path / "xtd/test_image_names.txt").write_text("".join(f"{n}\n" for n in names))
+        for lang in ("de", "ko"):
+            lines = "".join(f"ein rot Ding {i}\n" for i in range(len(names)))
+            (tmp_path / f"xtd/test_1kcaptions_{lang}.txt").write_text(lines)
+        return evaluate.Source(str(tmp_path / "xtd"), lang=None)
+
+    source = publish(names)
     assert retrieval(tmp_path, source)["items"] == 210
     report = retrieval(tmp_path, source, protocol="lilt")
-    assert (report["items"], report["protocol"]) == (200, "lilt")
-    assert report["chance"]["IR@10"] == pytest.approx(0.05)
-    Path(source.path).write_text("".join(json.dumps(entry) + "\n" for entry in entries[1:]))
+    assert (report["items"], report["protocol"], report["lang"]) == (200, "lilt", "de,ko")
+    assert (report["chance"]["IR@10"], report["chance"]["TR@10"]) == pytest.approx((0.05, 0.05))
     with pytest.raises(UserError, match="199"):
-        retrieval(tmp_path, source, protocol="lilt")
+        retrieval(tmp_path, publish(names[1:]), protocol="lilt")
 
 
 def test_kept_runs_are_averaged_and_compared(model, pairs, tmp_path):
@@ -219,6 +225,12 @@ def test_kept_runs_are_averaged_and_compared(model, pairs, tmp_path):
     assert other["items"] == 5
     with pytest.raises(UserError, match="not run on the same items"):
         evaluate_dual.compare_folders("retrieval", tmp_path / "a", tmp_path / "c")
+    with pytest.raises(UserError, match="choose another") as caught:
+        retrieval(tmp_path, pairs, out=tmp_path / "a")
+    assert "--resume" not in str(caught.value)
+    (tmp_path / "b/report.json").unlink()
+    with pytest.raises(UserError, match="to its end"):
+        evaluate_dual.score_folders("retrieval", [tmp_path / "b"])
     with pytest.raises(UserError, match="eval zeroshot"):
         evaluate_dual.score_folders("zeroshot", [tmp_path / "a"])
 

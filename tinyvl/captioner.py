@@ -216,11 +216,9 @@ class Captioner(nn.Module, ABC):
             pictures = pictures.float()
         if self.reads == "tokens":
             return Percept(pictures, [])
-        return Percept(pictures[:, None], list(pictures.split(self.encoder.widths, -1)))
-
-    def pack(self, percept: Percept) -> Tensor:
-        """What a cache keeps of a percept: tokens (I, S, D) or all summaries (I, ΣD)."""
-        return percept.tokens if self.reads == "tokens" else torch.cat(percept.summaries, -1)
+        widths = self.encoder.widths  # a cache may have lower levels, too
+        pictures = pictures[:, -sum(widths) :]
+        return Percept(pictures[:, None], list(pictures.split(widths, -1)))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number."""

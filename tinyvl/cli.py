@@ -8,10 +8,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_data, cli_eval, cli_train
+from tinyvl import UserError, __version__, cli_data, cli_eval, cli_features, cli_train
 from tinyvl.cli_options import (
     Beams,
     Device,
+    Features,
     LateStopping,
     LengthPenalty,
     Model,
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(cli_train.app, name="train")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_eval.app, name="eval")
+app.command("features")(cli_features.features)
 
 
 @app.callback(invoke_without_command=True)
@@ -77,28 +79,40 @@ def caption(
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
     ] = False,
+    features: Features = None,
     device: Device = None,
     precision: Precision = None,
     workers: Workers = None,
 ) -> None:
-    """Caption pictures: a line each, path<TAB>caption where there are several."""
-    if not inputs:
+    """Caption pictures: a line each, path<TAB>caption where there are several.
+
+    With --features DIR pictures are read there, neither decoded nor encoded; without inputs, all
+    that are there.
+    """
+    if not inputs and features is None:
         if sys.stdin.isatty():
             raise UserError("Name pictures or folders, or pipe their paths in.", 2)
         inputs = ["-"]
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
-    from tinyvl import generate, media
+    from tinyvl import generate, media, models
 
+    inputs = inputs or []
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
     paths = media.expand(inputs, sys.stdin, null=null)
-    stream, done = sys.stdout, set()
+    stream, done, store = sys.stdout, set(), None
+    if features is not None:
+        from tinyvl.features import open_store
+
+        config = models.read_config(models.checkpoint_folder(model))
+        store = open_store(features, config["vision"], models.reads(config))
+        paths = paths if inputs else iter([entry.path for entry in store.entries])
     loaded = load_model(model, device, precision)
     if out is not None:
         stream, done = generate.open_output(out, resume)
         paths = (path for path in paths if path not in done)
-    results = generate.captions(loaded, paths, style=how, batch=batch, workers=workers)
+    results = generate.captions(loaded, paths, style=how, batch=batch, workers=workers, store=store)
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
 

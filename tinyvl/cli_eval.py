@@ -11,6 +11,7 @@ from tinyvl import UserError
 from tinyvl.cli_options import (
     Beams,
     Device,
+    Features,
     LateStopping,
     LengthPenalty,
     Precision,
@@ -88,20 +89,6 @@ Shuffle = Annotated[
 ]
 
 
-ROWS, RUNS = 100, 4  # the most rows of a table on a terminal, and of runs beside their mean
-DRAWN = (
-    "task",
-    "data",
-    "metrics",
-    "groups",
-    "difference",
-    "baseline",
-    "deviation",
-    "chance",
-    "runs",
-)
-
-
 def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[str, str]:
     """[MODEL] DATA; ``model`` False: the predictions are there, only DATA is wanted."""
     arguments = arguments or []
@@ -146,6 +133,7 @@ def caption(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    features: Features = None,
     batch: Batch = 16,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -162,7 +150,9 @@ def caption(
     {id | image_id | path | image, caption}, or COCO results.
     """
     names = [name.strip() for name in metrics.split(",")] if metrics else None
-    made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
+    made = check_files(
+        predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
+    )
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
     from tinyvl import evaluate, evaluate_files
 
@@ -177,7 +167,7 @@ def caption(
     else:
         report = evaluate.run(
             "caption", model, source, style=how, scoring=scoring, out=out, resume=resume,
-            shuffle=shuffle, results=results,
+            shuffle=shuffle, results=results, features=features,
             place=evaluate.place(device, precision, batch, workers, quiet),
         )  # fmt: skip
     show(report, as_json)
@@ -209,6 +199,7 @@ def vqa(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    features: Features = None,
     batch: Batch = 16,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -224,7 +215,9 @@ def vqa(
     tinyvl eval vqa --predictions FILE DATA    scores answers made elsewhere: JSON Lines of
     {question_id | id | path and question, answer}, or a VQA results file.
     """
-    made = check_files(predictions, compare, allow_missing, out, resume, results, shuffle)
+    made = check_files(
+        predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
+    )
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
     from tinyvl import evaluate, evaluate_files
 
@@ -237,7 +230,8 @@ def vqa(
     else:
         report = evaluate.run(
             "vqa", model, source, style=how, out=out, resume=resume, shuffle=shuffle,
-            results=results, place=evaluate.place(device, precision, batch, workers, quiet),
+            results=results, features=features,
+            place=evaluate.place(device, precision, batch, workers, quiet),
         )  # fmt: skip
     show(report, as_json)
 
@@ -386,14 +380,16 @@ def check_files(
     out: Path | None,
     resume: bool,
     results: Path | None,
-    shuffle: bool,
+    model_only: bool,
 ) -> bool:
     """Is it predictions made elsewhere that are scored? Options that do not fit are refused."""
     if predictions and compare:
         raise UserError("--predictions scores each, --compare two: give one of them.", 2)
     if predictions or compare:
-        if out or resume or shuffle:
-            raise UserError("--out, --resume and --shuffle-images are for running a model.", 2)
+        if out or resume or model_only:
+            raise UserError(
+                "--out, --resume, --features and --shuffle-images are for running a model.", 2
+            )
         if results and (compare or len(predictions or ()) > 1):
             raise UserError("--results writes one set of predictions: give one.", 2)
         return True
@@ -409,66 +405,7 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     if as_json or not sys.stdout.isatty():
         print(json.dumps(report, ensure_ascii=False))
     else:
+        from tinyvl.report import draw
+
         draw(report)
     raise typer.Exit(1 if report.get("failed") else 0)
-
-
-def draw(report: dict[str, Any]) -> None:
-    """The report as tables: the metrics, those of each part; then what was run, a line each."""
-    from rich.console import Console
-
-    console = Console()
-    columns = {"": report["metrics"]}
-    if "difference" in report:
-        columns = {"A": report["baseline"]["metrics"], "B": report["metrics"]}
-        for end, title in (("value", "B - A"), ("low", "95 % from"), ("high", "to")):
-            columns[title] = {name: found[end] for name, found in report["difference"].items()}
-    elif "runs" in report:
-        columns = {"mean": report["metrics"], "deviation": report["deviation"]}
-        columns |= {str(i): run["metrics"] for i, run in enumerate(report["runs"][:RUNS], 1)}
-    if "chance" in report:
-        columns["chance"] = report["chance"]
-    named = {
-        name: [cell(column.get(name)) for column in columns.values()] for name in report["metrics"]
-    }
-    console.print(f"{report['task']}: {report['data']}", highlight=False, markup=False)
-    console.print(table(["", *columns], named))
-    for kind, parts in report.get("groups", {}).items():
-        metrics = [name for name, value in report["metrics"].items() if value is not None]
-        rows = {
-            name: [str(part["items"]), *(cell(part.get(metric)) for metric in metrics)]
-            for name, part in parts.items()
-        }
-        title = f"by {kind.replace('_', ' ')}"
-        if len(rows) <= ROWS:
-            console.print(title)
-            console.print(table(["", "items", *metrics], rows))
-        else:
-            console.print(f"{title}: {len(rows)} rows, which --json has", highlight=False)
-    lines = {"A": report.get("baseline", {}).get("predictions")}
-    lines |= {"B" if lines["A"] and key == "predictions" else key: report[key] for key in report}
-    lines |= {f"run {i}": run["predictions"] for i, run in enumerate(report.get("runs", ()), 1)}
-    for key, value in lines.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {part}" for name, part in value.items() if part is not None)
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        if key not in DRAWN and value not in (None, "", False):
-            console.print(f"{key.replace('_', ' ')}: {value}", highlight=False, markup=False)
-
-
-def table(columns: list[str], rows: dict[str, list[str]]):
-    """A table of numbers that fits 80 columns, with the names of its rows on the left."""
-    from rich import box
-    from rich.table import Table
-
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if i else "left", no_wrap=bool(i))
-    for name, cells in rows.items():
-        drawn.add_row(name, *cells)
-    return drawn
-
-
-def cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -1,6 +1,7 @@
 """What the commands share: options of one name and meaning, and what reads them."""
 
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,10 @@ Precision = Annotated[
 ]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode pictures. [default: by the cores]")
+]
+Features = Annotated[
+    Path | None,
+    typer.Option(help="Folder of `tinyvl features`: read there, not encoded. [default: none]"),
 ]
 
 # How captions and answers are searched for.

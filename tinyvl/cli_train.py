@@ -3,14 +3,60 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Precision, Workers, given, local
+from tinyvl.cli_options import Device, Features, Precision, Workers, given, local
+
+if TYPE_CHECKING:
+    from tinyvl.presets import Preset
 
 app = typer.Typer(no_args_is_help=True, help="Train a method's modules on your data.")
+
+
+# What the methods share.
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="JSON Lines, Karpathy or COCO JSON, Flickr token file, image folder. "
+        "[default: a small set that tinyvl draws]"
+    ),
+]
+Val = Annotated[
+    str | None, typer.Option(help="Validation data. [default: the data's own, or 2 % of it]")
+]
+Init = Annotated[str | None, typer.Option(help="Checkpoint to fine-tune (after VLP, say).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+Epochs = Annotated[float | None, typer.Option(min=0, help="Passes over the captions.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Captions per optimizer step.")]
+Rate = Annotated[float | None, typer.Option(help="AdamW's learning rate after warm-up.")]
+Warmup = Annotated[float | None, typer.Option(min=0, max=1, help="As a share of all steps.")]
+WeightDecay = Annotated[float | None, typer.Option(help="AdamW's weight decay.")]
+Fit = Annotated[
+    str | None,
+    typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
+]
+Images = Annotated[str | None, typer.Option(help="Folder of the pictures.")]
+Format = Annotated[str | None, typer.Option(help="Force the data's format.")]
+Lang = Annotated[str, typer.Option(help="Language of the captions, where records say.")]
+PerImage = Annotated[
+    int | None, typer.Option(min=1, help="Captions of a picture that share a micro-batch.")
+]
+Views = Annotated[
+    int | None,
+    typer.Option(min=1, help="Varied views of each picture, one after another by epoch."),
+]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longer captions are cut.")]
+Seed = Annotated[int, typer.Option(help="Initialisation and order.")]
+SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saved states.")]
+ValidateEvery = Annotated[int | None, typer.Option(min=1, help="Steps. [default: an epoch]")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Recompute layers: less memory, slower.")
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Encode pictures anew in each epoch.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 @app.command("itune")
@@ -18,16 +64,8 @@ def train_itune(
     preset: Annotated[
         str | None, typer.Option(help="A paper's row, e.g. itune-base; options override it.")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="JSON Lines, Karpathy or COCO JSON, Flickr token file, image folder. "
-            "[default: a small set that tinyvl draws]"
-        ),
-    ] = None,
-    val: Annotated[
-        str | None, typer.Option(help="Validation data. [default: the data's own, or 2 % of it]")
-    ] = None,
+    data: Data = None,
+    val: Val = None,
     out: Annotated[
         Path | None, typer.Option(help="Checkpoint folder. [default: runs/itune]")
     ] = None,
@@ -35,18 +73,14 @@ def train_itune(
     vision: Annotated[
         str | None, typer.Option(help="Frozen timm encoder: a name or folder.")
     ] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Checkpoint to fine-tune (after VLP, say).")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the captions.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Captions per optimizer step.")] = None,
+    init: Init = None,
+    resume: Resume = False,
+    epochs: Epochs = None,
+    batch: Batch = None,
     micro_batch: Annotated[int, typer.Option(min=1, help="Captions in memory at once.")] = 64,
-    rate: Annotated[float | None, typer.Option(help="AdamW's learning rate after warm-up.")] = None,
-    warmup: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Warm-up, as a share of all steps.")
-    ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    rate: Rate = None,
+    warmup: Warmup = None,
+    weight_decay: WeightDecay = None,
     bottleneck: Annotated[
         int | None, typer.Option(min=1, help="r. [default: half the width]")
     ] = None,
@@ -55,33 +89,21 @@ def train_itune(
     ] = None,
     scale: Annotated[float | None, typer.Option(help="λ of equation 5.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
-    fit: Annotated[
-        str | None,
-        typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
-    ] = None,
-    images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None,
-    format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None,
-    lang: Annotated[str, typer.Option(help="Language of the captions, where records say.")] = "en",
+    fit: Fit = None,
+    images: Images = None,
+    format: Format = None,
+    lang: Lang = "en",
     limit: Annotated[int | None, typer.Option(min=1, help="Train on this many pictures.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longer captions are cut.")] = 40,
-    per_image: Annotated[
-        int, typer.Option(min=1, help="Captions of a picture that share a micro-batch.")
-    ] = 5,
-    views: Annotated[
-        int, typer.Option(min=1, help="Varied views of each picture, one after another by epoch.")
-    ] = 1,
-    seed: Annotated[int, typer.Option(help="Initialisation and order.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
-    validate_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps. [default: an epoch]")
-    ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute layers: less memory, slower.")
-    ] = False,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Encode pictures anew in each epoch.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    max_tokens: MaxTokens = None,
+    per_image: PerImage = None,
+    views: Views = None,
+    seed: Seed = 0,
+    save_every: SaveEvery = 100,
+    validate_every: ValidateEvery = None,
+    checkpointing: Checkpointing = False,
+    no_cache: NoCache = False,
+    features: Features = None,
+    quiet: Quiet = False,
     device: Device = None,
     precision: Precision = None,
     workers: Workers = None,
@@ -92,15 +114,9 @@ def train_itune(
     JSON. The paper's rows: --preset itune-base, itune-medium, itune-large, itune-large-drop18; its
     VLP is --epochs 10 on Visual Genome, then --init that run's folder.
     """
-    from dataclasses import replace
-
-    from tinyvl import models, train
+    from tinyvl import models
 
     row = models.preset(preset, "itune")
-    recipe = {
-        "epochs": epochs, "batch": batch, "rate": rate, "warmup": warmup,
-        "weight_decay": weight_decay,
-    }  # fmt: skip
     options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale)
     if lm is not None and drop is None:
         options.pop("drop", None)  # a preset's layers are counted for its own decoder
@@ -118,7 +134,220 @@ def train_itune(
                 "--scale: leave them out.",
                 2,
             )
-        parts = models.parts_of(models.read_config(models.checkpoint_folder(init)))
+        parts = taken_over(init, "itune")
+    recipe = given(epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay)
+    launch(
+        row, parts, recipe, given(max_tokens=max_tokens, per_image=per_image, views=views),
+        data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
+        seed=seed, device=device, precision=precision, out=out, micro=micro_batch,
+        checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
+        save_every=save_every, validate_every=validate_every, workers=workers, quiet=quiet,
+    )  # fmt: skip
+
+
+ADAPTER = "none, layerwise (in every layer) or deep (one more layer)."
+UNLOCK = "Pretrained parameters trained: none, layernorm, bitfit (biases) or all."
+LAYERS = "Unlock in these layers only, e.g. 0:5 or 6:-1 (the first to the last)."
+POOL = "token (the first) or mean."
+
+
+@app.command("lilt")
+def train_lilt(
+    preset: Annotated[
+        str | None, typer.Option(help="A paper's row, e.g. lilt-lwa-base; options override it.")
+    ] = None,
+    data: Data = None,
+    val: Val = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder. [default: runs/lilt]")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text encoder of the BERT family: a name or folder.")
+    ] = None,
+    vision: Annotated[str | None, typer.Option(help="timm encoder: a name or folder.")] = None,
+    init: Init = None,
+    resume: Resume = False,
+    text_adapter: Annotated[str | None, typer.Option(help=ADAPTER)] = None,
+    image_adapter: Annotated[str | None, typer.Option(help=ADAPTER)] = None,
+    text_unlock: Annotated[str | None, typer.Option(help=UNLOCK)] = None,
+    image_unlock: Annotated[str | None, typer.Option(help=UNLOCK)] = None,
+    text_layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
+    image_layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
+    lock: Annotated[
+        str | None,
+        typer.Option(
+            help="Figure 5's patterns: A4 locks again the 4 deepest text layers and the 4 "
+            "shallowest image layers, B4 the others' ends."
+        ),
+    ] = None,
+    text_pool: Annotated[str | None, typer.Option(help=POOL)] = None,
+    image_pool: Annotated[str | None, typer.Option(help=POOL)] = None,
+    image_width: Annotated[
+        int | None, typer.Option(min=64, help="Width of a deep adapter on a CNN's feature map.")
+    ] = None,
+    embed: Annotated[int | None, typer.Option(min=1, help="Width of the common space.")] = None,
+    projections: Annotated[
+        bool | None, typer.Option("--projections/--locked-projections", help="Train them, or not.")
+    ] = None,
+    random_init: Annotated[
+        bool | None,
+        typer.Option("--random-init", help="Towers without pretraining (--preset clip-base)."),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=16, help="Pixels of a picture's side.")] = None,
+    crops: Annotated[
+        bool | None,
+        typer.Option(
+            "--crops/--no-crops",
+            help="A random crop with RandAugment, new in every epoch, or the picture as it is.",
+        ),
+    ] = None,
+    views: Views = None,
+    fit: Fit = None,
+    clean: Annotated[
+        bool | None,
+        typer.Option("--clean/--raw", help="Lower-case captions without punctuation, or as are."),
+    ] = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Captions in memory at once; the batch is the same. [default: 64, or 512 where "
+            "both towers are locked]",
+        ),
+    ] = None,
+    rate: Rate = None,
+    warmup: Warmup = None,
+    weight_decay: WeightDecay = None,
+    images: Images = None,
+    format: Format = None,
+    lang: Lang = "en",
+    limit: Annotated[int | None, typer.Option(min=1, help="Train on this many pairs.")] = None,
+    max_tokens: MaxTokens = None,
+    per_image: PerImage = None,
+    seed: Seed = 0,
+    save_every: SaveEvery = 100,
+    validate_every: ValidateEvery = None,
+    checkpointing: Checkpointing = False,
+    no_cache: NoCache = False,
+    features: Features = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """LilT: align an image encoder and a text encoder, training little of either.
+
+    As it stands it trains on a small drawn set in minutes, on any machine. Prints the summary as
+    JSON. The paper's rows are presets (`tinyvl models`). Its other experiments are options: Figure
+    5 --lock, 6 --preset clip-base --random-init, 7 --text bert-base-uncased or --vision
+    vit_base_patch16_224.dino, 8 --text prajjwal1/bert-tiny or --vision deit_tiny_patch16_224, 9 and
+    10 --limit 5000 and 50000.
+    """
+    from tinyvl import models
+
+    row = models.preset(preset, "lilt")
+    sides = {
+        "text": given(
+            adapter=text_adapter, unlock=text_unlock, pool=text_pool, layers=layers_of(text_layers)
+        ),
+        "image": given(
+            adapter=image_adapter, unlock=image_unlock, pool=image_pool, width=image_width,
+            layers=layers_of(image_layers),
+        ),
+    }  # fmt: skip
+    if lock:
+        shallow, deep = locked(lock)
+        sides["text"]["layers"] = deep if lock[0] in "aA" else shallow
+        sides["image"]["layers"] = shallow if lock[0] in "aA" else deep
+    more = given(
+        embed=embed, projections=projections, random_init=random_init, size=size, clean=clean
+    )
+    options = row.options | more
+    for side, changes in sides.items():
+        options[side] = row.options.get(side, {}) | changes
+    parts = {
+        "language": local(text or row.language),
+        "vision": local(vision or row.vision),
+        "fit": fit or row.fit,
+        "options": options,
+    }
+    if init is not None:
+        if given(text=text, vision=vision, fit=fit) or more or any(sides.values()):
+            raise UserError(
+                "--init brings its own encoders and what is trained of them: leave such options "
+                "out.",
+                2,
+            )
+        parts = taken_over(init, "lilt")
+    if micro_batch is None:
+        still = [parts["options"].get(side, {}).get("unlock", "none") == "none" for side in sides]
+        micro_batch = 512 if all(still) and row is models.SMALL["lilt"] else 64
+    recipe = given(epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay)
+    launch(
+        row, parts, recipe,
+        given(max_tokens=max_tokens, per_image=per_image, views=views, crops=crops),
+        data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
+        seed=seed, device=device, precision=precision, out=out, micro=micro_batch,
+        checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
+        save_every=save_every, validate_every=validate_every, workers=workers, quiet=quiet,
+    )  # fmt: skip
+
+
+def layers_of(text: str | None) -> list[int] | None:
+    """ "6:-1" -> [6, -1]."""
+    if text is None:
+        return None
+    try:
+        first, last = text.split(":")
+        return [int(first), int(last)]
+    except ValueError:
+        raise UserError(f"Layers are given as FIRST:LAST, e.g. 0:5, not {text!r}.", 2) from None
+
+
+def locked(pattern: str) -> tuple[list[int], list[int]]:
+    """ "A4" -> the layers left when the 4 shallowest are locked, and when the 4 deepest are."""
+    if pattern[0] not in "aAbB" or not pattern[1:].isdigit():
+        raise UserError(f"--lock is A or B and a number of layers, e.g. A4, not {pattern!r}.", 2)
+    number = int(pattern[1:])
+    return [number, -1], [0, -1 - number]
+
+
+def taken_over(init: str, method: str) -> dict[str, Any]:
+    """The parts of a checkpoint that a run of the same method starts from."""
+    from tinyvl import models
+
+    config = models.read_config(models.checkpoint_folder(init))
+    if config.get("method") != method:
+        raise UserError(f"{init}: a model of another method than {method}.", 2)
+    return models.parts_of(config)
+
+
+def launch(
+    row: "Preset",
+    parts: dict[str, Any],
+    recipe: dict[str, Any],
+    changes: dict[str, Any],
+    *,
+    data: str | None,
+    val: str | None,
+    images: str | None,
+    format: str | None,
+    lang: str,
+    init: str | None,
+    limit: int | None,
+    seed: int,
+    device: str | None,
+    precision: str | None,
+    out: Path | None,
+    **run: Any,
+) -> None:
+    """Trains what the options say and prints the summary; what is left over goes to `train.Run`."""
+    from dataclasses import replace
+
+    from tinyvl import models, train
+
     target = models.choose_device(device)
     dtype = models.choose_precision(precision, target)
     if data is None:
@@ -126,10 +355,10 @@ def train_itune(
 
         data = str(draw.default_folder())
     job = train.Job(
-        method="itune",
+        method=row.method,
         data=os.path.abspath(data),
         **parts,
-        recipe=replace(row.recipe, **given(**recipe)),
+        recipe=replace(row.recipe, **recipe),
         val=val and os.path.abspath(val),
         images=images and os.path.abspath(images),
         lang=lang,
@@ -137,21 +366,8 @@ def train_itune(
         init=init and local(init),
         limit=limit,
         seed=seed,
-        max_tokens=max_tokens,
-        per_image=per_image,
-        views=views,
         precision=models.precision_name(dtype),
+        **(row.job | changes),
     )
-    run = train.Run(
-        out=out or Path("runs/itune"),
-        device=target,
-        micro=micro_batch,
-        checkpointing=checkpointing,
-        cache=not no_cache,
-        resume=resume,
-        save_every=save_every,
-        validate_every=validate_every,
-        workers=workers,
-        quiet=quiet,
-    )
-    print(json.dumps(train.train(job, run)))
+    out = out or Path("runs") / row.method
+    print(json.dumps(train.train(job, train.Run(out=out, device=target, **run))))

@@ -75,6 +75,7 @@ class EPalm(Captioner):
     """A captioner, or with ``task`` "vqa" one that answers questions."""
 
     levels = None
+    reads = "summaries"
 
     def __init__(
         self,
@@ -113,7 +114,8 @@ class EPalm(Captioner):
         super().__init__(encoder, decoder, text, prompt)
         c, self.task, self.answer_only = decoder.config, task, answer_only
         check(task=(task, TASKS), tokens=(tokens, ("cls", "all")))
-        self.reads = "tokens" if tokens == "all" else "summaries"
+        if tokens == "all":
+            self.reads = "tokens"
         start, end = bounds("inject", inject, c.layers, min(LAYERS, max(1, c.layers // 2)))
         self.inject = range(start, end)
         if tokens == "all":

@@ -1,9 +1,9 @@
 """A model that writes, over a data set: predictions, scores, one report.
 
-`run` makes captions or answers and scores them, `score_files` scores those made elsewhere,
-`compare_files` puts two side by side. Each gives a report, one JSON object
-``{task, model, data, metrics, ...}`` that says what was run and what came out. Metrics are
-fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.
+`run` makes captions or answers and scores them; `evaluate_files` scores those made elsewhere, and
+`evaluate_dual` models that embed. A report is one JSON object ``{task, model, data, metrics, ...}``
+that says what was run and what came out. Metrics are fractions; CIDEr's and SPIDEr's 1.0 is the
+papers' 100.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import torch
 from tinyvl import UserError, __version__, bootstrap, data, generate, metrics, models
 from tinyvl import predictions as files
 from tinyvl.data import Record
+from tinyvl.features import open_store
 from tinyvl.job import Run, bar
 
 
@@ -309,6 +310,7 @@ def run(
     resume: bool = False,
     shuffle: bool = False,
     results: Path | None = None,
+    features: Path | None = None,
 ) -> dict[str, Any]:
     """Captions (``kind`` "caption") or answers ("vqa") by a model, scored. -> the report.
 
@@ -317,12 +319,13 @@ def run(
         out: a folder for predictions and report, from which ``resume`` goes on.
         shuffle: give each picture's place to another one: how much does the model look?
         results: also write what the evaluation servers take to this file.
+        features: a folder of `tinyvl features`, to read there what the encoder makes of pictures.
 
     Raises:
         UserError: as the parts do; or nothing to predict.
     """
     task = task_of(kind, scoring)
-    everything, split = read(source, task)
+    everything, split = read(source, task, opened=features is None)
     records = choose(everything, source, split)
     scored = [record for record in records if getattr(record, task.truth)]
     if scored:
@@ -336,16 +339,21 @@ def run(
     pictures_only(records)
     if kind == "caption" and scored:
         metrics.plan_captions(**vars(scoring))  # before the long run
-    paths = swapped(records) if shuffle else [record.path for record in records]
-    shown = {record.id: path for record, path in zip(records, paths, strict=True)}
+    shown = {record.id: record.path for record in records}
+    if shuffle:  # among all of the part, so that a greater --limit swaps them the same
+        part = choose(everything, replace(source, limit=None), split)
+        shown = {record.id: path for record, path in zip(part, swapped(part), strict=True)}
     head = described(
         kind, name, source, split,
-        checkpoint=checkpoint(name, "caption"), decoding=vars(style), shuffled=shuffle,
+        checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
+        features=str(features.absolute()) if features else None,
         precision=models.precision_name(place.precision), tinyvl=__version__,
     )  # fmt: skip
-    model = load(name, place, "caption")
-    if kind == "vqa" and not hasattr(model, "answer"):
-        raise UserError(f"{name}: this model does not answer questions; name one that does.", 2)
+    store = None
+    if features is not None:
+        config = models.read_config(models.checkpoint_folder(name, kind))
+        store = open_store(features, config["vision"], models.reads(config))
+    model = load(name, place, kind)
     log = files.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
@@ -356,6 +364,7 @@ def run(
             batch=place.batch,
             workers=place.workers,
             questions=[record.question for record in todo] if kind == "vqa" else None,
+            store=store,
         )
         for record, (_, text, score) in zip(todo, found, strict=True):
             if isinstance(text, UserError):

@@ -116,8 +116,9 @@ def run_retrieval(
         protocol=protocol, checkpoint=checkpoint(name, "retrieve"),
         precision=models.precision_name(place.precision),
     )  # fmt: skip
+    if out is not None:
+        files.refuse(out, head, None)
     model = load(name, place, "retrieve")
-    log = files.Log(out, head)
     seen: dict[str, Tensor] = {}
 
     def embed(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
@@ -131,6 +132,7 @@ def run_retrieval(
     how = fill(files.Log(None, {}), asked, embed, place, "pictures")
     if not seen:
         raise UserError(f"{source.path}: none of its pictures could be read.")
+    log = files.Log(out, head, resume=None)  # only now: embeddings are not kept
     for lang in langs:
         part = [r for r in records if r.lang in (lang, None) and r.path in seen]
         for line in search(model, part, seen, lang):
@@ -346,9 +348,9 @@ def kept(kind: str, folder: Path) -> tuple[dict[str, Any], Scores, list[str]]:
         raise UserError(
             f"{folder}: not a folder that `tinyvl eval {kind} -o` made; name one that it did.", 2
         )
+    if not (folder / files.REPORT).exists():
+        raise UserError(f"{folder}: this run has not come to an end; run it to its end first.")
     lines = sorted(files.read_lines(folder), key=lambda line: line["id"])
-    if not lines:
-        raise UserError(f"{folder}: this run has not come to an end; go on with it by --resume.")
     if kind == "retrieval":
         scores = retrieval_scores(lines)
     else:

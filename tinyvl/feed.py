@@ -18,6 +18,8 @@ from torch import Tensor
 
 from tinyvl import UserError, data, media
 from tinyvl.augment import RandomCrop, View
+from tinyvl.extract import contents, extract
+from tinyvl.features import FeatureStore
 from tinyvl.job import Interrupted, Job, Run, bar, say
 
 if TYPE_CHECKING:
@@ -105,12 +107,12 @@ def groups_of(tokens: list[list[list[int]]], per_image: int) -> list[Group]:
 
 
 class Pictures:
-    """Pictures of a list of records, as uint8 tensors or as cached encoder tokens.
+    """Pictures of a list of records, as uint8 tensors or as an encoder's tokens from a cache.
 
     Each has ``views`` views (`augment.View`), one after another by epoch; with ``crops`` a new
     random one in every epoch (`augment.RandomCrop`), never cached, as are pictures whose encoder
-    learns. The cache is one fp16 array on disk beside a column of flags, filled once, in order, and
-    continued after a kill. The operating system keeps in memory what fits.
+    learns. The tokens are those of ``store``, or else of caches in the run's folder, a view each,
+    that are filled first and go on after a kill. The operating system keeps in memory what fits.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Pictures:
         name: str,
         views: int = 1,
         seed: int = 0,
+        store: FeatureStore | None = None,
         crops: bool = False,
     ):
         self.paths = [r.image for r in records]
@@ -128,60 +131,41 @@ class Pictures:
         self.keys = [number[path] for path in self.paths]  # equal where pictures are the same
         own, self.size = model.encoder.transform(), model.encoder.size
         self.transforms = [View(own, view, seed) if view else own for view in range(views)]
-        self.run, self.seed, self.crops, self.area = run, seed, crops, model.crop_area
-        self.store, self.bad = None, set()
-        if not run.cache or crops or not model.fixed_pictures:
-            return
-        probe = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=run.device)
-        with torch.no_grad(), model.autocast():
-            shape = (views, len(records), *model.pack(model.encoder(probe)).shape[1:])
-        self.store, fresh = cached(run, f"{name}.f16", shape, torch.float16)
-        if self.store is None:
-            raise UserError(
-                f"{run.out}: encoded pictures would take {math.prod(shape) / 2**29:.1f} GiB, which "
-                "does not fit on this disk; use --no-cache to encode them anew each time.",
-                2,
-            )
-        self.done, _ = cached(run, f"{name}.done", shape[:2], torch.uint8, fresh=fresh)
-        for view in range(views):
-            self._fill(model, view, f"encoding {name} pictures" + f", view {view}" * (views > 1))
-        self.bad = set((self.done == 2).any(0).nonzero()[:, 0].tolist())
-
-    def _fill(self, model: Model, view: int, title: str) -> None:
-        """Encodes blocks of 32 that are not yet whole: the same blocks however often killed."""
-        store, done = self.store[view], self.done[view]
-        blocks = [range(i, min(i + 32, len(done))) for i in range(0, len(done), 32)]
-        blocks = [block for block in blocks if not done[block.start : block.stop].all()]
-        decoded = media.decode_images(
-            (self.paths[i] for block in blocks for i in block),
-            self.transforms[view],
-            target=self.size,
-            workers=self.run.workers,
-        )
-        with bar(title, sum(map(len, blocks)), self.run) as advance:
-            for block in blocks:
-                found = {i: next(decoded)[1] for i in block}
-                good = [i for i in block if not isinstance(found[i], Exception)]
-                if good:
-                    with torch.no_grad(), model.autocast():
-                        stacked = torch.stack([found[i] for i in good]).to(model.device)
-                        store[good] = model.pack(model.encoder(stacked)).half().cpu()
-                for i in block:
-                    if i not in good and view == 0:
-                        print(f"tinyvl: skipping {found[i]}", file=sys.stderr)
-                    done[i] = 1 if i in good else 2
-                advance(len(block))
-                if self.run.stop:
-                    raise Interrupted
+        self.run, self.seed, self.crops, self.bad = run, seed, crops, set()
+        self.area, self.reads = model.crop_area, model.reads
+        self.stores = [] if store is None else [store]
+        pictures = [(r.image, r.id) for r in records]
+        if store is None and run.cache and not crops and model.fixed_pictures:
+            head = contents({}, model.encoder, what=model.reads)
+            for view, transform in enumerate(self.transforms):
+                folder = run.out / "features" / f"{name}-{view}"
+                extract(
+                    folder,
+                    pictures,
+                    model.encoder,
+                    head,
+                    run,
+                    transform=transform,
+                    title=f"encoding {name} pictures" + f", view {view}" * (views > 1),
+                    advice="use --no-cache to encode them anew each time",
+                )
+                self.stores.append(FeatureStore.open(folder))
+        self.rows = [[e.row for e in kept.entries_of(pictures)] for kept in self.stores]
+        for rows in self.rows:
+            self.bad |= {i for i, row in enumerate(rows) if row is None}
+        if store is not None:
+            for i in sorted(self.bad):
+                print(f"tinyvl: skipping {store.find(*pictures[i]).error}", file=sys.stderr)
 
     def stream(
         self, wanted: Iterator[list[int]], epoch: int
     ) -> Iterator[list[Tensor | media.MediaError]]:
         """For each list of records their pictures, in that order, as this epoch sees them."""
         view = epoch % len(self.transforms)
-        if self.store is not None:
+        if self.stores:
+            store, rows = self.stores[view], self.rows[view]
             for indices in wanted:
-                yield list(self.store[view, indices])
+                yield list(store.read(self.reads, [rows[i] for i in indices]))
             return
         lists: list[list[int]] = []
 
@@ -192,8 +176,7 @@ class Pictures:
 
         transform, target = self.transforms[view], self.size
         if self.crops:
-            crop = RandomCrop(self.size, epoch, self.seed, self.area)
-            transform, target = crop, None
+            transform, target = RandomCrop(self.size, epoch, self.seed, self.area), None
         found: list[Tensor | media.MediaError] = []
         for _, picture in media.decode_images(
             paths(), transform, target=target, workers=self.run.workers
@@ -316,11 +299,19 @@ class Feed:
     """The micro-batches of a run: those of each optimizer step, and those to validate on."""
 
     def __init__(
-        self, train: list[data.Record], val: list[data.Record], model: Model, job: Job, run: Run
+        self,
+        train: list[data.Record],
+        val: list[data.Record],
+        model: Model,
+        job: Job,
+        run: Run,
+        store: FeatureStore | None = None,
     ):
         self.model, self.job = model, job
-        self.pictures = Pictures(train, model, run, "train", job.views, job.seed, job.crops)
-        self.val_pictures = Pictures(val, model, run, "val")
+        self.pictures = Pictures(
+            train, model, run, "train", job.views, job.seed, store=store, crops=job.crops
+        )
+        self.val_pictures = Pictures(val, model, run, "val", store=store)
         tokens = prepare(train, model, job)
         for i in self.pictures.bad:
             tokens[i] = []

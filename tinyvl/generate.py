@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinyvl import UserError, media
 from tinyvl.captioner import Captioner
+from tinyvl.features import FeatureStore
 
 
 @dataclass
@@ -40,6 +41,7 @@ def captions(
     batch: int = 16,
     workers: int | None = None,
     questions: Iterable[str] | None = None,
+    store: FeatureStore | None = None,
 ) -> Iterator[tuple[str, str | UserError, float]]:
     """(path, caption or what is wrong with the file, mean log-probability), in order.
 
@@ -48,8 +50,9 @@ def captions(
 
     Args:
         questions: one for each path, to be answered by ``model.answer`` in the captions' place.
+        store: nothing is decoded, the pictures are what an encoder made of them, from there.
     """
-    for group in gathered(decoded(model, paths, questions, workers), batch):
+    for group in gathered(decoded(model, paths, questions, workers, store), batch):
         good = [item for item in group if isinstance(item[1], Tensor)]
         found = iter(run(model, good, style))
         for path, picture, *_ in group:
@@ -60,17 +63,40 @@ def captions(
 
 
 def decoded(
-    model: Captioner, paths: Iterable[str], questions: Iterable[str] | None, workers: int | None
+    model: Captioner,
+    paths: Iterable[str],
+    questions: Iterable[str] | None,
+    workers: int | None,
+    store: FeatureStore | None,
 ) -> Iterator[tuple]:
     """(path, picture or what is wrong with it), and its question, if there are questions."""
-    encoder = model.encoder
-    pictures = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
+    if store is not None:
+        pictures = stored(store, model.reads, paths)
+    else:
+        encoder = model.encoder
+        pictures = media.decode_images(
+            paths, encoder.transform(), target=encoder.size, workers=workers
+        )
     with closing(pictures):  # ends the workers when this generator is closed
         if questions is None:
             yield from pictures
         else:
             for (path, picture), question in zip(pictures, questions, strict=False):
                 yield path, picture, question
+
+
+def stored(
+    store: FeatureStore, what: str, paths: Iterable[str]
+) -> Iterator[tuple[str, Tensor | UserError]]:
+    """The tokens (S, D) or summaries (ΣD,) of each path, or why there are none."""
+    for path in paths:
+        entry = store.find(os.path.abspath(path))
+        if entry is None:
+            yield path, UserError(f"{path}: not in {store.folder}, or changed since.")
+        elif entry.row is None:
+            yield path, UserError(entry.error)
+        else:
+            yield path, store.read(what, [entry.row])[0]
 
 
 def run(model: Captioner, pictures: list[tuple], style: Style) -> list[tuple[str, float]]:

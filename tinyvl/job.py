@@ -53,6 +53,7 @@ class Run:
     micro: int = 64  # captions in memory at once
     checkpointing: bool = False
     cache: bool = True  # keep the encoder's tokens on disk: each picture is encoded once
+    features: Path | None = None  # a finished cache (`features`) to read instead
     resume: bool = False
     save_every: int = 100  # steps
     validate_every: int | None = None  # steps; None: once an epoch
@@ -62,7 +63,12 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """What changes the order or the choice of the best weights after all."""
-        return {"micro": self.micro, "cache": self.cache, "validate_every": self.validate_every}
+        return {
+            "micro": self.micro,
+            "cache": self.cache,
+            "features": self.features and str(self.features.absolute()),
+            "validate_every": self.validate_every,
+        }
 
 
 class Interrupted(UserError):

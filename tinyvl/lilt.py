@@ -56,7 +56,7 @@ class Tuning:
 
     adapter: str = "none"  # ADAPTERS
     unlock: str = "none"  # UNLOCKS: of the pretrained parameters
-    layers: tuple[int, int] | None = None  # unlock only in these, first and last (Figure 5)
+    layers: tuple[int, int] | None = None  # unlock only in first..last; -1 is the deepest (Fig. 5)
     pool: str | None = None  # "token", "mean"; None: the paper's token 0 where there is one
     width: int = 384  # of the block over a feature map
 
@@ -139,7 +139,7 @@ def unlocked(model: nn.Module, tuning: Tuning, depth: int, grown: int, where: st
         "bitfit": lambda name: "bias" in name,
         "all": lambda name: True,
     }
-    first, last = tuning.layers or (0, depth - 1)
+    first, last = (i if i >= 0 else depth + i for i in tuning.layers or (0, -1))
 
     def inside(name: str) -> bool:
         found = re.search(r"(?:^|\.)(?:layer|blocks)\.(\d+)\.", name)
@@ -356,6 +356,7 @@ class LilT(nn.Module):
     """Two towers, two projections and a temperature."""
 
     crop_area = 0.2
+    reads = "tokens"
     whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
 
     def __init__(
@@ -394,10 +395,6 @@ class LilT(nn.Module):
             return rest.removeprefix("model.") in getattr(self, part).tuned
         return self.projections or not part.endswith("projection")
 
-    def pack(self, percept: Percept) -> Tensor:
-        """What a cache keeps of a percept."""
-        return percept.tokens
-
     @property
     def device(self) -> torch.device:
         return self.temperature.device
@@ -421,7 +418,9 @@ class LilT(nn.Module):
         if on and self.encoder.tuned and hasattr(self.encoder.model, "set_grad_checkpointing"):
             self.encoder.model.set_grad_checkpointing(True)
         if on and self.text.tuned:
-            self.text.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = self.text.model  # the first name is the one of newer versions
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def autocast(self):
         """Mixed precision where the model was placed with it."""

@@ -151,16 +151,20 @@ def ranks(
         parts = (images[owner[j]].double() * texts[j].double() for j in blocks(captions, block[1]))
         own = torch.cat([part.sum(1).float() for part in parts])
     best = torch.full((count,), -torch.inf, device=own.device)
-    best.scatter_reduce_(0, owner, own, "amax")  # (N,), not a number if a caption's score is not
+    best.scatter_reduce_(0, owner, own.nan_to_num(-torch.inf, torch.inf, -torch.inf), "amax")
     of_image = torch.zeros(count, dtype=torch.long, device=own.device)
     of_text = torch.zeros(captions, dtype=torch.long, device=own.device)
     for i in blocks(count, block[0]):
-        rows = torch.arange(count, device=own.device)[i, None]
         for j in blocks(captions, block[1]):
             scores = score(i, j)
-            wrong = owner[None, j] != rows
-            of_image[i] += (wrong & ~(scores < best[i, None])).sum(1)
-            of_text[j] += (wrong & ~(scores < own[None, j])).sum(0)
+            mine = ((owner[j] >= i.start) & (owner[j] < i.stop)).nonzero()[:, 0]
+            pairs = owner[j][mine] - i.start, mine  # right ones are never ahead
+            behind = scores < best[i, None]
+            behind[pairs] = True
+            of_image[i] += behind.shape[1] - behind.sum(1)
+            behind = scores < own[None, j]
+            behind[pairs] = True
+            of_text[j] += behind.shape[0] - behind.sum(0)
     of_image[torch.bincount(owner, minlength=count) == 0] = captions
     return of_image.cpu(), of_text.cpu()
 

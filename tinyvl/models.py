@@ -179,6 +179,12 @@ def assemble(config: dict, folders: dict[str, Path] | None, precision: torch.dty
     )
 
 
+def reads(config: dict) -> str:
+    """What of its encoder the model of a ``config.json`` reads: "tokens" or "summaries"."""
+    every = config.get("options", {}).get("tokens") == "all"
+    return "tokens" if every else METHODS[config["method"]].reads
+
+
 def parts_of(config: dict) -> dict[str, Any]:
     """What of a checkpoint a run that starts from it takes over."""
     language, vision = (config[side] for side in towers(config["method"]))

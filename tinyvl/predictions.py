@@ -29,56 +29,23 @@ class Log:
     A line cut off by a kill is dropped, so its picture is done again.
     """
 
-    def __init__(self, folder: Path | None, run: dict[str, Any], *, resume: bool = False):
-        """Opens the folder, or makes it.
-
-        Raises:
-            UserError: the folder is in use and ``resume`` was not asked for, was made by another
-                run, or is none of ours.
-        """
+    def __init__(self, folder: Path | None, run: dict[str, Any], *, resume: bool | None = False):
+        """Opens the folder, or makes it, unless `refuse` refuses it."""
         self.lines: dict[str, dict[str, Any]] = {}
         self.stream = None
-        self.folder = folder
         if folder is None:
             return
-        if folder.is_file() or folder.suffix in (".json", ".jsonl"):
-            raise UserError(
-                f"{folder}: --out names a folder, which gets {FILE} and {REPORT}: choose another "
-                "name.",
-                2,
-            )
-        if (folder / RUN).exists():
-            self._resume(run, resume)
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise UserError(
-                f"{folder}: this folder has other things in it; choose another for --out.", 2
-            )
+        if refuse(folder, run, resume):
+            self.lines = {line["id"]: line for line in read_lines(folder)}
+        how = {"encoding": "utf-8", "errors": "surrogateescape"}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
         write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-        self.stream = (folder / FILE).open("a", encoding="utf-8", errors="surrogateescape")
-
-    def _resume(self, run: dict[str, Any], resume: bool) -> None:
-        if not resume:
-            raise UserError(
-                f"{self.folder}: this folder has a run in it; go on with it by --resume, or choose "
-                "another.",
-                2,
-            )
-        before = read_run(self.folder)
-        for key in before.keys() | run.keys():
-            if before.get(key) != run.get(key):
-                raise UserError(
-                    f"{self.folder}: made with {key} {before.get(key)!r}, now it is "
-                    f"{run.get(key)!r}; choose another folder for --out.",
-                    2,
-                )
-        self.lines = {line["id"]: line for line in read_lines(self.folder)}
         kept = "".join(map(dump, self.lines.values()))
-        how = {"encoding": "utf-8", "errors": "surrogateescape"}
-        replace_file(self.folder / FILE, lambda part: part.write_text(kept, **how))
+        replace_file(folder / FILE, lambda part: part.write_text(kept, **how))
+        self.stream = (folder / FILE).open("a", **how)
 
     def add(self, line: dict[str, Any]) -> None:
         """Keeps a prediction, on disk at once."""
@@ -86,6 +53,38 @@ class Log:
         if self.stream:
             self.stream.write(dump(line))
             self.stream.flush()
+
+
+def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
+    """Whether there is a run in the folder, and it is this one. ``resume`` None: it cannot be.
+
+    Raises:
+        UserError: the folder is in use and ``resume`` was not asked for, was made by another run,
+            or is none of ours.
+    """
+    if folder.is_file() or folder.suffix in (".json", ".jsonl"):
+        raise UserError(
+            f"{folder}: --out names a folder, which gets {FILE} and {REPORT}: choose another name.",
+            2,
+        )
+    if not (folder / RUN).exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: this folder has other things in it; choose another for --out.", 2
+            )
+        return False
+    if not resume:
+        way = "" if resume is None else "go on with it by --resume, or "
+        raise UserError(f"{folder}: this folder has a run in it; {way}choose another.", 2)
+    before = read_run(folder)
+    for key in before.keys() | run.keys():
+        if before.get(key) != run.get(key):
+            raise UserError(
+                f"{folder}: made with {key} {before.get(key)!r}, now it is {run.get(key)!r}; "
+                "choose another folder for --out.",
+                2,
+            )
+    return True
 
 
 def dump(line: dict[str, Any]) -> str:

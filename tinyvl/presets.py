@@ -35,6 +35,7 @@ class Preset:
     options: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     fit: str = "crop"
+    job: dict[str, Any] = field(default_factory=dict)  # what else of `job.Job` is not the default
 
 
 CLIP_B16 = "vit_base_patch16_clip_quickgelu_224.openai"
@@ -75,7 +76,8 @@ def lilt(row: str, size: str, text: str, image: str, projections: bool = True) -
         "size": 256,  # pixels
         "clean": True,  # captions are read as the authors read them
     } | ({} if projections else {"projections": False})
-    return Preset("lilt", *TOWERS[size], f"LilT, {row}", options, CONTRASTIVE, fit="squash")
+    job = {"crops": True, "per_image": 1, "max_tokens": 25}
+    return Preset("lilt", *TOWERS[size], f"LilT, {row}", options, CONTRASTIVE, "squash", job)
 
 
 def both(row: str, size: str, tower: str, projections: bool = True) -> Preset:

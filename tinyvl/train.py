@@ -16,6 +16,7 @@ import torch
 
 from tinyvl import UserError, __version__, models
 from tinyvl.captioner import Batch
+from tinyvl.features import open_store
 from tinyvl.feed import Feed, load_records
 from tinyvl.job import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
 from tinyvl.lilt import Pairs
@@ -35,6 +36,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     """Trains a captioner or LilT, -> a summary. Leaves a checkpoint folder in ``run.out``."""
     keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
+    check_features(job, run)
     state = open_run(settings, run)
     train_records, val_records = load_records(job)
     torch.manual_seed(job.seed)
@@ -53,7 +55,10 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:
         config = models.read_config(run.out)  # the backbones it was started with
-    else:
+    store = None
+    if run.features:
+        store = open_store(run.features, config["vision"], models.reads(config))
+    if state is None:
         models.save_config(run.out, config)
     precision = models.choose_precision(job.precision, run.device)
     model = models.build(config, device=run.device, precision=precision)
@@ -63,8 +68,10 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
 
+    if store is not None and not model.fixed_pictures:
+        raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
     with stopping(run):
-        feed = Feed(train_records, val_records[:1000], model, job, run)
+        feed = Feed(train_records, val_records[:1000], model, job, run, store)
         steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
         validate_every = run.validate_every or feed.steps_per_epoch
         optimizer = torch.optim.AdamW(parameter_groups(model, parameters, job.recipe))
@@ -185,6 +192,27 @@ def accumulate(
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             say(run, f"out of memory: going on with micro-batches cut into {pieces}")
+
+
+def check_features(job: Job, run: Run) -> None:
+    """Refuses what goes against reading a finished cache."""
+    if run.features is None:
+        return
+    if job.views > 1 or job.crops:
+        raise UserError(
+            "--features has one view of each picture: leave out --views and --crops.", 2
+        )
+    if not run.cache:
+        raise UserError("--features and --no-cache contradict each other: leave out one.", 2)
+    if (run.out / "features").absolute() in (
+        run.features.absolute(),
+        *run.features.absolute().parents,
+    ):
+        raise UserError(
+            f"{run.features} is where the run keeps its own, and clears it: keep features "
+            "outside of --out.",
+            2,
+        )
 
 
 def open_run(settings: dict[str, Any], run: Run) -> dict[str, Any] | None:

@@ -1,0 +1,207 @@
+"""`tinyvl features` and --features on the command line: killed, resumed, read by the others."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_features import content, paint
+from tiny import write_decoder, write_vision
+from typer.testing import CliRunner
+
+from tinyvl import UserError, cli, extract
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("world")
+    lines = []
+    for i, (path, id) in enumerate(paint(root / "images", 40)):
+        split = "val" if i > 30 else "train"
+        captions = ["a red square", "noise"]
+        lines.append({"image": path, "captions": captions, "id": id, "split": split})
+    (root / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_decoder(root / "lm", "llama", ["a red square noise"])
+    return {
+        "data": root / "data.jsonl",
+        "images": root / "images",
+        "lm": root / "lm",
+        "vision": write_vision(root / "vision"),
+    }
+
+
+def tinyvl(*args: object) -> tuple[int, list[dict], str]:
+    """A command in this process: exit status, the JSON lines on stdout, what went to stderr."""
+    done = CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=True)
+    if isinstance(done.exception, UserError):
+        return done.exception.status, [], str(done.exception)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.exit_code, lines, done.stderr
+
+
+def encoder(world: dict[str, Path], *more: object) -> list[object]:
+    return ["--vision", world["vision"], "--fit", "crop", "--device", "cpu", "--workers", 0, *more]
+
+
+def test_a_data_set_and_then_another(world, tmp_path):
+    status, lines, said = tinyvl(
+        "features", world["data"], *encoder(world), "--out", tmp_path / "f"
+    )
+    assert status == 0
+    assert lines == [
+        {"features": str(tmp_path / "f"), "extracted": 40, "kept": 0, "failed": 0,
+         "bytes": sum(map(len, content(tmp_path / "f").values()))}
+    ]  # fmt: skip
+    assert "the features of 40 pictures take 0.00 GB" in said
+    more = paint(tmp_path / "more", 3, first=40)
+    (tmp_path / "more/broken.png").write_bytes(b"nothing")
+    both = [world["data"], tmp_path / "more"]
+    status, lines, said = tinyvl("features", *both, *encoder(world), "--out", tmp_path / "f")
+    assert status == 1
+    assert (lines[0]["extracted"], lines[0]["kept"], lines[0]["failed"]) == (3, 40, 1)
+    assert "skipping" in said
+    assert "broken.png" in said
+    split = ["--split", "val", "--limit", 5, "--quiet"]
+    status, lines, said = tinyvl(
+        "features", world["data"], *encoder(world, *split), "--out", tmp_path / "g"
+    )
+    assert (status, said, lines[0]["extracted"]) == (0, "", 5)
+    assert len(more) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--fit", "squash"], "choose another --out"),
+        (["--dtype", "bf16"], "choose another --out"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--split", "test"], "no split 'test'"),
+        (["--vision", "/no/such"], "/no/such"),
+    ],
+)
+def test_mistakes_cost_one_sentence(world, tmp_path, more, said):
+    out = ["--out", tmp_path / "f"]
+    assert tinyvl("features", world["data"], *encoder(world, "--limit", 2), *out)[0] == 0
+    before = content(tmp_path / "f")
+    status, lines, message = tinyvl("features", world["data"], *encoder(world, *more), *out)
+    assert status in (1, 2)
+    assert lines == []
+    assert said in message
+    assert "\n" not in message
+    assert content(tmp_path / "f") == before
+
+
+def test_train_and_caption_read_features(world, tmp_path):
+    store = tmp_path / "f"
+    tinyvl("features", world["data"], *encoder(world), "--out", store)
+    common = [
+        "--data",
+        world["data"],
+        "--lm",
+        world["lm"],
+        *encoder(world),
+        "--epochs",
+        1,
+        "--quiet",
+    ]
+    status, lines, said = tinyvl(
+        "train", "itune", *common, "--features", store, "--out", tmp_path / "m"
+    )
+    assert (status, said) == (0, "")
+    model = ["--model", tmp_path / "m", "--device", "cpu", "--max-tokens", 5, "--json"]
+    status, found, said = tinyvl("caption", *model, "--features", store)
+    assert (status, said) == (0, "")
+    assert [line["path"] for line in found] == sorted(map(str, world["images"].iterdir()))
+    status, plain, _ = tinyvl("caption", *model, "--workers", 0, world["images"])
+    assert [line["caption"] for line in found] == [line["caption"] for line in plain]
+    some = [str(world["images"] / "007.png"), str(tmp_path / "else.png")]
+    status, lines, said = tinyvl("caption", *model, "--features", store, *some)
+    assert status == 1
+    assert lines[0] == found[7]
+    assert "not in" in lines[1]["error"]
+    other = write_vision(tmp_path / "other", seed=5)
+    tinyvl("features", world["data"], *encoder(world), "--vision", other, "--out", tmp_path / "g")
+    for command in (
+        ["caption", *model, "--features", tmp_path / "g"],
+        ["train", "itune", *common, "--features", tmp_path / "g", "--out", tmp_path / "n"],
+        ["train", "itune", *common, "--features", tmp_path, "--out", tmp_path / "n"],
+    ):
+        status, lines, message = tinyvl(*command)
+        assert (status, lines) == (2, [])
+        assert "features" in message
+        assert "\n" not in message
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(world, tmp_path, monkeypatch):
+    """SIGKILL and then Control-C, at random moments, workers and all."""
+    paint(tmp_path / "in", 6)
+    originals = sorted((tmp_path / "in").iterdir())
+    for i in range(6, 2000):
+        os.link(originals[i % 6], tmp_path / f"in/{i:04}.png")
+    program = "import sys; from tinyvl import extract, cli; extract.SHARD_ROWS = 64; cli.main()"
+
+    def arguments(out: str) -> list[str]:
+        folders = [tmp_path / "in", "--out", tmp_path / out]
+        return [str(a) for a in ("features", *encoder(world, "--workers", 1), *folders)]
+
+    command = [sys.executable, "-c", program, *arguments("parts")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    chance = random.Random(os.getpid())
+    parts = tmp_path / "parts"
+    for number in (signal.SIGKILL, signal.SIGINT):
+        at = len(list(parts.glob("0*"))) + chance.randint(1, 8)
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        while len(list(parts.glob("0*"))) < at and process.poll() is None:
+            time.sleep(chance.uniform(0, 0.02))
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
+        if number == signal.SIGINT:
+            assert "goes on from here" in said
+        assert not (parts / "manifest.json").exists()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    counts = json.loads(done.stdout)
+    assert counts["kept"] >= 2 * 64
+    assert counts["extracted"] + counts["kept"] == 2000
+    monkeypatch.setattr(extract, "SHARD_ROWS", 64)
+    assert tinyvl(*arguments("whole"))[0] == 0
+    assert content(parts) == content(tmp_path / "whole")
+
+
+def test_pictures_that_are_no_longer_there_are_captioned_from_features(world, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), "red").save(folder / "a.png")
+    tinyvl("features", folder, *encoder(world), "--out", tmp_path / "f")
+    common = [
+        "--data",
+        world["data"],
+        "--lm",
+        world["lm"],
+        *encoder(world),
+        "--epochs",
+        1,
+        "--quiet",
+    ]
+    tinyvl("train", "itune", *common, "--out", tmp_path / "m")
+    (folder / "a.png").unlink()
+    status, lines, _ = tinyvl(
+        "caption",
+        "--json",
+        "--model",
+        tmp_path / "m",
+        "--device",
+        "cpu",
+        "--features",
+        tmp_path / "f",
+    )
+    assert status == 0
+    assert [line["path"] for line in lines] == [str(folder / "a.png")]

@@ -1,0 +1,73 @@
+"""`tinyvl features DATA --out DIR`: pictures encoded once, for train, eval and caption to read."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinyvl import UserError
+from tinyvl.cli_options import Device, Precision, Workers, local
+
+
+def features(
+    data: Annotated[
+        list[str], typer.Argument(help="Data sets as `tinyvl train` reads them, image folders.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the features.")],
+    preset: Annotated[
+        str | None, typer.Option(help="A paper's row: its encoder. Without: the default model's.")
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Frozen timm encoder: a name or folder.")
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
+    ] = None,
+    what: Annotated[
+        str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
+    ] = "both",
+    dtype: Annotated[str, typer.Option(help="Kept as fp16 or bf16.")] = "fp16",
+    split: Annotated[str | None, typer.Option(help="This part of the data only.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None,
+    format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first pictures only.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in the encoder at once.")] = 32,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Encode pictures once: token maps and summaries, on disk, for --features DIR elsewhere.
+
+    Says first how much disk it takes. Killed at any moment, it goes on when called again, to the
+    same bytes; with more data it adds what is new. Prints the counts as JSON.
+    """
+    from tinyvl import data as sets
+    from tinyvl import extract, models
+    from tinyvl.job import Run, keep_memory
+
+    row = models.preset(preset, "itune")
+    target = models.choose_device(device)
+    dtype_of_encoder = models.choose_precision(precision, target)
+    records = [
+        record
+        for path in data
+        for record in sets.read(path, format=format, split=split, images=images)
+    ]
+    pictures = list(dict.fromkeys((r.image, r.id) for r in records if r.image))[:limit]
+    if not pictures:
+        raise UserError(f"{', '.join(data)}: no pictures there.", 2)
+    keep_memory()
+    description, encoder = extract.load_encoder(
+        local(vision or row.vision), fit or row.fit, device=target, precision=dtype_of_encoder
+    )
+    head = extract.contents(description, encoder, what=what, dtype=dtype)
+    run = Run(out, target, workers=workers, quiet=quiet)
+    try:
+        done = extract.extract(out, pictures, encoder, head, run, batch=batch)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on from here.", 130) from None
+    print(json.dumps({"features": str(out), **done}))
+    raise typer.Exit(1 if done["failed"] else 0)

@@ -1,0 +1,264 @@
+"""Pictures into a feature cache: decoded in worker processes while the encoder computes."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tinyvl import UserError, hub, media, models
+from tinyvl.encoders import ImageEncoder, Percept, load_image_encoder
+from tinyvl.features import (
+    DTYPES,
+    MANIFEST,
+    Entry,
+    Index,
+    locked,
+    read_shards,
+    stat,
+    write_manifest,
+    write_shard,
+)
+from tinyvl.job import Interrupted, Run, bar, say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+WHAT = ("tokens", "summaries", "both")
+SHARD_BYTES = 2**26  # of a shard: about three times that is held in memory
+SHARD_ROWS = 512  # a kill costs at most a shard, so that it is soon done where rows are small too
+BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
+
+
+def load_encoder(
+    name: str, fit: str, *, device: torch.device, precision: torch.dtype
+) -> tuple[dict[str, Any], ImageEncoder]:
+    """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
+    folder = hub.fetch(name, "vision")
+    config = json.loads((folder / "config.json").read_text())
+    vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config, "fit": fit}
+    encoder = load_image_encoder(folder, fit=fit, device=device)
+    encoder.model.to(precision)  # pictures are still normalised in float32
+    return vision, encoder
+
+
+def contents(
+    vision: dict[str, Any], encoder: ImageEncoder, *, what: str = "both", dtype: str = "fp16"
+) -> dict[str, Any]:
+    """What decides the numbers in a cache: the head of its manifest and of all its shards.
+
+    Args:
+        vision: name, sha256, config, fit, as in a checkpoint's ``config.json``.
+        what: "tokens", "summaries" or "both".
+        dtype: in which they are kept, "fp16" or "bf16".
+    """
+    if what not in WHAT:
+        raise UserError(f"--what is one of {', '.join(WHAT)}, not {what!r}.", 2)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.", 2)
+    probe = torch.zeros(1, 3, encoder.size, encoder.size, dtype=torch.uint8)
+    parts = parts_of(percept(encoder, probe), what)
+    head = {
+        "format": 1,
+        "encoder": vision,
+        "transform": encoder.data_config,
+        "precision": models.precision_name(precision_of(encoder)),
+        "what": what,
+        "dtype": dtype,
+        "tensors": {name: list(part.shape[1:]) for name, part in parts.items()},
+    }
+    return json.loads(json.dumps(head))
+
+
+def parts_of(percept: Percept, what: str) -> dict[str, Tensor]:
+    """A percept as the tensors of a shard."""
+    parts = {"tokens": percept.tokens} if what != "summaries" else {}
+    if what != "tokens":
+        parts |= {f"summaries.{i:02}": level for i, level in enumerate(percept.summaries)}
+    return parts
+
+
+def precision_of(encoder: ImageEncoder) -> torch.dtype:
+    return next(encoder.model.parameters()).dtype
+
+
+def percept(encoder: ImageEncoder, pictures: Tensor) -> Percept:
+    """uint8 pictures (B, 3, H, W) through the encoder; a batch that does not fit is halved."""
+    device, precision = encoder.mean.device, precision_of(encoder)
+    half = precision != torch.float32
+    try:
+        with torch.no_grad(), torch.autocast(device.type, precision) if half else nullcontext():
+            return encoder(pictures.to(device, non_blocking=True))
+    except torch.OutOfMemoryError:
+        if len(pictures) == 1:
+            raise UserError(
+                "One picture does not fit in this device's memory; use --device cpu."
+            ) from None
+    torch.cuda.empty_cache()
+    a, b = (percept(encoder, part) for part in pictures.chunk(2))
+    levels = zip(a.summaries, b.summaries, strict=True)
+    return Percept(torch.cat([a.tokens, b.tokens]), [torch.cat(pair) for pair in levels])
+
+
+def encode(
+    decoded: Iterator[tuple[str, Tensor | media.MediaError]],
+    sizes: Iterable[int],
+    encoder: ImageEncoder,
+    what: str,
+    dtype: torch.dtype,
+) -> Iterator[tuple[list[str | None], dict[str, Tensor]]]:
+    """Blocks of decoded pictures: what is wrong with each, and the tensors of the good ones.
+
+    The results come one block late: a GPU computes the next one while they are copied and kept.
+    """
+    device = encoder.mean.device
+    gpu = device.type == "cuda"
+    late: tuple[list[str | None], dict[str, Tensor], Any] | None = None
+    for size in sizes:
+        found = [picture for _, picture in islice(decoded, size)]
+        errors = [None if isinstance(picture, Tensor) else str(picture) for picture in found]
+        good = [picture for picture in found if isinstance(picture, Tensor)]
+        parts, done = {}, None
+        if good:
+            pictures = torch.stack(good)
+            seen = percept(encoder, pictures.pin_memory() if gpu else pictures)
+            parts = {
+                name: part.to(dtype).contiguous().to("cpu", non_blocking=gpu)
+                for name, part in parts_of(seen, what).items()
+            }
+            done = torch.cuda.current_stream(device).record_event() if gpu else None
+        if late:
+            yield settled(late)
+        late = errors, parts, done
+    if late:
+        yield settled(late)
+
+
+def settled(late: tuple[list[str | None], dict[str, Tensor], Any]) -> tuple[list, dict]:
+    """A block whose copies from the GPU are complete."""
+    errors, parts, done = late
+    if done is not None:
+        done.synchronize()
+    return errors, parts
+
+
+def extract(
+    folder: Path,
+    pictures: Iterable[tuple[str, str]],
+    encoder: ImageEncoder,
+    head: dict[str, Any],
+    run: Run,
+    *,
+    transform: "Callable[[Image], Tensor] | None" = None,
+    batch: int = BLOCK,
+    title: str = "extracting features",
+    advice: str = "choose another --out, --what summaries, or fewer pictures",
+) -> dict[str, Any]:
+    """Adds to a folder the features of those pictures, (absolute path, id), that it lacks.
+
+    Killed at any moment and called again, it ends with the same bytes. Pictures that cannot be
+    read are named and kept in mind: they are tried again when their file changes.
+
+    Args:
+        head: what `contents` gave.
+        run: workers, whether to be quiet, and the signals that ask for the end.
+        transform: in place of the encoder's own.
+        batch: pictures in the encoder at once.
+        advice: what to do where the disk has no room.
+
+    Returns:
+        how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
+
+    Raises:
+        UserError: the folder has features of another kind, or no room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
+    with locked(folder):
+        for part in folder.glob(".*.*.*"):  # a file that a kill left half written
+            part.unlink()
+        shards, known = read_shards(folder, head)
+        index, todo, failed, kept = Index(known), [], [], 0
+        for path, id in dict.fromkeys(pictures):
+            entry = index.find(path, id)
+            if entry is None:
+                entry = Entry(path, id, *stat(path))
+                todo.append(entry)
+                index.add(entry)
+            elif entry.row is not None:
+                kept += 1
+            elif entry.error:
+                failed.append(entry.error)
+        row = 2 * sum(torch.Size(shape).numel() for shape in head["tensors"].values())  # bytes
+        check_room(folder, len(todo), len(todo) * (row + 300), run, advice)
+        for error in failed:
+            print(f"tinyvl: skipping {error}", file=sys.stderr)
+        rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row) // BLOCK * BLOCK)
+        chunks = [todo[i : i + rows] for i in range(0, len(todo), rows)]
+        blocks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in chunks]
+        decoded = media.decode_images(
+            (entry.path for entry in todo),
+            transform or encoder.transform(),
+            target=encoder.size,
+            workers=run.workers,
+            lookahead=max(64, 2 * batch),
+        )
+        sizes = (len(block) for chunk in blocks for block in chunk)
+        encoded = encode(decoded, sizes, encoder, head["what"], DTYPES[head["dtype"]])
+        writing: Future | None = None
+        with (
+            closing(decoded),
+            ThreadPoolExecutor(1) as writer,
+            bar(title, len(todo), run) as advance,
+        ):
+            for number, chunk in enumerate(blocks, start=len(shards)):
+                kept_parts = []
+                for block in chunk:
+                    errors, parts = next(encoded)
+                    if parts:
+                        kept_parts.append(parts)
+                    for entry, error in zip(block, errors, strict=True):
+                        if error:
+                            entry.error = error
+                            failed.append(error)
+                            print(f"tinyvl: skipping {error}", file=sys.stderr)
+                    advance(len(block))
+                    if run.stop:
+                        raise Interrupted
+                if writing:
+                    writing.result()
+                entries = [entry for block in chunk for entry in block]
+                writing = writer.submit(write_shard, folder, number, head, entries, kept_parts)
+            if writing:
+                writing.result()
+        if todo or not (folder / MANIFEST).exists():
+            write_manifest(folder, head)
+    return {
+        "extracted": sum(entry.error is None for entry in todo),
+        "kept": kept,
+        "failed": len(failed),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+
+
+def check_room(folder: Path, count: int, need: int, run: Run, advice: str) -> None:
+    """Says how much disk a job takes, and refuses what does not fit."""
+    free = shutil.disk_usage(folder).free
+    takes, left = f"{need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB"
+    if need > 0.9 * free:
+        raise UserError(
+            f"{folder}: the features of {count:,} pictures take {takes}, and {left} are free on "
+            f"that disk; {advice}.",
+            2,
+        )
+    if count:
+        say(run, f"the features of {count:,} pictures take {takes} in {folder} ({left} are free)")
