@@ -223,8 +223,11 @@ class Captioner(nn.Module, ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number."""
         batch = batch.to(self.device)
-        plain = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-        with self.autocast(), plain:  # a CPU's fused attention is slow backward over short texts
+        # A CPU's fused attention is slow backward over short texts; but layers that are recomputed
+        # there are recomputed with the attention that is the default.
+        slow = self.device.type == "cpu" and not self.decoder.checkpointing
+        plain = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+        with self.autocast(), plain:
             visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
             read = batch.targets[:, 1:]
             real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target

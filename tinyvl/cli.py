@@ -8,7 +8,16 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tinyvl import UserError, __version__, cli_data, cli_eval, cli_features, cli_train
+from tinyvl import (
+    UserError,
+    __version__,
+    cli_ask,
+    cli_data,
+    cli_epalm,
+    cli_eval,
+    cli_features,
+    cli_train,
+)
 from tinyvl.cli_options import (
     Beams,
     Device,
@@ -40,6 +49,9 @@ app.add_typer(cli_train.app, name="train")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_eval.app, name="eval")
 app.command("features")(cli_features.features)
+app.command("ask")(cli_ask.ask)
+cli_train.app.command("epalm")(cli_epalm.train_epalm)
+cli_train.app.command("clipcap")(cli_epalm.train_clipcap)
 
 
 @app.callback(invoke_without_command=True)

@@ -186,11 +186,15 @@ def write(
     *,
     as_json: bool,
     bare: bool,
+    question: str | None = None,
 ) -> int:
     """A line a result, as it comes; what failed goes to standard error. -> the exit status.
 
-    ``bare``: the caption alone (one input); else ``path<TAB>caption``.
+    ``bare``: the caption alone (one input); else ``path<TAB>caption``. With a ``question`` the
+    results are answers to it.
     """
+    asked = {} if question is None else {"question": question}
+    name = "caption" if question is None else "answer"
     status = 0
     for path, text, score in results:
         if isinstance(text, UserError):
@@ -198,9 +202,9 @@ def write(
             print(f"tinyvl: {text}", file=sys.stderr)
             if not as_json:
                 continue
-            line = json.dumps({"path": path, "error": str(text)}, ensure_ascii=False)
+            line = json.dumps({"path": path, **asked, "error": str(text)}, ensure_ascii=False)
         elif as_json:
-            fields = {"path": path, "caption": text, "score": round(score, 4)}
+            fields = {"path": path, **asked, name: text, "score": round(score, 4)}
             line = json.dumps(fields, ensure_ascii=False)
         else:
             line = text if bare else f"{path}\t{text}"
@@ -208,10 +212,11 @@ def write(
     return status
 
 
-def open_output(out: Path, resume: bool) -> tuple[TextIO, set[str]]:
-    """The file to append to, and the paths it already has a caption for.
+def open_output(out: Path, resume: bool, question: str | None = None) -> tuple[TextIO, set[str]]:
+    """The file to append to, and the paths it already has a caption for, or an answer.
 
-    A line cut off by a kill and the lines of failed files are dropped: they are tried again.
+    Answers to other questions stay. A line cut off by a kill and the lines of failed files are
+    dropped: they are tried again.
     """
     append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
     if not out.exists():
@@ -231,9 +236,10 @@ def open_output(out: Path, resume: bool) -> tuple[TextIO, set[str]]:
         except ValueError:
             record = None
         if isinstance(record, dict):
-            if "caption" not in record:
+            if ("caption" if question is None else "answer") not in record:
                 continue
-            done.add(record.get("path"))
+            if record.get("question") == question:
+                done.add(record.get("path"))
         elif "\t" in line:
             done.add(line.rsplit("\t", 1)[0])  # a path may hold a tab, a caption does not
         else:

@@ -296,7 +296,11 @@ def checkpoint_folder(name: str, task: str = "caption") -> Path:
     """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``."""
     if name == "default":
         if task not in DEFAULT:
-            raise UserError(f"tinyvl brings no default model for {task}; name one with --model.", 2)
+            raise UserError(
+                "tinyvl brings no default model that answers questions; name one with --model "
+                "(`tinyvl train epalm --task vqa` makes one).",
+                2,
+            )
         folder = DEFAULT[task]
     elif name.startswith("hf://"):
         folder = hub.fetch(name.removeprefix("hf://"), "checkpoint")
@@ -336,10 +340,8 @@ def load(
     own = config.get("options", {}).get("task", "caption")  # what a captioner was trained for
     method = METHODS.get(config.get("method"), TASKS[task])
     if not issubclass(method, TASKS[task]) or (method is not LilT and own != task):
-        kind = config["method"] if method is LilT or task == "retrieve" else own
-        raise UserError(
-            f"{name}: this is a model for {kind}, not for {task}; name another with --model.", 2
-        )
+        does = {"caption": "caption", "vqa": "answer questions", "retrieve": "embed"}[task]
+        raise UserError(f"{name}: this model does not {does}; name one that does.", 2)
     model = build(config, device=device, precision=precision)
     load_weights(model, folder)
     model.requires_grad_(False).eval()

@@ -42,7 +42,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     if job.init:
         source = models.checkpoint_folder(job.init)
-        config = models.read_config(source)
+        config = models.read_config(source) | {"options": job.options}  # the task may be another
     else:
         config = models.new_config(
             job.method,
