@@ -367,7 +367,7 @@ def world(tmp_path_factory) -> dict[str, str]:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
         "data": str(data),
-        "decoder": str(write_decoder(root / "lm", "llama", ["a red green blue square"])),
+        "language": str(write_decoder(root / "lm", "llama", ["a red green blue square"])),
         "vision": str(write_vision(root / "vision")),
     }
 

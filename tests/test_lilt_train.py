@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_text, write_vision
 
-from tinyvl import UserError, augment, feed, models, train
+from tinyvl import UserError, augment, extract, feed, models, train
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -136,6 +136,32 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_whole_one(
     train.train(this, run(tmp_path / "parts", resume=True))
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "image"),
+    [("vit", {}), ("vit", {"pool": "mean"}), ("cnn", {}), ("cnn", {"adapter": "deep"})],
+)
+def test_a_locked_tower_reads_features_of_its_encoder(world, tmp_path, architecture, image):
+    """`tinyvl features` keeps all tokens, the run's own cache what the tower makes of them."""
+    if architecture == "cnn":
+        world = world | {"vision": str(write_vision(tmp_path / "cnn", "test_efficientnet", {}))}
+    this = job(world, options={"image": image, "text": LWA}, epochs=1)
+    vision, encoder = extract.load_encoder(
+        world["vision"], "squash", device=torch.device("cpu"), precision=torch.float32
+    )
+    pictures = [(r.image, r.id) for part in feed.load_records(this) for r in part]
+    head = extract.contents(vision, encoder)
+    extract.extract(tmp_path / "features", pictures, encoder, head, run(tmp_path))
+    train.train(this, run(tmp_path / "plain"))
+    train.train(this, run(tmp_path / "stored", features=tmp_path / "features"))
+    assert losses_of(tmp_path / "stored") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-3)
+    if architecture == "vit":
+        learns = job(world, options={"image": image | LWA, "text": LWA})
+        larger = job(world, options={"image": image, "text": LWA, "size": 48})
+        for other, said in ((learns, "wholly frozen"), (larger, r"input_size \[3, 32, 32\]")):
+            with pytest.raises(UserError, match=said):
+                train.train(other, run(tmp_path / "other", features=tmp_path / "features"))
 
 
 class StopWhen(list):

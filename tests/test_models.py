@@ -201,3 +201,8 @@ def test_texts_are_read_as_transformers_reads_them(kind, tmp_path):
             peer.decode(with_end, skip_special_tokens=True).split()
         )
     assert (ours.bos, ours.eos) == (peer.bos_token_id, peer.eos_token_id)
+
+
+def test_a_task_without_a_shipped_model_says_so():
+    with pytest.raises(UserError, match="train one"):
+        models.checkpoint_folder("default", "retrieve")

@@ -302,7 +302,7 @@ def test_nothing_to_train_on_is_said(world, tmp_path):
     empty.write_text(
         json.dumps({"image": str(Path(world["data"]).parent / "0.png"), "captions": []})
     )
-    with pytest.raises(UserError, match="no record with a caption"):
+    with pytest.raises(UserError, match="no picture with a caption"):
         train.train(job(world | {"data": str(empty)}), run(tmp_path / "out"))
 
 

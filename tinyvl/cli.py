@@ -11,11 +11,13 @@ import typer
 from tinyvl import (
     UserError,
     __version__,
+    cli_analyze,
     cli_ask,
     cli_data,
     cli_epalm,
     cli_eval,
     cli_features,
+    cli_search,
     cli_train,
 )
 from tinyvl.cli_options import (
@@ -46,12 +48,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_train.app, name="train")
+app.add_typer(cli_analyze.app, name="analyze")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_eval.app, name="eval")
 app.command("features")(cli_features.features)
 app.command("ask")(cli_ask.ask)
 cli_train.app.command("epalm")(cli_epalm.train_epalm)
 cli_train.app.command("clipcap")(cli_epalm.train_clipcap)
+for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -93,7 +93,7 @@ def ask(
         store = open_store(features, config["vision"], models.reads(config))
     loaded = load_model(model, device, precision, "vqa")
     if out is not None:
-        stream, done = generate.open_output(out, resume, question)
+        stream, done = generate.open_output(out, resume, field="answer", question=question)
         paths = (path for path in paths if path not in done)
     results = generate.captions(
         loaded, paths, style=how, batch=batch, workers=workers, questions=repeat(question),

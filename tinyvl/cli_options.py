@@ -75,9 +75,12 @@ def local(name: str) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else name
 
 
-def load_model(name: str, device: str | None, precision: str | None, task: str = "caption"):
+def load_model(
+    name: str, device: str | None, precision: str | None, task: str = "caption", **more: Any
+):
+    """The model of a name, where and how it shall run; ``more`` goes to `models.load`."""
     from tinyvl import models
 
     target = models.choose_device(device)
     dtype = models.choose_precision(precision, target)
-    return models.load(name, task=task, device=target, precision=dtype)
+    return models.load(name, task=task, device=target, precision=dtype, **more)

@@ -9,6 +9,7 @@ without parameters, and for the last stage that of its final features, a CNN's h
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         norm = getattr(model, "norm", None)
-        self.final_norm = norm is not None and isinstance(norm, NORMS)
+        self.final_norm = norm is not None and isinstance(norm, norm_types())
         self.width: int = model.num_features
         self.learns = False  # whether something in it is trained
         info = getattr(model, "feature_info", None)
@@ -156,12 +157,9 @@ def summary(level: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def norm_types() -> tuple[type, ...]:
-    from timm.layers import LayerNorm, RmsNorm
-
-    return (nn.LayerNorm, LayerNorm, RmsNorm, nn.RMSNorm)
-
-
-NORMS = norm_types()
+    """Normalisations with a scale of their own. timm is not imported for its: it takes seconds."""
+    layers = sys.modules.get("timm.layers")
+    return (nn.LayerNorm, nn.RMSNorm, *([layers.LayerNorm, layers.RmsNorm] if layers else []))
 
 
 def load_image_encoder(

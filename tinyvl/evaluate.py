@@ -374,6 +374,8 @@ def run(
     if features is not None:
         config = models.read_config(models.checkpoint_folder(name, kind))
         store = open_store(features, config["vision"], models.reads(config))
+        ids = {record.path: record.id for record in everything}
+        store.entries_of((path, ids[path]) for path in shown.values())
     model = load(name, place, kind)
     log = files.Log(out, head, resume=resume)
 

@@ -85,6 +85,7 @@ class FeatureStore:
         self.index = Index(Entry(*record) for record in manifest["records"])
         self.ends = list(accumulate(shard["rows"] for shard in manifest["shards"]))
         self.mapped: dict[tuple[int, str], Tensor] = {}
+        self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureStore":
@@ -128,15 +129,16 @@ class FeatureStore:
 
         None: it is not here, or the file has changed since.
         """
-        return self.index.find(path, id)
+        return self.index.find(path, id or self.ids.get(path))
 
     def entries_of(self, pictures: Iterable[tuple[str, str]]) -> list[Entry]:
-        """The entries of some (absolute path, id).
+        """The entries of some (absolute path, id); `find` then knows them by the path alone.
 
         Raises:
             UserError: some are not here, or have changed.
         """
         pictures = list(pictures)
+        self.ids |= pictures
         found = [self.find(path, id) for path, id in pictures]
         missing = [path for (path, _), entry in zip(pictures, found, strict=True) if entry is None]
         if missing:
@@ -183,12 +185,27 @@ class FeatureStore:
                 raise UserError(f"{path}: cannot be read ({error}).") from error
         return self.mapped[file, name]
 
+    def check_transform(self, transform: dict[str, Any]) -> None:
+        """Refuses an encoder whose pictures are prepared in another way, as to another size.
+
+        Args:
+            transform: its ``data_config``.
+        """
+        theirs, ours = self.manifest["transform"], json.loads(json.dumps(transform))
+        for key in ours:
+            if ours[key] != theirs.get(key):
+                raise UserError(
+                    f"{self.folder}: these pictures were prepared with {key} {theirs.get(key)}, "
+                    f"and this model's encoder takes {key} {ours[key]}; it cannot read them.",
+                    2,
+                )
+
 
 def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens") -> FeatureStore:
     """The cache in a folder, if it is of this encoder and has ``what``: "tokens" or "summaries".
 
     Args:
-        vision: the encoder's part of a checkpoint's ``config.json``: name, sha256, config, fit.
+        vision: the encoder's part of a checkpoint's ``config.json`` (`models.image_side`).
 
     Raises:
         UserError: as `FeatureStore.open`; or it is of another encoder, or has not ``what``.

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -212,11 +213,25 @@ def write(
     return status
 
 
-def open_output(out: Path, resume: bool, question: str | None = None) -> tuple[TextIO, set[str]]:
-    """The file to append to, and the paths it already has a caption for, or an answer.
+def open_output(
+    out: Path,
+    resume: bool,
+    *,
+    field: str = "caption",
+    tabs: int = 1,
+    lines: int = 1,
+    question: str | None = None,
+) -> tuple[TextIO, set[str]]:
+    """The file to append to, and the paths it already has results for.
 
-    Answers to other questions stay. A line cut off by a kill and the lines of failed files are
+    A line cut off by a kill, the lines of failed files and those of a path with too few lines are
     dropped: they are tried again.
+
+    Args:
+        field: what a line of JSON has unless its file failed.
+        tabs: how many columns follow the path in a line of text.
+        lines: how many lines a path has.
+        question: to which the results are answers; those to others stay and do not count.
     """
     append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
     if not out.exists():
@@ -228,7 +243,7 @@ def open_output(out: Path, resume: bool, question: str | None = None) -> tuple[T
         raise UserError(
             f"{out}: this file exists; go on with it by --resume, or choose another name.", 2
         )
-    kept, done = [], set()
+    kept: list[tuple[str, str]] = []  # path, line
     content = out.read_text(encoding="utf-8", errors="surrogateescape")
     for line in re.findall(r"[^\n]*\n", content):
         try:
@@ -236,16 +251,16 @@ def open_output(out: Path, resume: bool, question: str | None = None) -> tuple[T
         except ValueError:
             record = None
         if isinstance(record, dict):
-            if ("caption" if question is None else "answer") not in record:
-                continue
-            if record.get("question") == question:
-                done.add(record.get("path"))
-        elif "\t" in line:
-            done.add(line.rsplit("\t", 1)[0])  # a path may hold a tab, a caption does not
+            if field in record:
+                ours = record.get("question") == question
+                kept.append((record.get("path") if ours else None, line))
+        elif line.count("\t") >= tabs:  # a path may hold a tab, a caption or label does not
+            kept.append((line.rsplit("\t", tabs)[0], line))
         else:
             raise UserError(f"{out}: this file was not written by tinyvl; nothing was changed.", 2)
-        kept.append(line)
+    counts = Counter(path for path, _ in kept)
     part = out.with_name(f".{out.name}.part")
-    part.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
+    whole = "".join(line for path, line in kept if counts[path] >= lines)
+    part.write_text(whole, encoding="utf-8", errors="surrogateescape")
     part.replace(out)
-    return append(), done
+    return append(), {path for path, count in counts.items() if count >= lines}

@@ -33,11 +33,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from tinyvl import UserError
-from tinyvl.encoders import NORMS, ImageEncoder, Percept, build_timm, channels_last
+from tinyvl import UserError, bert
+from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, norm_types
 from tinyvl.text_encoders import (
     TextEncoder,
     build_text_model,
@@ -88,7 +87,7 @@ def add_layerwise_adapters(model: nn.Module) -> int:
     """Two adapters in each layer of a timm ViT or a BERT, initialised as each is; -> how many."""
     count = 0
     for module in list(model.modules()):
-        if isinstance(module, Block):
+        if all(hasattr(module, name) for name in ("norm1", "attn", "norm2", "mlp")):
             for name in ("norm1", "norm2"):
                 norm = getattr(module, name)
                 adapter = Adapter(norm.weight.numel(), partial(nn.init.trunc_normal_, std=0.02))
@@ -107,6 +106,8 @@ class MapAdapter(nn.Module):
     """A deep adapter for a feature map: one transformer block over its cells, then their mean."""
 
     def __init__(self, cells: int, map_width: int, width: int):
+        from timm.models.vision_transformer import Block
+
         super().__init__()
         self.project = nn.Linear(map_width, width)
         self.positions = nn.Parameter(torch.zeros(cells, width))
@@ -130,7 +131,7 @@ def unlocked(model: nn.Module, tuning: Tuning, depth: int, grown: int, where: st
     norms = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
-        if isinstance(module, NORMS)
+        if isinstance(module, norm_types())
         for name, _ in module.named_parameters()
     }
     kinds = {
@@ -166,6 +167,8 @@ def image_model(
         state: pretrained weights; a ViT's position embeddings are interpolated (bicubic), a new
             block stays random.
     """
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
     changes: dict[str, Any] = {}
     if size:
         overlay = {"input_size": (3, size, size)}
@@ -194,6 +197,8 @@ class ImageTower(ImageEncoder):
     """A timm model of which a part may be trained. uint8 (B, 3, H, W) -> tokens (B, S, D)."""
 
     def __init__(self, model: nn.Module, *, fit: str, tuning: Tuning, where: str):
+        from timm.models.vision_transformer import VisionTransformer
+
         super().__init__(model, fit=fit)
         vit = isinstance(model, VisionTransformer)
         grown = vit and tuning.adapter == "deep"
@@ -220,9 +225,11 @@ class ImageTower(ImageEncoder):
         tokens = channels_last(self.model.forward_features(x), self.width)
         if not self.final_norm:
             tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
-        if not self.map_adapter:
-            tokens = tokens[:, :1] if self.pool == "token" else tokens.mean(1, keepdim=True)
-        return Percept(tokens, [])
+        return Percept(tokens if self.map_adapter else self.pooled(tokens)[:, None], [])
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """(B, S, D) -> (B, D)."""
+        return tokens[:, 0] if self.pool == "token" else tokens.mean(1)
 
     def train(self, mode: bool = True):
         """Locked towers stay in eval mode, and so do all BatchNorms."""
@@ -259,7 +266,8 @@ def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
     """The model of a checkpoint's ``config.json``; ``folders`` None: parameters only, random.
 
     Args:
-        folders: of the backbones "image" and "text".
+        folders: of the backbones "image" and "text"; the tower of one that is not named is left
+            out, and its projection.
     """
     image, text, options = config["image"], config["text"], dict(config["options"])
     tunings = [Tuning(**options.pop(side, {})) for side in ("image", "text")]
@@ -272,25 +280,25 @@ def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
             2,
         )
     grow = [tuning.adapter == "deep" for tuning in tunings]
-    state = tokenizer = None
-    if folders and not random:
-        state = load_file(folders["image"] / "model.safetensors")
-    if folders:
-        tokenizer = load_tokenizer(folders["text"])
-    tower = ImageTower(
-        image_model(image["config"], size=size, grow=grow[0], state=state),
-        fit=image["fit"], tuning=tunings[0], where=image["name"],
-    )  # fmt: skip
-    if folders and not random:
-        bert = load_text_model(folders["text"], grow=grow[1])
-    else:
-        bert = build_text_model(text["config"], grow=grow[1])
-    return LilT(
-        tower,
-        TextTower(bert, tokenizer, clean=clean, tuning=tunings[1], where=text["name"]),
-        map_width=tunings[0].width,
-        **options,
-    )
+    tower = words = None
+    if folders is None or "image" in folders:
+        state = None
+        if folders and not random:
+            state = load_file(folders["image"] / "model.safetensors")
+        model = image_model(image["config"], size=size, grow=grow[0], state=state)
+        tower = ImageTower(model, fit=image["fit"], tuning=tunings[0], where=image["name"])
+    if folders is None or "text" in folders:
+        where = folders["text"] if folders else Path()
+        if folders and not random and tower is None and bert.readable(where):
+            model, tokenizer = bert.load(where, grow=grow[1])
+        else:
+            tokenizer = load_tokenizer(where) if folders else None
+            if folders and not random:
+                model = load_text_model(where, grow=grow[1])
+            else:
+                model = build_text_model(text["config"], grow=grow[1])
+        words = TextTower(model, tokenizer, clean=clean, tuning=tunings[1], where=text["name"])
+    return LilT(tower, words, map_width=tunings[0].width, **options)
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -361,28 +369,31 @@ class LilT(nn.Module):
 
     def __init__(
         self,
-        encoder: ImageTower,
-        text: TextTower,
+        encoder: ImageTower | None,
+        text: TextTower | None,
         *,
         embed: int = 256,
         projections: bool = True,
         map_width: int = 384,
     ):
         """Args:
+        encoder, text: None where only the other is asked for, as by `tinyvl retrieve`.
         embed: width d of the common space.
         projections: whether the projections are trained (Table 1, θ).
         """
         super().__init__()
         self.encoder, self.text, self.width = encoder, text, embed
         self.projections = projections
-        wide = encoder.width
         self.map_adapter = None
-        if encoder.map_adapter:
-            probe = torch.zeros(1, 3, encoder.size, encoder.size, device=encoder.mean.device)
-            cells = encoder(probe).tokens.shape[1]
-            self.map_adapter, wide = MapAdapter(cells, wide, map_width), map_width
-        self.image_projection = nn.Linear(wide, embed)
-        self.text_projection = nn.Linear(text.width, embed)
+        if encoder:
+            wide = encoder.width
+            if encoder.map_adapter:
+                probe = torch.zeros(1, 3, encoder.size, encoder.size, device=encoder.mean.device)
+                cells = encoder(probe).tokens.shape[1]
+                self.map_adapter, wide = MapAdapter(cells, wide, map_width), map_width
+            self.image_projection = nn.Linear(wide, embed)
+        if text:
+            self.text_projection = nn.Linear(text.width, embed)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
         for name, parameter in self.named_parameters():
@@ -394,6 +405,11 @@ class LilT(nn.Module):
         if part in ("encoder", "text"):
             return rest.removeprefix("model.") in getattr(self, part).tuned
         return self.projections or not part.endswith("projection")
+
+    def holds(self, name: str) -> bool:
+        """Whether a parameter of the whole model is in this one, which may lack a tower."""
+        side = self.text if name.startswith("text") else self.encoder
+        return side is not None or name == "temperature"
 
     @property
     def device(self) -> torch.device:
@@ -461,12 +477,16 @@ class LilT(nn.Module):
         return Pairs(pictures, torch.tensor(keys), torch.tensor(rows), ids, mask)
 
     def image_vectors(self, pictures: Tensor) -> Tensor:
-        """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d)."""
+        """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d).
+
+        Tokens may be all of the encoder's (`features`), or the pooled one of the run's own cache.
+        """
         with self.autocast():
             seen = pictures
             if pictures.dtype == torch.uint8:
                 seen = self.encoder(pictures).tokens
-            seen = self.map_adapter(seen.float()) if self.map_adapter else seen[:, 0].float()
+            pool = self.map_adapter or self.encoder.pooled
+            seen = pool(seen if self.amp else seen.float())
             out = self.image_projection(seen)
         return F.normalize(out.float(), dim=-1)
 

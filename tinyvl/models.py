@@ -5,11 +5,12 @@ A checkpoint folder holds ``config.json`` (method, backbones with their hashes, 
 Nothing here reads a pickle.
 """
 
+import hashlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ def first(*values):
     return value[0] if isinstance(value, list) else value
 
 
+def image_side(config: dict) -> dict:
+    """The image encoder's part of a ``config.json``: name, sha256, config, fit."""
+    return config[towers(config["method"])[1]]
+
+
 def towers(method: str) -> tuple[str, str]:
     """What a configuration calls a method's language side and its image side."""
     return ("text", "image") if method == "lilt" else ("decoder", "vision")
@@ -138,9 +144,19 @@ def new_config(
 
 
 def build(
-    config: dict, *, device: torch.device, precision: torch.dtype, weights: bool = True
+    config: dict,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    weights: bool = True,
+    sides: Iterable[str] = ROLES,
 ) -> Model:
-    """The model of a ``config.json``, modules new. ``weights`` False: on the meta device."""
+    """The model of a ``config.json``, modules new.
+
+    Args:
+        weights: False: on the meta device.
+        sides: of a LilT's "text" and "image" those that are wanted.
+    """
     if config.get("format") != 1 or config.get("method") not in METHODS:
         raise UserError(
             f"This checkpoint's method is {config.get('method')!r} in format "
@@ -152,6 +168,8 @@ def build(
             return assemble(config, None, precision)
     folders = {}
     for side, part in backbones(config).items():
+        if side not in sides:
+            continue
         folders[side] = hub.fetch(part["name"], ROLES[side])
         if part["sha256"] != hub.fingerprint(folders[side]):
             raise UserError(
@@ -265,6 +283,8 @@ def load_weights(model: Model, folder: Path) -> None:
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: model.safetensors cannot be read ({error}).") from error
+    if isinstance(model, LilT):
+        state = {name: tensor for name, tensor in state.items() if model.holds(name)}
     load_trainable(model, state, str(folder))
 
 
@@ -297,8 +317,11 @@ def checkpoint_folder(name: str, task: str = "caption") -> Path:
     if name == "default":
         if task not in DEFAULT:
             raise UserError(
-                "tinyvl brings no default model that answers questions; name one with --model "
-                "(`tinyvl train epalm --task vqa` makes one).",
+                "No model for search is shipped yet: train one (`tinyvl train lilt --data ...`) "
+                "and name its folder."
+                if task == "retrieve"
+                else "No model that answers questions is shipped yet: train one (`tinyvl train "
+                "epalm --task vqa --data ...`) and name its folder.",
                 2,
             )
         folder = DEFAULT[task]
@@ -322,16 +345,34 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: config.json cannot be read ({error}).") from error
 
 
+def fingerprint(folder: Path, config: dict) -> str:
+    """What tells a checkpoint's embeddings from another's: a hash of all that makes them."""
+    parts = {
+        side: {k: v for k, v in part.items() if k != "name"}
+        for side, part in backbones(config).items()
+    }
+    about = json.dumps([config["method"], parts, config["options"]], sort_keys=True)
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(about.encode())
+    return digest.hexdigest()
+
+
 def load(
     name: str = "default",
     *,
     task: str = "caption",
     device: torch.device | None = None,
     precision: torch.dtype | None = None,
+    sides: Iterable[str] = ROLES,
 ) -> Model:
     """A trained model, ready to run.
 
     It is a `Captioner` for captions, an `EPalm` for answers ("vqa"), a `LilT` to retrieve.
+
+    Args:
+        sides: of a LilT's towers, "text" and "image", those to load. A text alone needs no timm,
+            a picture alone no transformers, and each takes seconds to import.
     """
     folder = checkpoint_folder(name, task)
     device = device or choose_device()
@@ -339,11 +380,13 @@ def load(
     config = read_config(folder)
     own = config.get("options", {}).get("task", "caption")  # what a captioner was trained for
     method = METHODS.get(config.get("method"), TASKS[task])
-    if not issubclass(method, TASKS[task]) or (method is not LilT and own != task):
+    if not issubclass(method, TASKS[task]) or (task != "retrieve" and own != task):
         does = {"caption": "caption", "vqa": "answer questions", "retrieve": "embed"}[task]
         raise UserError(f"{name}: this model does not {does}; name one that does.", 2)
-    model = build(config, device=device, precision=precision)
+    model = build(config, device=device, precision=precision, sides=sides)
     load_weights(model, folder)
+    if task == "retrieve":
+        model.fingerprint = fingerprint(folder, config)
     model.requires_grad_(False).eval()
     if model.amp:  # no gradients to keep exact: cast once, not in every step
         model.halve(model.amp)

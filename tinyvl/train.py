@@ -57,7 +57,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         config = models.read_config(run.out)  # the backbones it was started with
     store = None
     if run.features:
-        store = open_store(run.features, config["vision"], models.reads(config))
+        store = open_store(run.features, models.image_side(config), models.reads(config))
     if state is None:
         models.save_config(run.out, config)
     precision = models.choose_precision(job.precision, run.device)
@@ -68,8 +68,10 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
 
-    if store is not None and not model.fixed_pictures:
-        raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
+    if store is not None:
+        if not model.fixed_pictures:
+            raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
+        store.check_transform(model.encoder.data_config)
     with stopping(run):
         feed = Feed(train_records, val_records[:1000], model, job, run, store)
         steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
@@ -198,6 +200,8 @@ def check_features(job: Job, run: Run) -> None:
     """Refuses what goes against reading a finished cache."""
     if run.features is None:
         return
+    if job.options.get("size"):
+        raise UserError("--features are of the encoder's own size: leave out --size.", 2)
     if job.views > 1 or job.crops:
         raise UserError(
             "--features has one view of each picture: leave out --views and --crops.", 2

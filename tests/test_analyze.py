@@ -1,0 +1,112 @@
+"""Figure 4 on a checkpoint whose LayerNorms were moved by known amounts."""
+
+import builtins
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import write_text, write_vision
+
+from tinyvl import UserError, analyze, models
+
+CPU = torch.device("cpu")
+
+
+def checkpoint(folder: Path, adapter: str = "none", unlock: str = "layernorm") -> str:
+    """Scale and bias of image layer i are moved by i a channel, of text layer i by 5 - i."""
+    tower = {"adapter": adapter, "unlock": unlock}
+    config = models.new_config(
+        "lilt", str(write_text(folder / "text", ["a red dog"])),
+        str(write_vision(folder / "vision")), fit="squash", prompt="",
+        options={"image": tower, "text": tower},
+    )  # fmt: skip
+    model = models.build(config, device=CPU, precision=torch.float32)
+    with torch.no_grad():
+        for i in range(3):
+            block, layer = model.encoder.model.blocks[i], model.text.model.encoder.layer[i]
+            for norm, by in (
+                (block.norm1, i + 1), (block.norm2, -i - 1),
+                (layer.attention.output.LayerNorm, 4 - i), (layer.output.LayerNorm, i - 4),
+            ):  # fmt: skip
+                norm.weight += by
+                norm.bias -= by
+        model.encoder.model.norm.bias += 10
+    out = folder / "out"
+    out.mkdir()
+    models.save_config(out, config)
+    models.save(model, out)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory) -> str:
+    return checkpoint(tmp_path_factory.mktemp("moved"))
+
+
+def test_shifts_are_l1_norms_by_layer(moved):
+    rows = analyze.layernorm_shifts(moved)
+    assert len(rows) == 2 * (3 * 2 * 2 + 2)  # two towers, layers, norms, parameters; one norm more
+    found = {(r["tower"], r["layer"], r["norm"], r["parameter"]): r["l1"] for r in rows}
+    for i in (1, 2, 3):
+        for norm in (1, 2):
+            for parameter in ("scale", "bias"):  # width 32
+                assert found["image", i, norm, parameter] == pytest.approx(32 * i, rel=1e-4)
+                assert found["text", i, norm, parameter] == pytest.approx(32 * (5 - i), rel=1e-4)
+    assert found["image", 4, 0, "bias"] == pytest.approx(320, rel=1e-4)
+    assert found["text", 0, 0, "scale"] == 0
+    r = analyze.correlations(rows)
+    assert r["image"]["scale"] == pytest.approx(1, abs=1e-4)
+    assert r["text"]["bias"] == pytest.approx(-1, abs=1e-4)
+
+
+def test_layers_that_training_added_are_left_out(tmp_path):
+    rows = analyze.layernorm_shifts(checkpoint(tmp_path, adapter="deep"))
+    assert {r["layer"] for r in rows if r["norm"]} == {1, 2, 3}
+
+
+def test_pearson_is_numpys():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=20), rng.normal(size=20)
+    assert analyze.pearson(list(x), list(y)) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert analyze.pearson([1, 2, 3], [5, 5, 5]) is None
+
+
+def test_locked_layernorms_are_said(tmp_path):
+    with pytest.raises(UserError, match="were locked"):
+        analyze.layernorm_shifts(checkpoint(tmp_path, unlock="none"))
+
+
+def test_from_the_command_line(moved, tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "tinyvl.cli", "analyze", "layernorm", moved]
+    done = subprocess.run(
+        [*command, "--png", str(tmp_path / "f.png"), "-o", str(tmp_path / "f.csv")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == ""
+    assert "image scale: r = 1.000" in done.stderr
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    rows = list(csv.DictReader((tmp_path / "f.csv").open()))
+    assert list(rows[0]) == list(analyze.FIELDS)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["pearson"]["text"]["scale"] == pytest.approx(-1, abs=1e-4)
+    assert len(found["shifts"]) == len(rows)
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install(moved, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"tinyvl\[plot\]"):
+        analyze.plot([], tmp_path / "f.png")

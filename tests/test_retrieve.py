@@ -1,0 +1,446 @@
+"""Exact search against a slow reference, and indexes against new ones after any history."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dual import Dual
+from PIL import Image
+
+from tinyvl import UserError, index, indexing, retrieve
+from tinyvl.index import Index
+
+
+def units(rng: np.random.Generator, count: int, width: int = 32) -> np.ndarray:
+    vectors = rng.standard_normal((count, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def slow_search(vectors, queries, k, threshold=None):
+    """All scores in float64, sorted, equal ones by row."""
+    answers = []
+    for query in queries:
+        scores = [float((v.astype(np.float64) * query).sum()) for v in vectors]
+        order = sorted(range(len(vectors)), key=lambda row: (-scores[row], row))
+        order = [r for r in order if threshold is None or scores[r] >= threshold][: k or None]
+        answers.append((order, [scores[r] for r in order]))
+    return answers
+
+
+def same(found, expected):
+    assert len(found) == len(expected)
+    for (rows, scores), (slow_rows, slow_scores) in zip(found, expected, strict=True):
+        assert rows.tolist() == slow_rows
+        np.testing.assert_allclose(scores, slow_scores, rtol=0, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize(("count", "queries"), [(1, 1), (300, 1), (257, 5), (700, 300)])
+@pytest.mark.parametrize(("k", "threshold"), [(1, None), (10, None), (0, 0.2), (400, None)])
+def test_search_is_that_of_a_slow_reference(monkeypatch, count, queries, k, threshold):
+    monkeypatch.setattr(retrieve, "ROWS", 64)  # many blocks, and a short last one
+    rng = np.random.default_rng(count)
+    vectors, asked = units(rng, count), units(rng, queries)[:20].repeat(max(1, queries // 20), 0)
+    some = slice(None, None, max(1, len(asked) // 8))
+    found = retrieve.search(vectors, asked, k, threshold)
+    same(found[some], slow_search(vectors, asked[some], k, threshold))
+
+
+def test_equal_scores_are_in_the_order_of_rows_whatever_is_asked_beside(monkeypatch):
+    rng = np.random.default_rng(0)
+    vectors = units(rng, 40)[rng.integers(0, 40, 3000)]  # about 75 copies of each
+    asked = units(rng, 33)
+    expected = slow_search(vectors, asked[:2], 100)
+    for rows in (64, 1000, 16384):
+        monkeypatch.setattr(retrieve, "ROWS", rows)
+        same(retrieve.search(vectors, asked, 100)[:2], expected)
+        same(retrieve.search(vectors, asked[:1], 100), expected[:1])
+
+
+def test_what_float32_cannot_tell_apart_is_ordered_in_float64():
+    rng = np.random.default_rng(1)
+    query = units(rng, 1)
+    vectors = np.repeat(query, 500, 0) + rng.integers(-2, 3, (500, 32)) * np.float32(6e-8)
+    vectors = vectors.astype(np.float32)
+    products = (vectors @ query[0]).argsort(kind="stable")[::-1]
+    expected = slow_search(vectors, query, 50)
+    assert products[:50].tolist() != expected[0][0]  # the test would show a plain product
+    same(retrieve.search(vectors, query, 50), expected)
+
+
+def test_nothing_to_find():
+    empty = np.empty((0, 8), np.float32)
+    ((rows, scores),) = retrieve.search(empty, np.ones((1, 8), np.float32), 5)
+    assert (len(rows), len(scores)) == (0, 0)
+    assert retrieve.search(np.ones((3, 8), np.float32), empty, 5) == []
+    eye = np.eye(8, dtype=np.float32)
+    ((rows, _),) = retrieve.search(eye, -eye[:1], 0, 0.5)
+    assert len(rows) == 0
+
+
+def test_a_mapped_file_is_not_loaded(tmp_path):
+    rng = np.random.default_rng(2)
+    file = tmp_path / "v.f32"
+    with file.open("wb") as stream:
+        for _ in range(20):
+            stream.write(units(rng, 10_000, 64).tobytes())  # 51 MB in all
+    vectors = np.memmap(file, "<f4", "r", shape=(200_000, 64))
+    tracemalloc.start()
+    retrieve.search(vectors, units(rng, 4, 64), 10)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6
+
+
+# ------------------------------------------------------------------------------------------ index
+
+
+def paint(file: Path, seed: int) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    for i in range(30):
+        paint(tmp_path / "photos" / ("abc"[i % 3]) / f"{i}.png", i)
+    return tmp_path / "photos"
+
+
+def refresh(folder: Path, data: Path | str, model: Dual | None = None, batch: int = 4):
+    source = indexing.read_source(str(data))
+    return indexing.update(folder, source, model or Dual(), name="m", batch=batch, workers=0)
+
+
+def contents(folder: Path) -> dict:
+    """All that an index holds, as bytes and values; and that nothing else lies in its folder."""
+    found = Index(folder)
+    generation = found.about["generation"]
+    names = {f"{t}.{generation}.{e}" for t in index.TABLES for e in ("f32", "jsonl")}
+    assert {file.name for file in folder.iterdir()} == names | {"index.json", "lock"}
+    tables = {"images": found.images, "captions": found.captions}
+    return {
+        name: (list(table.rows()), np.asarray(table.vectors).tobytes())
+        for name, table in tables.items()
+    }
+
+
+def test_an_index_holds_the_vectors_of_its_pictures(tmp_path, photos):
+    changes = refresh(tmp_path / "i", photos)
+    assert (changes.embedded, str(changes)) == (30, "30 embedded")
+    found, model = Index(tmp_path / "i"), Dual()
+    rows = list(found.images.rows())
+    paths = [row.path for row in rows]
+    assert paths == sorted(f"{'abc'[i % 3]}/{i}.png" for i in range(30))
+    for row, vector in zip(rows, found.images.vectors, strict=True):
+        picture = model.encoder.transform()(Image.open(photos / row.path))
+        expected = model.embed_images(picture[None])[0].numpy()
+        np.testing.assert_allclose(vector, expected, atol=1e-6)
+    assert found.images.pick([7, 2]) == {7: rows[7], 2: rows[2]}
+
+
+def test_what_is_known_is_not_embedded_again(tmp_path, photos):
+    def embedded() -> int:
+        model = Dual()
+        changes = refresh(tmp_path / "i", photos, model)
+        assert contents(tmp_path / "i") == fresh(tmp_path, photos)
+        assert (changes.embedded == 0) == (model.seen == [])
+        return changes.embedded
+
+    assert embedded() == 30
+    assert embedded() == 0
+    (photos / "a" / "0.png").rename(photos / "new name.png")  # renamed
+    shutil.move(photos / "b", photos / "deep")  # moved
+    shutil.copy(photos / "c" / "2.png", photos / "copy.png")  # copied
+    os.utime(photos / "c" / "5.png", (1, 1))  # touched
+    (photos / "c" / "8.png").rename(photos / "t.png")  # two names exchanged
+    (photos / "c" / "11.png").rename(photos / "c" / "8.png")
+    (photos / "t.png").rename(photos / "c" / "11.png")
+    assert embedded() == 0
+    paint(photos / "c" / "2.png", 99)  # changed
+    assert embedded() == 1
+    (photos / "c" / "2.png").unlink()
+    assert embedded() == 0
+
+
+def fresh(tmp_path: Path, data: Path) -> dict:
+    new = tmp_path / "fresh"
+    shutil.rmtree(new, ignore_errors=True)
+    refresh(new, data)
+    return contents(new)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_history_ends_as_a_new_index(tmp_path, photos, seed, monkeypatch, capsys):
+    """Changes of all kinds, runs that are killed anywhere, files cut off in the middle."""
+    rng, numbers = random.Random(seed), itertools.count(1000)
+    append = index.Part.append
+
+    def change() -> None:
+        files = sorted(f for f in photos.rglob("*") if f.is_file())
+        file, other = rng.sample(files, 2)
+        kinds = ("add", "delete", "rename", "change", "touch", "copy", "exchange", "break")
+        match rng.choice(kinds):
+            case "add":
+                paint(photos / f"{next(numbers)}.png", next(numbers))
+            case "delete" if len(files) > 5:
+                file.unlink()
+            case "rename":
+                file.rename(photos / rng.choice("abc") / f"{next(numbers)}.png")
+            case "change":
+                paint(file, next(numbers))
+            case "touch":
+                os.utime(file, ns=(next(numbers), next(numbers)))
+            case "copy":
+                shutil.copy(file, other)
+            case "exchange":
+                file.rename(photos / "t"), other.rename(file), (photos / "t").rename(other)
+            case "break":
+                file.write_bytes(b"no picture " + file.name.encode())
+
+    def killed_after(count: int, torn: int):
+        calls = itertools.count()
+
+        def killed(part, rows, vectors):
+            if next(calls) == count:
+                part.matrix.write(vectors.tobytes()[: torn * 13])
+                part.list.write(rows[0].line().encode()[:torn])
+                part.matrix.flush(), part.list.flush()
+                raise Killed
+            append(part, rows, vectors)
+
+        return killed
+
+    for _ in range(5):
+        for _ in range(rng.randrange(12)):
+            change()
+        if rng.random() < 0.7:
+            killed = killed_after(rng.randrange(5), rng.randrange(40))
+            monkeypatch.setattr(index.Part, "append", killed)
+            step = rng.choice(["append", "write_about", "write_table"])
+            if step != "append":
+                monkeypatch.setattr(index, step, lambda *a: (_ for _ in ()).throw(Killed))
+            with suppress(Killed):
+                refresh(tmp_path / "i", photos)
+            monkeypatch.undo()
+    refresh(tmp_path / "i", photos)
+    assert contents(tmp_path / "i") == fresh(tmp_path, photos)
+
+
+def test_killed_half_way_then_ten_deleted_added_and_renamed(tmp_path, photos):
+    """A real SIGKILL, decoding processes and all."""
+    for i in range(100, 180):
+        paint(photos / f"{i}.png", i)
+    command = [sys.executable, str(Path(__file__).parent / "dual.py"), "index", str(photos)]
+    command += ["--batch", "4", "--workers", "2", "-o"]
+    env = os.environ | {"DUAL_SLOW": "0.15", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(tmp_path / "i")], env=env, stderr=subprocess.PIPE)
+    listed = tmp_path / "i" / "images.part.jsonl"
+    until = time.monotonic() + 60
+    while not listed.exists() or listed.read_bytes().count(b"\n") < 40:
+        assert time.monotonic() < until, process.stderr.read()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = listed.read_bytes().count(b"\n")
+    assert 40 <= done < 110
+    with pytest.raises(UserError, match="unfinished"):
+        Index(tmp_path / "i")
+    for i in range(100, 110):
+        (photos / f"{i}.png").unlink()
+        paint(photos / f"new {i}.png", 10 * i)
+        (photos / f"{i + 50}.png").rename(photos / f"renamed {i}.png")
+    changes = refresh(tmp_path / "i", photos)
+    assert changes.embedded <= 110 - done + 10 + 4
+    assert contents(tmp_path / "i") == fresh(tmp_path, photos)
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out(tmp_path, photos, capsys):
+    refresh(tmp_path / "i", photos)
+    capsys.readouterr()
+    for name in ("bad.png", "same.png", "a/0.png"):
+        (photos / name).write_bytes(b"nothing")
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    os.mkfifo(photos / "pipe.png")  # a folder's listing leaves it out
+    changes = refresh(tmp_path / "i", photos)
+    assert (changes.unreadable, changes.embedded, changes.unchanged) == (4, 0, 29)
+    said = capsys.readouterr().err
+    for name in ("bad.png", "same.png", "a/0.png", "gone.png"):
+        assert said.count(f"skipping {photos / name}: ") == 1
+    assert len(Index(tmp_path / "i").images.vectors) == 29
+    assert contents(tmp_path / "i") == fresh(tmp_path, photos)
+    paths = "".join(f"{photos / name}\n" for name in ("pipe.png", "a", "b/1.png", "b/1.png"))
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "dual.py"), "index", "-", "-o", "j"],
+        input=paths, text=True, capture_output=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout) == (1, "j\n")
+    assert "a: it is not a file" in process.stderr
+    assert [row.path for row in Index(tmp_path / "j").images.rows()] == [str(photos / "b/1.png")]
+
+
+def test_batches_are_filled_up_so_that_a_picture_is_embedded_in_one_size(tmp_path, photos):
+    model = Dual()
+    refresh(tmp_path / "i", photos, model, batch=8)
+    assert model.seen == [8, 8, 8, 8]
+
+
+def test_out_of_memory_halves_the_batch(capsys):
+    class Tight(Dual):
+        def embed_images(self, pictures):
+            if len(pictures) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().embed_images(pictures)
+
+    pictures = list(torch.randint(0, 255, (7, 3, 8, 8), dtype=torch.uint8))
+    found = indexing.embed_images(Tight(), pictures, 7)
+    np.testing.assert_allclose(found, Dual().embed_images(torch.stack(pictures)), atol=1e-6)
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(tmp_path, photos):
+    names = [b"line\nbreak.png", b"latin \xe9.png", "schön.png".encode(), b"tab\t.png"]
+    for i, name in enumerate(names):
+        paint(photos / os.fsdecode(name), 500 + i)
+    refresh(tmp_path / "i", photos)
+    paths = {os.fsencode(row.path) for row in Index(tmp_path / "i").images.rows()}
+    assert paths >= set(names)
+    assert refresh(tmp_path / "i", photos).unchanged == 34
+
+
+@pytest.fixture
+def data(tmp_path, photos) -> Path:
+    file = tmp_path / "data.jsonl"
+    rows = [
+        {"image": "photos/a/0.png", "captions": ["a red dog", "a blue  cat"]},
+        {"image": "photos/b/1.png", "captions": ["a blue cat"]},
+        {"image": "photos/a/0.png", "captions": ["ein roter Hund \ud83d"], "lang": "de"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_captions_of_a_data_set(tmp_path, data):
+    changes = refresh(tmp_path / "i", data)
+    assert (changes.embedded, changes.captions) == (2, 3)
+    found = Index(tmp_path / "i")
+    rows = list(found.captions.rows())
+    assert [(row.caption, row.path) for row in rows] == [
+        ("a blue cat", "photos/a/0.png"),
+        ("a red dog", "photos/a/0.png"),
+        ("ein roter Hund ?", "photos/a/0.png"),
+    ]
+    expected = Dual().embed_texts([row.caption for row in rows])
+    np.testing.assert_allclose(found.captions.vectors, expected, atol=1e-6)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[1], lines[0].replace("red", "green")]))
+    changes = refresh(tmp_path / "i", data)
+    assert (changes.embedded, changes.captions, changes.unchanged) == (0, 1, 2)
+    assert contents(tmp_path / "i") == fresh(tmp_path, data)
+
+
+def test_captions_beside_the_pictures_of_a_folder(tmp_path, photos):
+    (photos / "a" / "3.txt").write_text("a white cat\n\n a dog \n")
+    refresh(tmp_path / "i", photos)
+    rows = list(Index(tmp_path / "i").captions.rows())
+    assert [(row.caption, row.path) for row in rows] == [
+        ("a dog", "a/3.png"), ("a white cat", "a/3.png")
+    ]  # fmt: skip
+
+
+def test_an_index_inside_its_folder_moves_with_it(tmp_path, photos):
+    refresh(photos / ".tinyvl", photos)
+    moved = tmp_path / "elsewhere"
+    photos.rename(moved)
+    assert Index(moved / ".tinyvl").root == str(moved)
+    assert refresh(moved / ".tinyvl", moved).unchanged == 30
+
+
+def test_an_empty_folder_leaves_the_index_as_it_is(tmp_path, photos):
+    refresh(tmp_path / "i", photos)
+    photos.rename(tmp_path / "unmounted")
+    photos.mkdir()
+    before = contents(tmp_path / "i")
+    with pytest.raises(UserError, match="no images in this folder"):
+        refresh(tmp_path / "i", photos)
+    assert contents(tmp_path / "i") == before
+
+
+def test_mistakes_cost_one_sentence(tmp_path, photos):
+    home = tmp_path / "i"
+    with pytest.raises(UserError, match="no index there"):
+        Index(home)
+    refresh(home, photos)
+    with pytest.raises(UserError, match="made by another model"):
+        refresh(home, photos, Dual("two"))
+    with pytest.raises(UserError, match=f"is the index of {photos}"):
+        refresh(home, photos / "a")
+    with pytest.raises(UserError, match="is a file"):
+        Index(photos / "a" / "0.png")
+    with pytest.raises(UserError, match="cannot be written"):
+        refresh(photos / "a" / "0.png", photos)
+    os.truncate(home / "images.1.f32", 40)
+    with pytest.raises(UserError, match="damaged"):
+        Index(home)
+    about = json.loads((home / "index.json").read_text())
+    (home / "index.json").write_text(json.dumps(about | {"format": 2}))
+    with pytest.raises(UserError, match="later tinyvl"):
+        Index(home)
+    (home / "index.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        Index(home)
+
+
+def test_one_writer_at_a_time(tmp_path, photos):
+    refresh(tmp_path / "i", photos)
+    hold = (
+        "import sys, time; from pathlib import Path; from tinyvl import index\n"
+        f"with index.locked(Path({str(tmp_path / 'i')!r})):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process"):
+            refresh(tmp_path / "i", photos)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert refresh(tmp_path / "i", photos).unchanged == 30
+
+
+def test_a_reader_keeps_what_it_opened_while_a_writer_replaces_it(tmp_path, photos, monkeypatch):
+    refresh(tmp_path / "i", photos)
+    old = Index(tmp_path / "i")
+    before = old.images.vectors.copy()
+    opened = index.open_table
+
+    def slow(folder, about, name):  # the writer ends between index.json and the tables
+        monkeypatch.undo()
+        (photos / "a" / "0.png").unlink(missing_ok=True)
+        refresh(tmp_path / "i", photos)
+        return opened(folder, about, name)
+
+    monkeypatch.setattr(index, "open_table", slow)
+    new = Index(tmp_path / "i")
+    assert (len(new.images.vectors), new.about["generation"]) == (29, 2)
+    np.testing.assert_array_equal(old.images.vectors, before)

@@ -1,0 +1,168 @@
+"""What alignment changed: LilT's Figure 4, the shift of each LayerNorm against the pretrained one.
+
+For layer i of a tower and its two LayerNorms, the L1 norm of the difference between the trained
+and the pretrained scale γ, and between the shifts β (https://arxiv.org/abs/2301.04558, section
+3.4). Pearson's r says whether it grows with depth; the paper finds r > 0 in the image tower and
+r < 0 in the text tower.
+"""
+
+import csv
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from tinyvl import UserError
+
+FIELDS = ("tower", "layer", "norm", "parameter", "l1")
+
+
+def layernorm_shifts(name: str) -> list[dict[str, Any]]:
+    """The shifts of a LilT checkpoint's LayerNorms, a row each with the `FIELDS`.
+
+    ``layer`` counts from 1; the LayerNorm of a BERT's embeddings stands as layer 0 and a ViT's
+    final norm behind the last layer. ``norm`` is 1 or 2 inside a layer, else 0; ``parameter`` is
+    "scale" or "bias". Layers that training added have no pretrained counterpart and are left out.
+
+    Raises:
+        UserError: the model is no LilT, or its pretrained LayerNorms were all locked.
+    """
+    import torch
+
+    from tinyvl import models
+    from tinyvl.encoders import norm_types
+
+    folder = models.checkpoint_folder(name, "retrieve")
+    config = models.read_config(folder)
+    if config.get("method") != "lilt":
+        raise UserError(f"{name}: only models of the method lilt have LayerNorms to compare.", 2)
+    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
+    depths = {
+        "image": len(getattr(model.encoder.model, "blocks", [])),
+        "text": model.text.model.config.num_hidden_layers,
+    }
+    for side in depths:  # but for what a deep adapter added
+        depths[side] -= config["options"].get(side, {}).get("adapter") == "deep"
+    before = {
+        f"{prefix}.{part}": tensor.detach().clone()
+        for prefix, module in model.named_modules()
+        if isinstance(module, norm_types())
+        for part, tensor in module.named_parameters()
+        if model.trainable(f"{prefix}.{part}")
+    }
+    models.load_weights(model, folder)
+    after = dict(model.named_parameters())
+    rows = []
+    for parameter, old in before.items():
+        place = position(parameter, depths)
+        if place is not None:
+            shift = (after[parameter].detach() - old).abs().sum().item()
+            rows.append(dict(zip(FIELDS, (*place, shift), strict=True)))
+    if not rows:
+        raise UserError(
+            f"{name}: its LayerNorms were locked; compare a model trained with LayerNorms unlocked "
+            "(--preset lilt-ln, or --text-unlock layernorm).",
+            2,
+        )
+    return sorted(rows, key=lambda row: [row[field] for field in FIELDS[:4]])
+
+
+def position(parameter: str, depths: dict[str, int]) -> tuple[str, int, int, str] | None:
+    """Tower, layer, norm and kind of a LayerNorm's parameter; None where training added it."""
+    tower = {"encoder": "image", "text": "text"}.get(parameter.partition(".")[0])
+    if tower is None:
+        return None
+    kind = "scale" if parameter.endswith("weight") else "bias"
+    found = re.search(r"\.(?:layer|blocks)\.(\d+)\.", parameter)
+    if found is None:
+        return tower, 0 if tower == "text" else depths[tower] + 1, 0, kind
+    layer = int(found[1]) + 1
+    second = "norm2." in parameter or ("attention" not in parameter and tower == "text")
+    return (tower, layer, 1 + second, kind) if layer <= depths[tower] else None
+
+
+def pearson(x: list[float], y: list[float]) -> float | None:
+    """Pearson's r; None where one of the two does not vary."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    dx, dy = [a - mean_x for a in x], [b - mean_y for b in y]
+    spread = math.sqrt(sum(a * a for a in dx) * sum(b * b for b in dy))
+    return sum(a * b for a, b in zip(dx, dy, strict=True)) / spread if spread else None
+
+
+def series(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[list[int], list[float]]]:
+    """(tower, parameter) -> layers and shifts of the LayerNorms inside layers."""
+    out: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+    for row in rows:
+        if row["norm"]:
+            layers, shifts = out.setdefault((row["tower"], row["parameter"]), ([], []))
+            layers.append(row["layer"])
+            shifts.append(row["l1"])
+    return out
+
+
+def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Pearson's r of depth and shift: {tower: {parameter: r}}."""
+    out: dict[str, dict[str, float | None]] = {}
+    for (tower, parameter), (layers, shifts) in series(rows).items():
+        out.setdefault(tower, {})[parameter] = pearson(layers, shifts)
+    return out
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | {"l1": f"{row['l1']:.6g}"} for row in rows)
+    return text.getvalue()
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Figure 4 as a picture: a panel a tower, a line with its 95 % confidence band a parameter."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(
+            "Drawing needs matplotlib: pip install 'tinyvl[plot]', or leave out --png.", 2
+        ) from None
+    import numpy as np
+
+    from tinyvl.models import replace_file
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves, r = series(rows), correlations(rows)
+    towers = sorted({tower for tower, _ in curves})
+    figure, axes = pyplot.subplots(1, len(towers), figsize=(5 * len(towers), 3.6), squeeze=False)
+    for axis, tower in zip(axes[0], towers, strict=True):
+        for parameter, colour in (("scale", "tab:blue"), ("bias", "tab:orange")):
+            if (tower, parameter) not in curves:
+                continue
+            x, y = map(np.array, curves[tower, parameter])
+            value = r[tower][parameter]
+            label = parameter + ("" if value is None else f" (r = {value:.2f})")
+            axis.scatter(x, y, s=14, color=colour, label=label)
+            if len(set(x.tolist())) > 2:
+                grid = np.linspace(x.min(), x.max(), 50)
+                line, half = regression_band(x, y, grid)
+                axis.plot(grid, line, color=colour)
+                axis.fill_between(grid, line - half, line + half, color=colour, alpha=0.2, lw=0)
+        axis.set(title=f"{tower} tower", xlabel="layer", ylabel="L1 shift of LayerNorm")
+        axis.legend()
+    figure.tight_layout()
+    replace_file(file, lambda part: figure.savefig(part, format="png", dpi=150))
+    pyplot.close(figure)
+
+
+def regression_band(x, y, grid):
+    """The least-squares line on ``grid`` and half the width of its 95 % confidence band."""
+    import numpy as np
+
+    slope, start = np.polyfit(x, y, 1)
+    left = len(x) - 2
+    error = np.sqrt(((y - slope * x - start) ** 2).sum() / left)
+    spread = ((x - x.mean()) ** 2).sum()
+    student = 1.96 + 2.37 / left + 2.82 / left**2  # its 97.5 % quantile (Cornish and Fisher)
+    half = student * error * np.sqrt(1 / len(x) + (grid - x.mean()) ** 2 / spread)
+    return slope * grid + start, half

@@ -1,0 +1,295 @@
+"""`tinyvl index`, `tinyvl retrieve`, `tinyvl classify`: the commands of two aligned encoders."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinyvl import UserError
+from tinyvl.cli_options import Device, Model, Precision, Workers, load_model, local
+
+if TYPE_CHECKING:
+    from tinyvl.index import Index
+    from tinyvl.retrieve import Query
+
+AnyModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Checkpoint folder, hf://owner/name, or default. [default: what made the index]",
+    ),
+]
+HIDDEN = ".tinyvl"  # the index of a folder, in that folder
+SIDES = ("text", "image")
+
+
+def load_towers(
+    name: str, device: str | None, precision: str | None, sides: Iterable[str] = SIDES
+) -> Any:
+    return load_model(name, device, precision, task="retrieve", sides=sides)
+
+
+def index(
+    data: Annotated[
+        str, typer.Argument(help="A folder, a data set, or - for paths on standard input.")
+    ] = ".",
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The index's folder. [default: .tinyvl in the folder]"),
+    ] = None,
+    model: AnyModel = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
+    null: Annotated[
+        bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
+    ] = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Embed pictures, and their captions if they have any, to be searched: prints the index.
+
+    Run again, it embeds what is new, takes over what was moved, and drops what is gone; killed,
+    it goes on where it was.
+    """
+    if out is None:
+        if not os.path.isdir(data):
+            raise UserError("Name the index's folder with -o INDEX.", 2)
+        out = Path(data) / HIDDEN
+    status, _ = bring_up_to_date(
+        data, out, model, null=null, batch=batch, device=device, precision=precision,
+        workers=workers,
+    )  # fmt: skip
+    print(out)
+    raise typer.Exit(status)
+
+
+def bring_up_to_date(
+    data: str,
+    out: Path,
+    model: str | None,
+    *,
+    device: str | None,
+    precision: str | None,
+    workers: int | None = None,
+    batch: int = 16,
+    null: bool = False,
+    say: Callable[[int], str] | None = None,
+) -> tuple[int, Any]:
+    """-> the exit status, and the model."""
+    from tinyvl.index import read_about
+    from tinyvl.indexing import read_source, update
+
+    about = read_about(out) or {}
+    source = read_source(data, null)
+    if say:
+        print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
+    name = local(model or about.get("model", "default"))
+    loaded = load_towers(name, device, precision)
+    try:
+        changes = update(out, source, loaded, name=name, batch=batch, workers=workers)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on from here", 130) from None
+    print(f"{out}: {changes}", file=sys.stderr)
+    return int(changes.unreadable > 0), loaded
+
+
+def retrieve(
+    folder: Annotated[
+        str | None,
+        typer.Argument(help="A folder to search; indexed first if need be. [default: this one]"),
+    ] = None,
+    query: Annotated[
+        list[str] | None,
+        typer.Option("--query", "-q", help="What to look for; repeatable; - reads lines on stdin."),
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", help="A picture to look for; repeatable.")
+    ] = None,
+    plus: Annotated[
+        list[str] | None, typer.Option(help="Text or picture added to each query; repeatable.")
+    ] = None,
+    minus: Annotated[
+        list[str] | None,
+        typer.Option(help="Text or picture subtracted from each query; repeatable."),
+    ] = None,
+    index: Annotated[Path | None, typer.Option(help="An index made by tinyvl index -o.")] = None,
+    k: Annotated[int, typer.Option("-k", min=0, help="Results of each query; 0: all.")] = 10,
+    threshold: Annotated[
+        float | None, typer.Option(help="Leave out results that score less (-1 to 1).")
+    ] = None,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Search the index's captions, not its pictures.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
+    null: Annotated[
+        bool, typer.Option("-0", "--null", help="Only the results, a NUL after each: for xargs -0.")
+    ] = False,
+    model: AnyModel = None,
+    device: Device = None,
+    precision: Precision = None,
+) -> None:
+    """Find pictures by words or by a picture: a path a line, best first.
+
+    Where there are several queries, query<TAB>path.
+    """
+    if index and folder:
+        raise UserError("Name a folder or an --index, not both.", 2)
+    if as_json and null:
+        raise UserError("--json and -0 are two forms of output; choose one.", 2)
+    texts, images = query or [], image or []
+    if not texts and not images:
+        if sys.stdin.isatty():
+            raise UserError("Say what to look for: --query TEXT or --image FILE.", 2)
+        texts = ["-"]
+    if not all(text.strip() for text in texts):
+        raise UserError("--query takes a text, not an empty one.", 2)
+    if folder and not os.path.isdir(folder):
+        raise UserError(f"{folder}: not a folder; an index elsewhere is named by --index.", 2)
+    from tinyvl.index import Index, check_model
+    from tinyvl.retrieve import Query, answers, shift_of, term
+
+    piped = "-" in texts
+    adds, subtracts = [term(t) for t in plus or []], [term(t) for t in minus or []]
+    status, loaded, home = 0, None, index or Path(folder or ".") / HIDDEN
+    if index is None and not finished(home):
+        status, loaded = make_first(folder or ".", home, model, device, precision)
+    found = Index(home)
+    if not captions and not len(found.images.vectors):
+        raise UserError(f"{home}: this index holds no pictures.")
+    if captions and not len(found.captions.vectors):
+        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
+    if loaded is None:
+        name = local(model or found.about["model"])
+        terms = adds + subtracts
+        words = bool(texts) or not all(t.picture for t in terms)
+        pictures = bool(images) or any(t.picture for t in terms)
+        sides = [side for side, used in zip(SIDES, (words, pictures), strict=True) if used]
+        loaded = load_towers(name, device, precision, sides)
+        check_model(home, found.about, loaded, name)
+    settings = {
+        "k": k, "threshold": threshold, "captions": captions,
+        "shift": shift_of(loaded, adds, subtracts), "show": shown(found, folder),
+    }  # fmt: skip
+    several = piped or len(texts) + len(images) > 1
+    for group in groups(texts, [Query(path, True) for path in images]):
+        for hits in answers(found, loaded, group, **settings):
+            if isinstance(hits, UserError):
+                status = 1
+                print(f"tinyvl: {hits}", file=sys.stderr)
+                continue
+            for hit in hits:
+                if as_json:
+                    fields = {k: v for k, v in vars(hit).items() if v is not None}
+                    fields["score"] = round(hit.score, 6)
+                    line = json.dumps(fields, ensure_ascii=False)
+                else:
+                    line = hit.path if hit.caption is None else hit.caption
+                    line = f"{hit.query}\t{line}" if several and not null else line
+                print(line, end="\0" if null else "\n")
+        sys.stdout.flush()
+    raise typer.Exit(status)
+
+
+def finished(home: Path) -> bool:
+    from tinyvl.index import read_about
+
+    return bool((read_about(home) or {}).get("generation"))
+
+
+def make_first(
+    folder: str, home: Path, model: str | None, device: str | None, precision: str | None
+) -> tuple[int, Any]:
+    def say(count: int) -> str:
+        there = "unfinished" if (home / "index.json").exists() else "no"
+        return f"{folder}: {there} index yet; embedding {count:,} pictures into {home}"
+
+    return bring_up_to_date(folder, home, model, device=device, precision=precision, say=say)
+
+
+def shown(found: "Index", folder: str | None) -> Callable[[str], str]:
+    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
+    root, here = found.root, os.path.join(os.getcwd(), "")
+
+    def show(path: str) -> str:
+        if folder is not None:
+            return os.path.join(folder, path)
+        return os.path.join(root, path).removeprefix(here)
+
+    return show
+
+
+def groups(texts: list[str], images: list["Query"]) -> Iterator[list["Query"]]:
+    """Queries to be answered together: those named, then those on standard input as they come."""
+    from tinyvl.retrieve import Query
+
+    named = [Query(text) for text in texts if text != "-"] + images
+    if named:
+        yield named
+    if "-" in texts:
+        from tinyvl.generate import gathered
+        from tinyvl.media import expand
+
+        lines = (Query(line.strip()) for line in expand(["-"]))
+        yield from gathered(lines, 256)
+
+
+def classify(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Pictures, folders, globs, or - for paths on stdin (as a pipe is)."),
+    ] = None,
+    labels: Annotated[
+        str, typer.Option(help="Names between commas, or a file with one a line.")
+    ] = "",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="{} is the label; repeatable. [default: 'a photo of a {}.']"),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Labels of each picture.")] = 1,
+    model: Model = "default",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write to this file instead of stdout.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With -o: skip what the file already has.")
+    ] = False,
+    null: Annotated[
+        bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
+    ] = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Say which label fits a picture: path<TAB>label<TAB>probability (no path for one picture)."""
+    if not inputs:
+        if sys.stdin.isatty():
+            raise UserError("Name pictures or folders, or pipe their paths in.", 2)
+        inputs = ["-"]
+    if not labels:
+        raise UserError('Name the labels: --labels "cat,dog", or a file with one a line.', 2)
+    if resume and out is None:
+        raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
+    from tinyvl import media
+    from tinyvl.classify import PROMPTS, classify, read_labels, write
+    from tinyvl.generate import open_output
+    from tinyvl.metrics import class_embeddings
+
+    names = read_labels(labels)
+    one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
+    paths = media.expand(inputs, sys.stdin, null=null)
+    stream, done = sys.stdout, set()
+    loaded = load_towers(model, device, precision)
+    classes = class_embeddings(loaded.embed_texts, names, prompt or PROMPTS)
+    if out is not None:
+        lines = min(top, len(names))
+        stream, done = open_output(out, resume, field="label", tabs=2, lines=lines)
+        paths = (path for path in paths if path not in done)
+    results = classify(loaded, paths, names, classes, top=top, batch=batch, workers=workers)
+    raise typer.Exit(write(results, stream, as_json=as_json, bare=one and out is None))

@@ -1,0 +1,208 @@
+"""What `tinyvl retrieve` does: queries become vectors, and an index is searched, exactly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinyvl import UserError, media
+from tinyvl.index import Index, one_line
+
+SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
+ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
+
+
+def search(
+    vectors: np.ndarray, queries: np.ndarray, k: int, threshold: float | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The ``k`` rows most similar to each query: exact, best first, equal scores by row.
+
+    The matrix is read in blocks, once for 256 queries; a mapped file is never copied as a whole.
+    The products in fp32 only choose candidates: what is within their error of the k-th best is
+    scored again in float64, each row by itself. So a score, and the order of equal ones, depends
+    on neither the blocks nor the other queries nor the library that multiplies.
+
+    Args:
+        vectors: unit vectors, float32 (N, d), in memory or mapped.
+        queries: unit vectors, float32 (Q, d).
+        k: how many; 0: all.
+        threshold: leaves out what scores less.
+
+    Returns:
+        (rows int64, scores float64) of each query, at most k of each.
+    """
+    if not len(vectors):
+        return [(np.empty(0, np.int64), np.empty(0)) for _ in queries]
+    k = min(k, len(vectors)) if k else len(vectors)
+    results = []
+    for i in range(0, len(queries), QUERIES):
+        part = np.asarray(queries[i : i + QUERIES], np.float32)
+        least = -np.inf if threshold is None else threshold - SLACK
+        owners, rows = candidates(vectors, part, k, least)
+        bounds = np.searchsorted(owners, np.arange(len(part) + 1))
+        for query, start, end in zip(part, bounds, bounds[1:], strict=False):
+            results.append(exact(vectors, query, rows[start:end], k, threshold))
+    return results
+
+
+def candidates(
+    vectors: np.ndarray, queries: np.ndarray, k: int, least: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that may be among the k best: (owners, rows), sorted by owner, the query's number."""
+    count, columns = len(queries), np.ascontiguousarray(queries.T)  # (d, Q)
+    floors = np.full(count, least, np.float32)  # (Q,) what scores less is not among the best
+    owners, rows, scores = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+    buffer = np.empty((min(ROWS, len(vectors)), count), np.float32)
+
+    def prune() -> None:
+        nonlocal owners, rows, scores
+        order = np.lexsort((-scores, owners))
+        owners, rows, scores = owners[order], rows[order], scores[order]
+        bounds = np.searchsorted(owners, np.arange(count + 1))
+        full = np.flatnonzero(np.diff(bounds) >= k)
+        floors[full] = np.maximum(floors[full], scores[bounds[full] + k - 1] - SLACK)
+        keep = scores >= floors[owners]
+        owners, rows, scores = owners[keep], rows[keep], scores[keep]
+
+    start, size, limit = 0, min(256, ROWS), 2 * k * count  # small blocks first make the floors
+    while start < len(vectors):
+        block = vectors[start : start + size]
+        products = np.matmul(block, columns, out=buffer[: len(block)])  # (n, Q)
+        found = np.flatnonzero(products >= floors)
+        owners = np.concatenate([owners, found % count])
+        rows = np.concatenate([rows, found // count + start])
+        scores = np.concatenate([scores, products.ravel()[found]])
+        if len(scores) > limit:
+            prune()
+            limit = 2 * max(len(scores), k * count)  # many equal rows: do not sort them each time
+        start, size = start + len(block), min(2 * size, ROWS)
+    prune()
+    return owners, rows
+
+
+def exact(
+    vectors: np.ndarray, query: np.ndarray, rows: np.ndarray, k: int, threshold: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of some rows by their scores in float64, (rows, scores)."""
+    scores = np.empty(len(rows))
+    for i in range(0, len(rows), 4096):
+        part = vectors[rows[i : i + 4096]].astype(np.float64)
+        scores[i : i + 4096] = (part * query).sum(axis=1)
+    order = np.lexsort((rows, -scores))[:k]
+    if threshold is not None:
+        order = order[scores[order] >= threshold]
+    return rows[order], scores[order]
+
+
+# ---------------------------------------------------------------------------------------- queries
+
+
+@dataclass
+class Query:
+    """A text, or the path of a picture."""
+
+    name: str
+    picture: bool = False
+
+
+@dataclass
+class Hit:
+    """One line of the answer to a query."""
+
+    query: str
+    rank: int  # from 1
+    path: str
+    score: float  # the cosine of the angle between query and result
+    caption: str | None = None
+
+
+def term(text: str) -> Query:
+    """What ``--plus`` or ``--minus`` names: the picture of that path, else the text."""
+    if os.path.isfile(text):
+        return Query(text, True)
+    if media.is_image(text):
+        raise UserError(f"{text}: there is no such file.")
+    return Query(text)
+
+
+def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
+    """A unit vector (width,) for each query, or what is wrong with its picture."""
+    import torch
+
+    texts = [one_line(query.name) for query in queries if not query.picture]
+    files = [query.name for query in queries if query.picture]
+    words = iter(model.embed_texts(texts).float().cpu().numpy() if texts else ())
+    if not files:
+        return list(words)
+    encoder = model.encoder
+    decoded = media.decode_images(files, encoder.transform(), target=encoder.size)
+    out: list[np.ndarray | UserError] = []
+    for query in queries:
+        found = next(decoded)[1] if query.picture else next(words)
+        if isinstance(found, torch.Tensor):
+            found = model.embed_images(found[None])[0].float().cpu().numpy()
+        out.append(found)
+    return out
+
+
+def shift_of(model: Any, plus: list[Query], minus: list[Query]) -> np.ndarray | float:
+    """What ``--plus`` and ``--minus`` add to each query.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+    vectors = embed(model, plus + minus)
+    for error in vectors:
+        if isinstance(error, UserError):
+            raise error
+    signs = [1] * len(plus) + [-1] * len(minus)
+    return sum(sign * vector for sign, vector in zip(signs, vectors, strict=True))
+
+
+def answers(
+    index: Index,
+    model: Any,
+    queries: list[Query],
+    *,
+    k: int,
+    threshold: float | None = None,
+    shift: np.ndarray | float = 0.0,
+    captions: bool = False,
+    show: Callable[[str], str] = str,
+) -> Iterator[list[Hit] | UserError]:
+    """For each query its results, best first, or what is wrong with it.
+
+    Args:
+        shift: is added to each query's vector before that is made a unit vector again.
+        captions: among the captions instead of the pictures.
+        show: a row's path -> as it is printed.
+    """
+    table = index.captions if captions else index.images
+    vectors: list[np.ndarray] = []
+    found: list[UserError | None] = []
+    for query, vector in zip(queries, embed(model, queries), strict=True):
+        if not isinstance(vector, UserError):
+            vector = vector + shift
+            length = np.linalg.norm(vector)
+            if length < 1e-3:
+                vector = UserError(f"{query.name}: nothing is left of it after --plus and --minus.")
+            else:
+                vectors.append(vector / length)
+        found.append(vector if isinstance(vector, UserError) else None)
+    matrix = np.stack(vectors) if vectors else np.empty((0, model.width))
+    results = search(table.vectors, matrix, k, threshold)
+    rows = table.pick(n for numbers, _ in results for n in numbers)
+    remaining = iter(results)
+    for query, error in zip(queries, found, strict=True):
+        if error:
+            yield error
+            continue
+        pairs = zip(*next(remaining), strict=True)
+        yield [
+            Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
+            for rank, (n, score) in enumerate(pairs, 1)
+        ]
