@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tinyvl import __version__, cli
 
-COMMANDS = ["caption", "models", "inspect", "pull", "samples", "draw", "train itune"]
+COMMANDS = ["caption", "models", "inspect", "pull", "samples", "draw", "features", "train itune"]
 COMMANDS += [f"eval {task}" for task in ("caption", "vqa", "retrieval", "zeroshot")]
 
 

@@ -4,9 +4,11 @@ All from the command line, on a CPU, in well under two minutes a decoder family.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,26 +19,30 @@ from tinyvl import data, draw
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory) -> dict:
+def drawn(tmp_path_factory) -> Iterator[dict]:
     root = tmp_path_factory.mktemp("drawn")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # here and in the commands: the same sums on any number of cores
     draw.draw_images(root / "data", train=6000, held_out=300, seed=0)
     state, scenes, right = fit_drawn_vit(6000, 300, epochs=10)
     unseen = torch.tensor([scene.unseen for scene in scenes])
     assert right[~unseen].float().mean() >= 0.98  # the encoder can tell what captions say
     records = data.read(root / "data", lang="en")
-    return {
+    yield {
         "data": str(root / "data"),
         "vision": str(write_vision(root / "vision", model_args=DRAWN_VIT, state=state)),
         "texts": [r.captions[0] for r in records if r.split == "train"],
         "test": {r.image: r.captions[0] for r in records if r.split == "test"},
         "unseen": [scene.unseen for scene in scenes],
     }
+    torch.set_num_threads(threads)
 
 
 def tinyvl(*args: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tinyvl.cli", *args], capture_output=True, text=True
-    )
+        [sys.executable, "-m", "tinyvl.cli", *args],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 

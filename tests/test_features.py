@@ -507,7 +507,8 @@ def test_memory_stays_flat(vision, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     wide = write_vision(
-        tmp_path / "wide", model_args={"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 1}
+        tmp_path / "wide",
+        model_args={"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 4},
     )
     paint(tmp_path / "in", 6)
     originals = sorted((tmp_path / "in").iterdir())
@@ -584,3 +585,5 @@ def test_the_format_on_disk(pictures, vision, tmp_path):
     store = features.FeatureStore.open(tmp_path / "out")
     assert torch.equal(shard["tokens"][3], store.tokens([records[35]["row"]])[0])
     assert set(shard) == set(manifest["tensors"])
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.suffix}
+    assert len(modes) == 1  # others read the shards as they do the manifest

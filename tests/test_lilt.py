@@ -362,3 +362,29 @@ def test_the_temperature_is_clamped_and_divides(folders):
         model.temperature.data.fill_(wild)
         model.accumulate([batch])
         assert model.temperature.item() == pytest.approx(tame)
+
+
+def test_dropout_before_the_projections_is_trainings_only_and_repeats(folders):
+    """Half of what a projection reads is gone in training; both passes drop the same."""
+    options = {"image": {"dropout": 0.5, "pool": "mean"}, "text": {"dropout": 0.5}}
+    model = build(folders, **options)
+    bare = build(folders, image={"pool": "mean"})
+    bare.load_state_dict(model.state_dict())
+    seen = pictures(6)
+    torch.testing.assert_close(model.eval().embed_images(seen), bare.eval().embed_images(seen))
+    batch = pairs_of(model, [0, 1, 2], [0, 1, 2])
+    model.train()
+    torch.manual_seed(0)
+    first = model.image_vectors(batch.pictures)
+    assert (first - model.image_vectors(batch.pictures)).abs().max() > 0.01
+    torch.manual_seed(0)
+    torch.testing.assert_close(model.image_vectors(batch.pictures), first)
+
+
+def test_a_fixed_temperature_is_neither_trained_nor_saved(folders):
+    model = build(folders, temperature=0.05, learn_temperature=False)
+    assert model.temperature.item() == pytest.approx(0.05)
+    assert not model.temperature.requires_grad
+    assert "temperature" not in models.trainable_state(model)
+    learned = build(folders, temperature=0.05)
+    assert "temperature" in models.trainable_state(learned)

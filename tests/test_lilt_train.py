@@ -159,7 +159,7 @@ def test_a_locked_tower_reads_features_of_its_encoder(world, tmp_path, architect
     if architecture == "vit":
         learns = job(world, options={"image": image | LWA, "text": LWA})
         larger = job(world, options={"image": image, "text": LWA, "size": 48})
-        for other, said in ((learns, "wholly frozen"), (larger, r"input_size \[3, 32, 32\]")):
+        for other, said in ((learns, "wholly frozen"), (larger, "own size")):
             with pytest.raises(UserError, match=said):
                 train.train(other, run(tmp_path / "other", features=tmp_path / "features"))
 
@@ -229,7 +229,7 @@ def test_micro_batches_and_checkpointing_change_only_the_last_bits(world, tmp_pa
         states.append(load_file(tmp_path / name / "last.safetensors"))
     for name, tensor in states[0].items():
         for other in states[1:]:
-            torch.testing.assert_close(tensor, other[name], rtol=0, atol=2e-5)
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-4)
 
 
 def test_the_temperature_and_biases_have_no_weight_decay(world, tmp_path):

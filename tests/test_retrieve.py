@@ -444,3 +444,52 @@ def test_a_reader_keeps_what_it_opened_while_a_writer_replaces_it(tmp_path, phot
     new = Index(tmp_path / "i")
     assert (len(new.images.vectors), new.about["generation"]) == (29, 2)
     np.testing.assert_array_equal(old.images.vectors, before)
+
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "pairs" / "images"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos are not here")
+def test_8000_photos_killed_half_way_and_changed(tmp_path):
+    """Real photos, towers and commands, bit for bit; untrained and at 96 pixels: minutes."""
+    from tinyvl import models
+    from tinyvl.presets import SMALL
+
+    row, cpu = SMALL["lilt"], torch.device("cpu")
+    options = row.options | {"size": 96}
+    torch.manual_seed(0)
+    config = models.new_config(
+        "lilt", row.language, row.vision, fit=row.fit, prompt="", options=options
+    )
+    checkpoint, photos, home = tmp_path / "model", tmp_path / "photos", tmp_path / "i"
+    checkpoint.mkdir()
+    models.save_config(checkpoint, config)
+    models.save(models.build(config, device=cpu, precision=torch.float32), checkpoint)
+    files = sorted(PHOTOS.iterdir())
+    photos.mkdir()
+    for file in files[:8000]:
+        (photos / file.name).symlink_to(file)
+
+    def command(out: Path) -> list[str]:
+        start = [sys.executable, "-m", "tinyvl.cli", "index", str(photos), "-o", str(out)]
+        return [*start, "--model", str(checkpoint)]
+
+    process = subprocess.Popen(command(home))
+    listed = home / "images.part.jsonl"
+    while not listed.exists() or listed.read_bytes().count(b"\n") < 4000:
+        assert process.poll() is None
+        time.sleep(0.5)
+    process.kill()
+    process.wait()
+    subprocess.run(command(home), check=True)
+    for old, new in zip(sorted(photos.iterdir())[:30:3], files[8000:8010], strict=True):
+        old.unlink()
+        (photos / new.name).symlink_to(new)
+    for old in sorted(photos.iterdir())[4000:4010]:
+        old.rename(photos / f"renamed {old.name}")
+    done = subprocess.run(command(home), check=True, capture_output=True, text=True)
+    assert f"{home}: 10 embedded, 10 moved or copied, 7,980 unchanged, 20 gone" in done.stderr
+    subprocess.run(command(tmp_path / "fresh"), check=True)
+    assert contents(home) == contents(tmp_path / "fresh")
+    assert len(Index(home).images.vectors) == 8000

@@ -223,11 +223,7 @@ class Captioner(nn.Module, ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number."""
         batch = batch.to(self.device)
-        # A CPU's fused attention is slow backward over short texts; but layers that are recomputed
-        # there are recomputed with the attention that is the default.
-        slow = self.device.type == "cpu" and not self.decoder.checkpointing
-        plain = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
-        with self.autocast(), plain:
+        with self.autocast():
             visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
             read = batch.targets[:, 1:]
             real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
@@ -239,6 +235,10 @@ class Captioner(nn.Module, ABC):
         losses = F.cross_entropy(logits, batch.ids[:, 1:][read], reduction="sum")
         return losses, read.sum()
 
+    def attention(self):
+        """On a CPU the plain kernel: the fused one is slow backward over short texts."""
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+
     def accumulate(
         self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None
     ) -> dict[str, float]:
@@ -248,11 +248,12 @@ class Captioner(nn.Module, ABC):
         """
         tokens = sum(int(batch.targets[:, 1:].sum()) for batch in batches)
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss, _ = self.loss(batch)
-            share = loss / tokens
-            (scaler.scale(share) if scaler else share).backward()
-            total += share.detach()
+        with self.attention():  # backward too: checkpointed layers are computed again there
+            for batch in batches:
+                loss, _ = self.loss(batch)
+                share = loss / tokens
+                (scaler.scale(share) if scaler else share).backward()
+                total += share.detach()
         captions = sum(len(batch.ids) for batch in batches)
         return {"loss": total.item(), "tokens": tokens, "captions": captions}
 
@@ -260,9 +261,10 @@ class Captioner(nn.Module, ABC):
     def validate(self, batches: Iterable[Batch]) -> float:
         """Mean cross-entropy per token, nats."""
         total, tokens = 0.0, 0
-        for batch in batches:
-            loss, count = self.loss(batch)
-            total, tokens = total + loss.item(), tokens + count.item()
+        with self.attention():
+            for batch in batches:
+                loss, count = self.loss(batch)
+                total, tokens = total + loss.item(), tokens + count.item()
         return total / tokens if tokens else float("nan")
 
     def stepper(self, visual: Any, images: int, mask: Tensor | None = None) -> decode.Step:

@@ -148,6 +148,7 @@ def train_itune(
 ADAPTER = "none, layerwise (in every layer) or deep (one more layer)."
 UNLOCK = "Pretrained parameters trained: none, layernorm, bitfit (biases) or all."
 LAYERS = "Unlock in these layers only, e.g. 0:5 or 6:-1 (the first to the last)."
+DROPOUT = "Of what the projection reads, in training."
 POOL = "token (the first) or mean."
 
 
@@ -184,6 +185,15 @@ def train_lilt(
     image_pool: Annotated[str | None, typer.Option(help=POOL)] = None,
     image_width: Annotated[
         int | None, typer.Option(min=64, help="Width of a deep adapter on a CNN's feature map.")
+    ] = None,
+    text_dropout: Annotated[float | None, typer.Option(min=0, max=1, help=DROPOUT)] = None,
+    image_dropout: Annotated[float | None, typer.Option(min=0, max=1, help=DROPOUT)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.001, max=0.5, help="Where the temperature starts.")
+    ] = None,
+    learn_temperature: Annotated[
+        bool | None,
+        typer.Option("--learn-temperature/--fixed-temperature", help="Train it, or leave it."),
     ] = None,
     embed: Annotated[int | None, typer.Option(min=1, help="Width of the common space.")] = None,
     projections: Annotated[
@@ -250,10 +260,12 @@ def train_lilt(
     row = models.preset(preset, "lilt")
     sides = {
         "text": given(
-            adapter=text_adapter, unlock=text_unlock, pool=text_pool, layers=layers_of(text_layers)
+            adapter=text_adapter, unlock=text_unlock, pool=text_pool, dropout=text_dropout,
+            layers=layers_of(text_layers),
         ),
         "image": given(
-            adapter=image_adapter, unlock=image_unlock, pool=image_pool, width=image_width,
+            adapter=image_adapter, unlock=image_unlock, pool=image_pool, dropout=image_dropout,
+            width=image_width,
             layers=layers_of(image_layers),
         ),
     }  # fmt: skip
@@ -262,7 +274,13 @@ def train_lilt(
         sides["text"]["layers"] = deep if lock[0] in "aA" else shallow
         sides["image"]["layers"] = shallow if lock[0] in "aA" else deep
     more = given(
-        embed=embed, projections=projections, random_init=random_init, size=size, clean=clean
+        embed=embed,
+        projections=projections,
+        random_init=random_init,
+        size=size,
+        clean=clean,
+        temperature=temperature,
+        learn_temperature=learn_temperature,
     )
     options = row.options | more
     for side, changes in sides.items():
@@ -283,7 +301,7 @@ def train_lilt(
         parts = taken_over(init, "lilt")
     if micro_batch is None:
         still = [parts["options"].get(side, {}).get("unlock", "none") == "none" for side in sides]
-        micro_batch = 512 if all(still) and row is models.SMALL["lilt"] else 64
+        micro_batch = 2500 if all(still) and row is models.SMALL["lilt"] else 64
     recipe = given(epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay)
     launch(
         row, parts, recipe,

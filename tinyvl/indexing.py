@@ -130,7 +130,7 @@ def update(
             return Update(folder, about, source, model, batch, workers).run()
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: the index cannot be written ({error.strerror}); "
+            f"{error.filename or folder}: the index cannot be written ({error.strerror or error}); "
             "name another place with -o."
         ) from error
 

@@ -58,6 +58,7 @@ class Tuning:
     layers: tuple[int, int] | None = None  # unlock only in first..last; -1 is the deepest (Fig. 5)
     pool: str | None = None  # "token", "mean"; None: the paper's token 0 where there is one
     width: int = 384  # of the block over a feature map
+    dropout: float = 0.0  # of what the projection reads, in training; the paper has none
 
     def __post_init__(self):
         for name, known in (("adapter", ADAPTERS), ("unlock", UNLOCKS)):
@@ -298,7 +299,8 @@ def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
             else:
                 model = build_text_model(text["config"], grow=grow[1])
         words = TextTower(model, tokenizer, clean=clean, tuning=tunings[1], where=text["name"])
-    return LilT(tower, words, map_width=tunings[0].width, **options)
+    dropout = (tunings[0].dropout, tunings[1].dropout)
+    return LilT(tower, words, map_width=tunings[0].width, dropout=dropout, **options)
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -375,15 +377,21 @@ class LilT(nn.Module):
         embed: int = 256,
         projections: bool = True,
         map_width: int = 384,
+        dropout: tuple[float, float] = (0.0, 0.0),
+        temperature: float = 0.07,
+        learn_temperature: bool = True,
     ):
         """Args:
         encoder, text: None where only the other is asked for, as by `tinyvl retrieve`.
         embed: width d of the common space.
         projections: whether the projections are trained (Table 1, θ).
+        dropout: of what the image's and the text's projection read.
+        temperature: at the start, or, not learned, throughout.
         """
         super().__init__()
         self.encoder, self.text, self.width = encoder, text, embed
-        self.projections = projections
+        self.projections, self.dropout = projections, dropout
+        self.learn_temperature = learn_temperature
         self.map_adapter = None
         if encoder:
             wide = encoder.width
@@ -394,7 +402,7 @@ class LilT(nn.Module):
             self.image_projection = nn.Linear(wide, embed)
         if text:
             self.text_projection = nn.Linear(text.width, embed)
-        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
         self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trainable(name))
@@ -404,6 +412,8 @@ class LilT(nn.Module):
         part, _, rest = name.partition(".")
         if part in ("encoder", "text"):
             return rest.removeprefix("model.") in getattr(self, part).tuned
+        if part == "temperature":
+            return self.learn_temperature
         return self.projections or not part.endswith("projection")
 
     def holds(self, name: str) -> bool:
@@ -487,6 +497,7 @@ class LilT(nn.Module):
                 seen = self.encoder(pictures).tokens
             pool = self.map_adapter or self.encoder.pooled
             seen = pool(seen if self.amp else seen.float())
+            seen = F.dropout(seen, self.dropout[0], self.training)
             out = self.image_projection(seen)
         return F.normalize(out.float(), dim=-1)
 
@@ -494,6 +505,7 @@ class LilT(nn.Module):
         """ids and mask (B, T), or a locked tower's vectors (B, D) -> unit vectors (B, d)."""
         with self.autocast():
             read = ids if ids.is_floating_point() else self.text(ids, mask)
+            read = F.dropout(read, self.dropout[1], self.training)
             out = self.text_projection(read)
         return F.normalize(out.float(), dim=-1)
 

@@ -255,7 +255,10 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         with part.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(part, file)

@@ -205,8 +205,12 @@ SMALL: dict[str, Preset] = {
     ),
     "lilt": Preset(
         "lilt", "all-MiniLM-L6-v2", "EfficientNet-Lite2", "ours",
-        {"text": {"pool": "mean"}, "image": {"adapter": "deep"}},
-        Recipe(batch=500, epochs=6, rate=1e-3, weight_decay=0.02), fit="jpeg",
+        {
+            "text": {"pool": "mean", "dropout": 0.2}, "image": {"dropout": 0.5}, "embed": 512,
+            "temperature": 0.05, "learn_temperature": False,
+        },
+        Recipe(batch=2500, epochs=16, rate=2e-3, weight_decay=0.02), fit="jpeg",
+        job={"views": 2},
     ),
 }  # fmt: skip
 
