@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_pictures(drawn):
 def test_records_have_both_languages_and_labels(drawn):
     english, german = ([r for r in rows(drawn) if r["lang"] == lang] for lang in ("en", "de"))
     assert len(english) == len(german) == 150
-    strip = {"lang", "captions"}
+    strip = {"lang", "captions", "question", "answers"}
     for one, other in zip(english, german, strict=True):
         assert {k: one[k] for k in one.keys() - strip} == {k: other[k] for k in one.keys() - strip}
     assert Counter(row["split"] for row in english) == {"train": 120, "test": 30}
@@ -76,6 +77,27 @@ def test_records_have_both_languages_and_labels(drawn):
         for label in ("shape", "colour", "size", "background", "shape2", "colour2", "size2"):
             assert row[label] is None or row[label] in words
         assert row["place"].split()[0] in words
+
+
+def test_each_picture_has_a_question_that_its_labels_answer(drawn):
+    kinds = {
+        r"what colour is the background\?": "background", r"where is the (\w+)\?": "place",
+        r"what (left of|above) the (\w+)\?|what is (left of|above) the (\w+)\?": "shape",
+    }  # fmt: skip
+    seen = Counter()
+    for row in (r for r in rows(drawn) if r["lang"] == "en"):
+        question, (answer,) = row["question"], row["answers"]
+        second = row["shape2"] is not None and any(
+            question == ask.format(**{k: row[f"{k}2"] for k in ("shape", "colour")})
+            for ask in ("what colour is the {shape}?", "what shape is {colour}?",
+                        "how big is the {shape}?")
+        )  # fmt: skip
+        label = next((name for ask, name in kinds.items() if re.fullmatch(ask, question)), None)
+        words = {"what colour": "colour", "what shape": "shape", "how big": "size"}
+        label = label or words[" ".join(question.split()[:2])] + "2" * second
+        assert answer == row[label], question
+        seen[label] += 1
+    assert len(seen) == 8
 
 
 def test_held_out_scenes_are_distinct_and_seen_or_unseen(drawn):

@@ -64,21 +64,21 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 
 class RandomCrop:
-    """LilT's training view: a random crop of a square, mirrored or not, two operations. Picklable.
+    """A new view in every epoch: a random crop, mirrored or not, two operations. Picklable.
 
-    A crop of 20 to 100 % of the area and an aspect of 3/4 to 4/3, bicubic; then RandAugment
-    (https://arxiv.org/abs/1909.13719) with N = 2, M = 7 out of the operations that leave colours
-    alone, each done in one case of two: as ALBEF and LilT's code have it.
+    A crop of 20 (LilT) or 50 (eP-ALM) to 100 % of the area and an aspect of 3/4 to 4/3, bicubic;
+    then RandAugment (https://arxiv.org/abs/1909.13719) with N = 2, M = 7 out of the operations
+    that leave colours alone, each done in one case of two: as in LilT's and eP-ALM's code.
     """
 
-    def __init__(self, size: int, epoch: int, seed: int = 0):
-        self.size, self.epoch, self.seed = size, epoch, seed
+    def __init__(self, size: int, epoch: int, seed: int = 0, area: float = 0.2):
+        self.size, self.epoch, self.seed, self.area = size, epoch, seed, area
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB picture -> uint8 (3, size, size)."""
         content = zlib.crc32(picture.tobytes())
         rng = random.Random(f"{self.seed}/{self.epoch}/{content}/crop")
-        box = random_box(*picture.size, rng)
+        box = random_box(*picture.size, rng, self.area)
         picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
         if rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -88,10 +88,12 @@ class RandomCrop:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def random_box(width: int, height: int, rng: random.Random) -> tuple[float, float, float, float]:
-    """A part of a picture, 20 to 100 % of its area, as torchvision's RandomResizedCrop draws it."""
+def random_box(
+    width: int, height: int, rng: random.Random, least: float = 0.2
+) -> tuple[float, float, float, float]:
+    """A part of a picture, ``least`` of its area or more, as torchvision's RandomResizedCrop."""
     for _ in range(10):
-        area = width * height * rng.uniform(0.2, 1.0)
+        area = width * height * rng.uniform(least, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:

@@ -35,6 +35,10 @@ class Text:
         """Ids of the bare texts, without begin and end."""
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+    def spare(self, rows: int) -> range:
+        """The ids of an embedding of so many rows that no text has (OPT: 50265 to 50271)."""
+        return range(self.tokenizer.get_vocab_size(), rows)
+
     def decode(self, ids: list[int]) -> str:
         """One line of text: line breaks a model may produce become spaces."""
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
@@ -44,7 +48,7 @@ class Text:
 class Batch:
     """A micro-batch: captions, grouped by picture."""
 
-    pictures: Tensor  # uint8 (I, 3, H, W), or an encoder's tokens (I, S, D) from a cache
+    pictures: Tensor  # uint8 (I, 3, H, W), or of a cache tokens (I, S, D) or summaries (I, ΣD)
     rows: Tensor  # (B,) which picture each caption belongs to
     ids: Tensor  # (B, T) [bos] prompt text [eos], padded on the right
     targets: Tensor  # (B, T) True where the token is predicted by the one before it
@@ -95,8 +99,10 @@ def collate(
 class Captioner(nn.Module, ABC):
     """A frozen encoder and a frozen decoder with trainable modules between them."""
 
+    reads = "tokens"  # what of a percept: "tokens" or "summaries"
     levels: int | None = 1  # how many of the encoder's summaries the method reads; None: all
     text_layers: int = 0  # the decoder's first layers that nothing of the picture reaches
+    crop_area = 0.5  # how much of a picture a random crop leaves at least, if there are crops
     fixed_pictures = True  # the encoder is frozen: it makes the same of a picture in every epoch
     whole_steps = False  # the loss is a sum over captions: their order in a step is free
 
@@ -106,8 +112,7 @@ class Captioner(nn.Module, ABC):
         self.prompt = text.encode([prompt])[0] if prompt else []
         self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
 
-    @staticmethod
-    def trainable(name: str) -> bool:
+    def trainable(self, name: str) -> bool:
         """Which parameters are trained, saved and counted."""
         return not name.startswith(("encoder.", "decoder."))
 
@@ -196,17 +201,24 @@ class Captioner(nn.Module, ABC):
 
     def halve(self, dtype: torch.dtype) -> None:
         """What is not trained in half precision; pictures are still normalised in float32."""
-        self.encoder.model.to(dtype)
-        self.decoder.to(dtype)
+        for tower in (self.encoder.model, self.decoder):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.to(dtype)
         for parameter in self.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
     def percept(self, pictures: Tensor) -> Percept:
-        """uint8 pictures through the encoder; cached tokens as they are."""
+        """uint8 pictures through the encoder; what a cache has of them as it is."""
         if pictures.dtype == torch.uint8:
             return self.encoder(pictures)
-        return Percept(pictures.float() if self.amp is None else pictures, [])
+        if self.amp is None:
+            pictures = pictures.float()
+        if self.reads == "tokens":
+            return Percept(pictures, [])
+        widths = self.encoder.widths  # a cache may have lower levels, too
+        pictures = pictures[:, -sum(widths) :]
+        return Percept(pictures[:, None], list(pictures.split(widths, -1)))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number."""
@@ -255,8 +267,11 @@ class Captioner(nn.Module, ABC):
                 total, tokens = total + loss.item(), tokens + count.item()
         return total / tokens if tokens else float("nan")
 
-    def stepper(self, visual: Any, images: int) -> decode.Step:
-        """`decode`'s step function for a batch of images, with a cache of its own."""
+    def stepper(self, visual: Any, images: int, mask: Tensor | None = None) -> decode.Step:
+        """`decode`'s step function for a batch of images, with a cache of its own.
+
+        ``mask`` (I, T) says which tokens of the prompts are real.
+        """
         cache = Cache(self.decoder.config.layers)
         state = {"visual": visual, "image": torch.arange(images, device=self.device)}
 
@@ -271,7 +286,7 @@ class Captioner(nn.Module, ABC):
                     state["visual"] = self.pick(state["visual"], keep)
                 state["image"] = image
             with self.autocast():
-                hidden = self.run(ids, state["visual"], cache)
+                hidden = self.run(ids, state["visual"], cache, mask if rows is None else None)
                 return self.decoder.logits(hidden[:, -1])
 
         return step
@@ -292,11 +307,42 @@ class Captioner(nn.Module, ABC):
         ``sampling`` (temperature, top_k, top_p, seed, indices: see `decode.sample`) samples instead
         of searching.
         """
+        return self.continued(
+            pictures,
+            [[self.text.bos, *self.prompt]] * len(pictures),
+            beams=beams,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            sampling=sampling,
+        )
+
+    def continued(
+        self,
+        pictures: Tensor,
+        lines: list[list[int]],
+        *,
+        beams: int,
+        max_tokens: int,
+        length_penalty: float,
+        early_stopping: bool,
+        sampling: dict | None,
+    ) -> list[tuple[str, float]]:
+        """What the model writes behind these ids, a line a picture, padded on the left."""
         with self.autocast():
             visual = self.see(self.percept(pictures.to(self.device)))
-        prompt = torch.tensor([[self.text.bos, *self.prompt]] * len(pictures), device=self.device)
-        step, eos = self.stepper(visual, len(pictures)), self.text.eos
-        common = {"eos": eos, "max_new_tokens": min(max_tokens, self.room)}
+        width = max(map(len, lines))
+        padded = [[self.text.eos] * (width - len(line)) + line for line in lines]
+        prompt = torch.tensor(padded, device=self.device)
+        lengths = torch.tensor([len(line) for line in lines], device=self.device)
+        mask = torch.arange(width, device=self.device) >= width - lengths[:, None]
+        step = self.stepper(visual, len(pictures), mask)
+        room = self.room + 1 + len(self.prompt) - width
+        common = {
+            "eos": self.text.eos,
+            "max_new_tokens": max(1, min(max_tokens, room)),
+            "forbid": self.text.spare(self.decoder.config.vocab_size),
+        }
         if sampling is not None:
             found = decode.sample(step, prompt, **common, **sampling)
         elif beams == 1:

@@ -12,7 +12,9 @@ from tinyvl import (
     UserError,
     __version__,
     cli_analyze,
+    cli_ask,
     cli_data,
+    cli_epalm,
     cli_eval,
     cli_features,
     cli_search,
@@ -50,6 +52,9 @@ app.add_typer(cli_analyze.app, name="analyze")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_eval.app, name="eval")
 app.command("features")(cli_features.features)
+app.command("ask")(cli_ask.ask)
+cli_train.app.command("epalm")(cli_epalm.train_epalm)
+cli_train.app.command("clipcap")(cli_epalm.train_clipcap)
 for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
     app.command()(command)
 
@@ -118,7 +123,7 @@ def caption(
         from tinyvl.features import open_store
 
         config = models.read_config(models.checkpoint_folder(model))
-        store = open_store(features, models.image_side(config))
+        store = open_store(features, config["vision"], models.reads(config))
         paths = paths if inputs else iter([entry.path for entry in store.entries])
     loaded = load_model(model, device, precision)
     if out is not None:

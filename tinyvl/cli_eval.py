@@ -190,6 +190,14 @@ def vqa(
     limit: Limit = None,
     format: Format = None,
     images: Images = None,
+    answers_top: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Only questions with one of the N most frequent answers of the training part (of "
+            "all, where there is none): 1000 for eP-ALM's Table 5.",
+        ),
+    ] = None,
     beams: Beams = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 10,
     length_penalty: LengthPenalty = 1.0,
@@ -210,7 +218,8 @@ def vqa(
     """Answer a data set's questions; score: VQA v2's accuracy, strict, by type of question.
 
     accuracy is VQA v2's official one where a question has several answers, and equality where it
-    has one (GQA); strict_accuracy compares the raw texts.
+    has one (GQA); strict_accuracy compares the raw texts. A model may be asked about another set
+    than it was trained on. eP-ALM's Table 8: --sample, or --beams 1 to 5.
 
     tinyvl eval vqa --predictions FILE DATA    scores answers made elsewhere: JSON Lines of
     {question_id | id | path and question, answer}, or a VQA results file.
@@ -222,7 +231,7 @@ def vqa(
     from tinyvl import evaluate, evaluate_files
 
     model, data = model_and_data(arguments, model=not made)
-    source = evaluate.Source(data, split, lang, limit, format, images)
+    source = evaluate.Source(data, split, lang, limit, format, images, answers_top)
     if made:
         report = evaluate_files.of_files(
             "vqa", predictions, compare, source, allow_missing=allow_missing, results=results

@@ -354,7 +354,7 @@ def launch(
     format: str | None,
     lang: str,
     init: str | None,
-    limit: int | None,
+    limit: int | str | None,
     seed: int,
     device: str | None,
     precision: str | None,

@@ -3,9 +3,10 @@
 The methods live inside the decoder's layers, so it is ours. What they need of it:
 
 - ``branches``: a function beside the feed-forward of a layer (I-Tuning), given its input;
+- ``adapters``: functions of what a layer's attention and feed-forward put out (eP-ALM, MAGMA);
 - ``prefix``: keys and values of extra tokens that the text of a layer may attend to and that
-  never attend to the text (eP-ALM's slot token, deep prompts), made by `Decoder.prefix`;
-- soft prompts: `forward` takes embeddings as well as token ids;
+  never attend to the text (eP-ALM's slot, soft and deep prompts, ClipCap's prefix): made for one
+  layer by `Decoder.prefix`, for tokens that run through the layers by `Decoder.read`;
 - ``first``/``last``: run only some of the layers (states below the first module can be reused).
 
 Weights come from transformers checkpoints (`pretrained.py`); logits equal transformers'.
@@ -27,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 Branches = dict[int, Callable[[Tensor], Tensor]]
+Adapters = dict[int, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 Prefix = dict[int, tuple[Tensor, Tensor]]
 
 
@@ -186,11 +188,13 @@ class Block(nn.Module):
         layer: int,
         context: Context,
         branch: Callable[[Tensor], Tensor] | None = None,
+        adapters: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
         pre = self.pre_norm
-        x = x + self.attention(self.norm1(x) if pre else x, layer, context)
+        after_attention, after_ffn = adapters or (nn.Identity(), nn.Identity())
+        x = x + after_attention(self.attention(self.norm1(x) if pre else x, layer, context))
         inner = self.norm2(x) if pre else self.norm1(x)  # what the feed-forward reads
-        out = self.ffn(inner)
+        out = after_ffn(self.ffn(inner))
         if branch is not None:
             out = out + context.pack(branch(context.spread(inner))).to(out.dtype)
         return x + out if pre else self.norm2(inner + out)
@@ -224,9 +228,11 @@ class Decoder(nn.Module):
         *,
         cache: Cache | None = None,
         branches: Branches | None = None,
+        adapters: Adapters | None = None,
         prefix: Prefix | None = None,
         first: int = 0,
         last: int | None = None,
+        start: int | None = 0,
     ) -> Tensor:
         """Hidden states of the layers [first, last), normalised if last is the last.
 
@@ -237,7 +243,11 @@ class Decoder(nn.Module):
                 are real. Padded positions return numbers without meaning.
             cache: read and extended. The mask is for the new tokens.
             branches: {layer: function of the feed-forward's input, added to its output}.
+            adapters: {layer: functions of the attention's and of the feed-forward's output}.
             prefix: {layer: keys and values} from `prefix`; rows of x are grouped by image.
+            start: the position of the text's first token, the same in every step with a cache.
+                None: the tokens have no position, so no learned one is added and RoPE does not
+                turn them.
         """
         last = self.config.layers if last is None else last
         past = cache.length if cache is not None else 0
@@ -247,10 +257,11 @@ class Decoder(nn.Module):
         if mask is not None and bool(mask.all()) and (cache is None or cache.mask is None):
             mask = None  # no padding: the fast causal path
         positions, attend = self._positions(batch, length, past, mask, cache, x.device)
-        if self.positions is not None and first == 0:
-            x = x + self.positions(positions + self.config.position_offset)
+        placed = start is not None
+        if placed and self.positions is not None and first == 0:
+            x = x + self.positions(positions + start + self.config.position_offset)
         context = Context(
-            rope=None if self.positions is not None else self._rope(positions),
+            rope=self._rope(positions + start) if placed and self.positions is None else None,
             mask=attend,
             cache=cache,
             prefix=prefix or {},
@@ -263,12 +274,12 @@ class Decoder(nn.Module):
             context.causal = False
         x = context.pack(x)
         for i in range(first, last):
-            block, branch = self.layers[i], (branches or {}).get(i)
-            carries = torch.is_grad_enabled() and (x.requires_grad or branch is not None)
-            if self.checkpointing and carries:
-                x = checkpoint(block, x, i, context, branch, use_reentrant=False)
+            block, added = self.layers[i], ((branches or {}).get(i), (adapters or {}).get(i))
+            carries = torch.is_grad_enabled() and (x.requires_grad or any(added))
+            if self.checkpointing and carries and cache is None:  # a cache is not to grow twice
+                x = checkpoint(block, x, i, context, *added, use_reentrant=False)
             else:
-                x = block(x, i, context, branch)
+                x = block(x, i, context, *added)
         x = context.spread(x)
         if cache is not None:
             cache.length += length
@@ -303,7 +314,10 @@ class Decoder(nn.Module):
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, d), positions not yet added."""
-        x = self.embed(ids)
+        return self.widen(self.embed(ids))
+
+    def widen(self, x: Tensor) -> Tensor:
+        """Embeddings (..., embed_size) -> (..., d): the same but in OPT-350M."""
         return x if self.project_in is None else self.project_in(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -322,6 +336,28 @@ class Decoder(nn.Module):
         x = block.norm1(hidden) if block.pre_norm else hidden
         attention = block.attention
         return attention.heads(attention.k(x)), attention.heads(attention.v(x))
+
+    def read(
+        self,
+        x: Tensor,
+        *,
+        adapters: Adapters | None = None,
+        prefix: Prefix | None = None,
+        first: int = 0,
+        last: int | None = None,
+        start: int | None = None,
+    ) -> tuple[Tensor, Prefix]:
+        """Tokens (I, P, d) that stand before the text, through the layers [first, last).
+
+        -> their states behind these layers, and the keys and values that the text sees of them
+        and of what the prefix had before them. The arguments are those of `forward`.
+        """
+        cache = Cache(self.config.layers)
+        x = self(
+            x, cache=cache, adapters=adapters, prefix=prefix, first=first, last=last, start=start
+        )
+        pairs = enumerate(zip(cache.keys, cache.values, strict=True))
+        return x, {i: pair for i, pair in pairs if pair[0] is not None}
 
     def train(self, mode: bool = True):
         """A frozen model stays in eval mode."""

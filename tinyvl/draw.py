@@ -5,6 +5,8 @@ objects side by side or above one another ("a big black star above a small red r
 picture"). A caption is a function of its scene, and everything it says can be seen at 64 x 64
 pixels, so a model that has learnt the set captions new renders exactly.
 
+Each picture also has a question with a short answer ("what colour is the star?", "black").
+
 In training, the `WITHHELD` pairs of shape and colour never occur. The held-out part has new renders
 of scenes that training shows too (``"combination": "seen"``) and, one in five, scenes with a
 withheld pair (``"unseen"``). No two held-out scenes share a caption.
@@ -76,6 +78,23 @@ GERMAN = {
     **{"middle": "in der Mitte", "left of": "links neben", "above": "über"},
     **{"grey": "grauem", "beige": "beigem", "pink": "rosa"},
 }
+GERMAN_ALONE = {"grey": "grau", "beige": "beige", "pink": "rosa"}
+ENGLISH_QUESTIONS = {
+    "colour": "what colour is {the} {shape}?",
+    "shape": "what shape is {colour}?",
+    "size": "how big is {the} {shape}?",
+    "background": "what colour is the background?",
+    "place": "where is {the} {shape}?",
+    "relation": "what is {place} the {shape}?",
+}
+GERMAN_QUESTIONS = {
+    "colour": "welche Farbe hat {the} {shape}?",
+    "shape": "welche Form ist {colour}?",
+    "size": "wie groß ist {the} {shape}?",
+    "background": "welche Farbe hat der Grund?",
+    "place": "wo ist {the} {shape}?",
+    "relation": "was ist {place} dem {shape}?",
+}
 MASCULINE = {"circle", "star", "ring"}  # in German; the other shapes are neuter
 
 
@@ -131,6 +150,28 @@ class Scene:
             where = ENGLISH_PLACE[self.place]
         return f"{self.first.english()} {where} a {self.background} picture"
 
+    def question(self, lang: str, number: int) -> tuple[str, str]:
+        """One of the questions that the picture answers, and its answer."""
+        ask, say = (
+            (ENGLISH_QUESTIONS, lambda word: word)
+            if lang == "en"
+            else (GERMAN_QUESTIONS, lambda word: GERMAN_ALONE.get(word) or GERMAN[word])
+        )
+
+        def named(thing: Thing) -> dict[str, str]:
+            the = "the" if lang == "en" else "der" if thing.shape in MASCULINE else "das"
+            return {"the": the} | {name: say(word) for name, word in asdict(thing).items()}
+
+        things = [named(thing) for thing in (self.first, self.second) if thing]
+        first, last, place = things[0], things[-1], say(self.place)
+        asked = [(ask[kind].format(**t), t[kind]) for t in things for kind in asdict(self.first)]
+        asked.append((ask["background"], say(self.background)))
+        if self.second:
+            asked.append((ask["relation"].format(place=place, **last), first["shape"]))
+        else:
+            asked.append((ask["place"].format(**first), place))
+        return asked[number % len(asked)]
+
     def labels(self) -> dict[str, str | None]:
         """The attributes by name, for fitting an image encoder; the second object's end in 2."""
         second = asdict(self.second) if self.second else dict.fromkeys(asdict(self.first))
@@ -171,6 +212,7 @@ def draw_images(
         {
             "image": f"images/{index:04d}.png",
             "captions": [scene.caption(lang)],
+            **asked(scene, lang, seed, index),
             "id": f"{index:04d}",
             "split": split,
             "lang": lang,
@@ -190,6 +232,13 @@ def draw_images(
     return records
 
 
+def asked(scene: Scene, lang: str, seed: int, index: int) -> dict:
+    """The fields of a picture's question, the same one in each language."""
+    rng = np.random.Generator(np.random.PCG64([seed, 2, index]))
+    question, answer = scene.question(lang, int(rng.integers(2**31)))
+    return {"question": question, "answers": [answer]}
+
+
 def default_folder() -> Path:
     """The drawn set in the cache, drawn there the first time."""
     import os
@@ -197,7 +246,7 @@ def default_folder() -> Path:
 
     from tinyvl.hub import cache_dir
 
-    folder = cache_dir() / "drawn"
+    folder = cache_dir() / "drawn-2"  # the first had no questions
     if not (folder / "drawn.jsonl").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".drawn-") as scratch:

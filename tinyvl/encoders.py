@@ -4,7 +4,8 @@
 included and before any projection, or the cells of a CNN's last feature map. They arrive
 normalised: after the encoder's own final norm, or after a LayerNorm without parameters where it
 has none. ``summaries`` has one vector a level (eP-ALM): the [CLS] token of each block after the
-final norm, or the mean of each stage's feature map.
+final norm. An encoder without [CLS] gives the mean of each stage's feature map after a LayerNorm
+without parameters, and for the last stage that of its final features, a CNN's head included.
 """
 
 import json
@@ -63,6 +64,13 @@ class ImageEncoder(nn.Module):
         norm = getattr(model, "norm", None)
         self.final_norm = norm is not None and isinstance(norm, norm_types())
         self.width: int = model.num_features
+        self.learns = False  # whether something in it is trained
+        info = getattr(model, "feature_info", None)
+        stages = [stage["num_chs"] for stage in getattr(info, "info", info) or []]
+        self.maps = info is not None and not hasattr(model, "cls_token")
+        if self.maps and stages:
+            stages[-1] = self.width
+        self.widths: list[int] = stages[-(levels or 0) :]  # of the summaries
 
     def transform(self) -> "Callable[[Image], Tensor]":
         """A picklable function: RGB picture -> uint8 tensor (3, H, W)."""
@@ -72,24 +80,30 @@ class ImageEncoder(nn.Module):
         own = create_transform(**config, is_training=False, normalize=False)
         return Chain(small_jpeg, own) if self.fit == "jpeg" else own
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Percept:
         """uint8 (B, 3, H, W) -> Percept, in the dtype of the encoder's weights."""
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            return self._forward(images)
+
+    def _forward(self, images: Tensor) -> Percept:
         dtype = next(self.model.parameters()).dtype
         x = ((images.float() / 255 - self.mean) / self.std).to(
             dtype, memory_format=torch.channels_last
         )
-        maps = hasattr(self.model, "feature_info") and not hasattr(self.model, "cls_token")
-        flat = {} if maps else {"norm": True, "return_prefix_tokens": True, "output_fmt": "NLC"}
+        flat = {"norm": True, "return_prefix_tokens": True, "output_fmt": "NLC"}
+        flat = {} if self.maps else flat
         try:
             last, levels = self.model.forward_intermediates(x, indices=self.levels, **flat)
         except TypeError:  # a model with prefix tokens of another kind, or none to return
             flat.pop("return_prefix_tokens", None)
             last, levels = self.model.forward_intermediates(x, indices=self.levels, **flat)
-        tokens = channels_last(last, self.width)
+        final = tokens = channels_last(last, self.width)
         if not self.final_norm:
-            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:]).to(tokens.dtype)
-        return Percept(tokens, [summary(level) for level in levels])
+            tokens = normal(tokens)
+        summaries = [summary(level) for level in levels]
+        if self.maps:
+            summaries = [normal(x) for x in (*summaries[:-1], final.mean(1))]
+        return Percept(tokens, summaries)
 
     def train(self, mode: bool = True):
         """A frozen encoder stays in eval mode."""
@@ -128,6 +142,11 @@ def channels_last(x: Tensor, width: int) -> Tensor:
     if x.ndim == 4:
         return x.flatten(2).transpose(1, 2) if x.shape[1] == width else x.flatten(1, 2)
     return x
+
+
+def normal(x: Tensor) -> Tensor:
+    """A LayerNorm without parameters."""
+    return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
 
 
 def summary(level: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -195,5 +214,5 @@ def build_timm(config: dict, **changes: Any) -> nn.Module:
         return timm.create_model(
             config["architecture"], pretrained=False, num_classes=0, **(settings | changes)
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"timm has no image model named {config['architecture']!r}.", 2) from error

@@ -36,6 +36,7 @@ class Source:
     limit: int | None = None  # this many items, drawn evenly, the same each time
     format: str | None = None
     images: str | None = None
+    answers_top: int | None = None  # questions with one of the training part's N first answers
 
 
 @dataclass
@@ -108,13 +109,33 @@ def read(
     return records, split
 
 
+def answerable(records: list[Record], everything: list[Record], top: int) -> list[Record]:
+    """The questions with an answer among the ``top`` most frequent ones.
+
+    Those of the training part, where there is one, else of all. Ties are broken by the alphabet.
+    """
+    known = [record for record in everything if record.split == "train"] or everything
+    counts = Counter(metrics.normalise_answer(a) for record in known for a in record.answers)
+    frequent = set(sorted(counts, key=lambda answer: (-counts[answer], answer))[:top])
+    return [
+        record
+        for record in records
+        if any(metrics.normalise_answer(answer) in frequent for answer in record.answers)
+    ]
+
+
 def choose(records: list[Record], source: Source, split: str | None) -> list[Record]:
     """The records of the part, at most ``limit``."""
+    everything = records
     if split not in (None, "all"):
         try:
             records = data.select_split(records, split)
         except UserError as error:
             raise UserError(f"{source.path}: {error}", 2) from None
+    if source.answers_top is not None:
+        records = answerable(records, everything, source.answers_top)
+        if not records:
+            raise UserError(f"{source.path}: no question has such an answer; raise --answers-top.")
     if source.limit is not None:
         order = data.epoch_order(len(records), 0, 0)[: source.limit]
         records = [records[i] for i in sorted(order)]
@@ -345,19 +366,17 @@ def run(
         shown = {record.id: path for record, path in zip(part, swapped(part), strict=True)}
     head = described(
         kind, name, source, split,
-        checkpoint=checkpoint(name, "caption"), decoding=vars(style), shuffled=shuffle,
+        checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
         features=str(features.absolute()) if features else None,
         precision=models.precision_name(place.precision), tinyvl=__version__,
     )  # fmt: skip
     store = None
     if features is not None:
-        config = models.read_config(models.checkpoint_folder(name))
-        store = open_store(features, models.image_side(config))
+        config = models.read_config(models.checkpoint_folder(name, kind))
+        store = open_store(features, config["vision"], models.reads(config))
         ids = {record.path: record.id for record in everything}
         store.entries_of((path, ids[path]) for path in shown.values())
-    model = load(name, place, "caption")
-    if kind == "vqa" and not hasattr(model, "answer"):
-        raise UserError(f"{name}: this model does not answer questions; name one that does.", 2)
+    model = load(name, place, kind)
     log = files.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:

@@ -159,6 +159,12 @@ class FeatureStore:
         names = [name for name in self.manifest["tensors"] if name != "tokens"]
         return [self._rows(name, indices) for name in names]
 
+    def read(self, what: str, indices: Sequence[int]) -> Tensor:
+        """What a method reads of some rows: "tokens" (n, S, D), or "summaries" in a row (n, ΣD)."""
+        if what == "tokens":
+            return self.tokens(indices)
+        return torch.cat(self.summaries(indices), -1)
+
     def _rows(self, name: str, indices: Sequence[int]) -> Tensor:
         if name not in self.manifest["tensors"]:
             raise UserError(f"{self.folder}: {name} are not kept there.", 2)

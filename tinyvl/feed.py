@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,18 +38,30 @@ def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
             if path == job.val and not any(r.split in wanted for r in records):
                 wanted = {r.split for r in records}  # a file of its own is taken whole
             records = [r for r in records if r.split in wanted]
-        return [r for r in records if r.captions and r.image]
+        asked = job.task == "vqa"
+        return [
+            r for r in records if r.image and (r.question and r.answers if asked else r.captions)
+        ]
 
     train, val = read(job.data, "train"), read(job.val or job.data, "val")
     if not train:
-        raise UserError(f"{job.data}: no picture with a caption to train on.", 2)
+        what = "question and answer" if job.task == "vqa" else "caption"
+        raise UserError(f"{job.data}: no picture with a {what} to train on.", 2)
     if not job.val and (not val or val == train):  # no validation part of its own
         train, val = data.hold_out(train, seed=job.seed)
     if job.limit and job.method == "lilt":
         train = limit_pairs(train, job.limit, job.seed)
     elif job.limit:
-        train = [train[i] for i in sorted(data.epoch_order(len(train), job.seed, 0)[: job.limit])]
+        count = share(job.limit, len(train))
+        train = [train[i] for i in sorted(data.epoch_order(len(train), job.seed, 0)[:count])]
     return train, val
+
+
+def share(limit: int | str, number: int) -> int:
+    """A number, or a percentage of a number (at least 1): ``512``, ``"1%"``."""
+    if not isinstance(limit, str):
+        return limit
+    return max(1, round(float(limit.removesuffix("%")) / 100 * number))
 
 
 def limit_pairs(records: list[data.Record], limit: int, seed: int) -> list[data.Record]:
@@ -62,10 +76,23 @@ def limit_pairs(records: list[data.Record], limit: int, seed: int) -> list[data.
 
 @dataclass
 class Group:
-    """Captions of one picture that are read together: its keys and values serve them all."""
+    """Captions of one picture that are read together: its keys and values serve them all.
+
+    With ``drawn`` they are one question with each answer that it got, repeats kept: each epoch
+    reads one of them, so in proportion to the annotators' agreement. (The authors' code caps the
+    agreement at four annotators of ten, as the VQA metric does.)
+    """
 
     record: int
     captions: list[list[int]]
+    drawn: bool = False
+
+    def read(self, seed: int, epoch: int) -> list[list[int]]:
+        """The captions that an epoch reads."""
+        if not self.drawn or len(self.captions) == 1:
+            return self.captions
+        digest = hashlib.sha256(f"{seed}/{epoch}/{self.record}".encode()).digest()
+        return [self.captions[int.from_bytes(digest[:8], "big") * len(self.captions) >> 64]]
 
 
 def groups_of(tokens: list[list[list[int]]], per_image: int) -> list[Group]:
@@ -105,10 +132,11 @@ class Pictures:
         own, self.size = model.encoder.transform(), model.encoder.size
         self.transforms = [View(own, view, seed) if view else own for view in range(views)]
         self.run, self.seed, self.crops, self.bad = run, seed, crops, set()
+        self.area, self.reads = model.crop_area, model.reads
         self.stores = [] if store is None else [store]
         pictures = [(r.image, r.id) for r in records]
         if store is None and run.cache and not crops and model.fixed_pictures:
-            head = contents({}, model.encoder, what="tokens")
+            head = contents({}, model.encoder, what=model.reads)
             for view, transform in enumerate(self.transforms):
                 folder = run.out / "features" / f"{name}-{view}"
                 extract(
@@ -137,7 +165,7 @@ class Pictures:
         if self.stores:
             store, rows = self.stores[view], self.rows[view]
             for indices in wanted:
-                yield list(store.tokens([rows[i] for i in indices]))
+                yield list(store.read(self.reads, [rows[i] for i in indices]))
             return
         lists: list[list[int]] = []
 
@@ -148,7 +176,7 @@ class Pictures:
 
         transform, target = self.transforms[view], self.size
         if self.crops:
-            transform, target = RandomCrop(self.size, epoch, self.seed), None
+            transform, target = RandomCrop(self.size, epoch, self.seed, self.area), None
         found: list[Tensor | media.MediaError] = []
         for _, picture in media.decode_images(
             paths(), transform, target=target, workers=self.run.workers
@@ -228,7 +256,15 @@ def cached(
 
 
 def prepare(records: list[data.Record], model: Model, job: Job) -> list[list[list[int]]]:
-    """Caption ids of each record, cut to max_tokens and to what the model has room for."""
+    """Caption ids of each record, cut to max_tokens and to what the model has room for.
+
+    Of a question: its ids with each of its answers, the most frequent one first, repeats kept.
+    """
+    if job.task == "vqa":
+        counts = [Counter(r.answers).most_common() for r in records]
+        pairs = [(r.question, a) for r, c in zip(records, counts, strict=True) for a, _ in c]
+        ids = iter(model.encode_answers(pairs, job.max_tokens))
+        return [[line for _, n in c for line in [next(ids)] * n] for c in counts]
     ids = iter(model.encode([c for r in records for c in r.captions], job.max_tokens))
     return [[next(ids) for _ in r.captions] for r in records]
 
@@ -239,6 +275,7 @@ def batches(
     pictures: Pictures,
     states: TextStates,
     model: Model,
+    seed: int,
     epoch: int = 0,
 ) -> Iterator[Batch | Pairs | None]:
     """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
@@ -250,8 +287,9 @@ def batches(
         if not good:
             yield None  # keeps its place, so that a resumed run counts the same
             continue
-        captions = [c for g, _ in good for c in groups[g].captions]
-        rows = [row for row, (g, _) in enumerate(good) for _ in groups[g].captions]
+        read = [groups[g].read(seed, epoch) for g, _ in good]
+        captions = [c for lines in read for c in lines]
+        rows = [row for row, lines in enumerate(read) for _ in lines]
         seen = torch.stack([p for _, p in good])
         keys = [pictures.keys[groups[g].record] for g, _ in good]
         yield model.collate(captions, rows, seen, keys, states.of(captions))
@@ -278,7 +316,10 @@ class Feed:
         for i in self.pictures.bad:
             tokens[i] = []
         self.states = TextStates(tokens, model, run, "train")
-        self.groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
+        if job.task == "vqa":
+            self.groups = [Group(i, lines, drawn=True) for i, lines in enumerate(tokens) if lines]
+        else:
+            self.groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
         if not self.groups:
             raise UserError(f"{job.data}: none of its pictures could be read.")
         self.lengths = [max(map(len, g.captions)) for g in self.groups]
@@ -293,7 +334,8 @@ class Feed:
         )
         self.val_order = [order[i : i + run.micro] for i in range(0, len(order), run.micro)]
 
-        mean = sum(len(g.captions) for g in self.groups) / len(self.groups)
+        self.size = sum(1 if g.drawn else len(g.captions) for g in self.groups)
+        mean = self.size / len(self.groups)
         self.micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
         self.per_step = max(1, round(job.recipe.batch / (self.micro * mean)))  # micro-batches
         self.captions = round(self.per_step * self.micro * mean)  # in a step
@@ -302,7 +344,7 @@ class Feed:
     def __str__(self) -> str:
         return (
             f"{len(self.pictures.paths):,} pictures, "
-            f"{sum(len(g.captions) for g in self.groups):,} captions, "
+            f"{self.size:,} {'questions' if self.job.task == 'vqa' else 'captions'}, "
             f"{len(self.val_groups):,} pictures to validate on"
         )
 
@@ -316,11 +358,14 @@ class Feed:
             **({"pool": self.per_step, "shuffle": False} if self.model.whole_steps else {}),
         )  # fmt: skip
         order = order[done * self.per_step :]
-        source = batches(self.groups, order, self.pictures, self.states, self.model, epoch)
+        source = batches(
+            self.groups, order, self.pictures, self.states, self.model, self.job.seed, epoch
+        )
         for _ in range(done, self.steps_per_epoch):
             yield [batch for batch in islice(source, self.per_step) if batch is not None]
 
     def validation(self) -> Iterator[Batch | Pairs | None]:
         return batches(
-            self.val_groups, self.val_order, self.val_pictures, self.val_states, self.model
-        )
+            self.val_groups, self.val_order, self.val_pictures, self.val_states, self.model,
+            self.job.seed,
+        )  # fmt: skip

@@ -51,7 +51,7 @@ def captions(
 
     Args:
         questions: one for each path, to be answered by ``model.answer`` in the captions' place.
-        store: nothing is decoded, the pictures are an encoder's tokens from there.
+        store: nothing is decoded, the pictures are what an encoder made of them, from there.
     """
     for group in gathered(decoded(model, paths, questions, workers, store), batch):
         good = [item for item in group if isinstance(item[1], Tensor)]
@@ -72,7 +72,7 @@ def decoded(
 ) -> Iterator[tuple]:
     """(path, picture or what is wrong with it), and its question, if there are questions."""
     if store is not None:
-        pictures = stored(store, paths)
+        pictures = stored(store, model.reads, paths)
     else:
         encoder = model.encoder
         pictures = media.decode_images(
@@ -86,8 +86,10 @@ def decoded(
                 yield path, picture, question
 
 
-def stored(store: FeatureStore, paths: Iterable[str]) -> Iterator[tuple[str, Tensor | UserError]]:
-    """The tokens (S, D) of each path, or why there are none."""
+def stored(
+    store: FeatureStore, what: str, paths: Iterable[str]
+) -> Iterator[tuple[str, Tensor | UserError]]:
+    """The tokens (S, D) or summaries (ΣD,) of each path, or why there are none."""
     for path in paths:
         entry = store.find(os.path.abspath(path))
         if entry is None:
@@ -95,7 +97,7 @@ def stored(store: FeatureStore, paths: Iterable[str]) -> Iterator[tuple[str, Ten
         elif entry.row is None:
             yield path, UserError(entry.error)
         else:
-            yield path, store.tokens([entry.row])[0]
+            yield path, store.read(what, [entry.row])[0]
 
 
 def run(model: Captioner, pictures: list[tuple], style: Style) -> list[tuple[str, float]]:
@@ -185,11 +187,15 @@ def write(
     *,
     as_json: bool,
     bare: bool,
+    question: str | None = None,
 ) -> int:
     """A line a result, as it comes; what failed goes to standard error. -> the exit status.
 
-    ``bare``: the caption alone (one input); else ``path<TAB>caption``.
+    ``bare``: the caption alone (one input); else ``path<TAB>caption``. With a ``question`` the
+    results are answers to it.
     """
+    asked = {} if question is None else {"question": question}
+    name = "caption" if question is None else "answer"
     status = 0
     for path, text, score in results:
         if isinstance(text, UserError):
@@ -197,9 +203,9 @@ def write(
             print(f"tinyvl: {text}", file=sys.stderr)
             if not as_json:
                 continue
-            line = json.dumps({"path": path, "error": str(text)}, ensure_ascii=False)
+            line = json.dumps({"path": path, **asked, "error": str(text)}, ensure_ascii=False)
         elif as_json:
-            fields = {"path": path, "caption": text, "score": round(score, 4)}
+            fields = {"path": path, **asked, name: text, "score": round(score, 4)}
             line = json.dumps(fields, ensure_ascii=False)
         else:
             line = text if bare else f"{path}\t{text}"
@@ -208,7 +214,13 @@ def write(
 
 
 def open_output(
-    out: Path, resume: bool, *, field: str = "caption", tabs: int = 1, lines: int = 1
+    out: Path,
+    resume: bool,
+    *,
+    field: str = "caption",
+    tabs: int = 1,
+    lines: int = 1,
+    question: str | None = None,
 ) -> tuple[TextIO, set[str]]:
     """The file to append to, and the paths it already has results for.
 
@@ -219,6 +231,7 @@ def open_output(
         field: what a line of JSON has unless its file failed.
         tabs: how many columns follow the path in a line of text.
         lines: how many lines a path has.
+        question: to which the results are answers; those to others stay and do not count.
     """
     append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
     if not out.exists():
@@ -239,7 +252,8 @@ def open_output(
             record = None
         if isinstance(record, dict):
             if field in record:
-                kept.append((record.get("path"), line))
+                ours = record.get("question") == question
+                kept.append((record.get("path") if ours else None, line))
         elif line.count("\t") >= tabs:  # a path may hold a tab, a caption or label does not
             kept.append((line.rsplit("\t", tabs)[0], line))
         else:

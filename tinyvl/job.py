@@ -30,13 +30,18 @@ class Job:
     lang: str | None = "en"
     format: str | None = None
     init: str | None = None
-    limit: int | None = None
+    limit: int | str | None = None  # of the training records; "1%": a share of them
     seed: int = 0
     max_tokens: int = 40  # longer captions are cut
     per_image: int = 5  # captions of a picture that share a micro-batch
     views: int = 1  # of each picture, one after another by epoch; 1: the picture itself
-    crops: bool = False  # LilT: a random crop of each picture, augmented, new in every epoch
+    crops: bool = False  # a random crop of each picture, augmented, new in every epoch
     precision: str = "fp32"
+
+    @property
+    def task(self) -> str:
+        """What the captions are: "caption", or "vqa" where they are questions with answers."""
+        return self.options.get("task", "caption")
 
 
 @dataclass

@@ -365,6 +365,8 @@ def contrastive_loss(
 class LilT(nn.Module):
     """Two towers, two projections and a temperature."""
 
+    crop_area = 0.2
+    reads = "tokens"
     whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
 
     def __init__(

@@ -19,8 +19,10 @@ import torch
 
 from tinyvl import UserError, hub, lilt
 from tinyvl.captioner import Captioner, Text
+from tinyvl.clipcap import ClipCap
 from tinyvl.decoder import Decoder
 from tinyvl.encoders import build_image_encoder, load_image_encoder
+from tinyvl.epalm import EPalm
 from tinyvl.itune import ITune
 from tinyvl.lilt import LilT
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, Recipe, architecture, preset
@@ -29,8 +31,8 @@ from tinyvl.pretrained import decoder_config, load_decoder
 __all__ = ["CONFIGS", "PRESETS", "SMALL", "Preset", "Recipe", "architecture", "preset"]
 
 Model = Captioner | LilT
-METHODS = {"itune": ITune, "lilt": LilT}
-TASKS = {"caption": Captioner, "retrieve": LilT}
+METHODS = {"itune": ITune, "epalm": EPalm, "clipcap": ClipCap, "lilt": LilT}
+TASKS = {"caption": Captioner, "vqa": EPalm, "retrieve": LilT}
 # A configuration's backbones and the role in which `hub` fetches each.
 ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -196,6 +198,12 @@ def assemble(config: dict, folders: dict[str, Path] | None, precision: torch.dty
     )
 
 
+def reads(config: dict) -> str:
+    """What of its encoder the model of a ``config.json`` reads: "tokens" or "summaries"."""
+    every = config.get("options", {}).get("tokens") == "all"
+    return "tokens" if every else METHODS[config["method"]].reads
+
+
 def parts_of(config: dict) -> dict[str, Any]:
     """What of a checkpoint a run that starts from it takes over."""
     language, vision = (config[side] for side in towers(config["method"]))
@@ -311,6 +319,12 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
 def checkpoint_folder(name: str, task: str = "caption") -> Path:
     """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``."""
     if name == "default":
+        if task not in DEFAULT:
+            raise UserError(
+                "No model that answers questions is shipped yet: train one (`tinyvl train epalm "
+                "--task vqa --data ...`) and name its folder.",
+                2,
+            )
         folder = DEFAULT[task]
     elif name.startswith("hf://"):
         folder = hub.fetch(name.removeprefix("hf://"), "checkpoint")
@@ -353,7 +367,9 @@ def load(
     precision: torch.dtype | None = None,
     sides: Iterable[str] = ROLES,
 ) -> Model:
-    """A trained model, ready to run: a `Captioner` for captions, a `LilT` to retrieve.
+    """A trained model, ready to run.
+
+    It is a `Captioner` for captions, an `EPalm` for answers ("vqa"), a `LilT` to retrieve.
 
     Args:
         sides: of a LilT's towers, "text" and "image", those to load. A text alone needs no timm,
@@ -363,11 +379,11 @@ def load(
     device = device or choose_device()
     precision = precision or choose_precision(None, device)
     config = read_config(folder)
-    if config.get("method") in METHODS and not issubclass(METHODS[config["method"]], TASKS[task]):
-        raise UserError(
-            f"{name}: a model of the method {config['method']}, which cannot {task}; name another.",
-            2,
-        )
+    own = config.get("options", {}).get("task", "caption")  # what a captioner was trained for
+    method = METHODS.get(config.get("method"), TASKS[task])
+    if not issubclass(method, TASKS[task]) or (task != "retrieve" and own != task):
+        does = {"caption": "caption", "vqa": "answer questions", "retrieve": "embed"}[task]
+        raise UserError(f"{name}: this model does not {does}; name one that does.", 2)
     model = build(config, device=device, precision=precision, sides=sides)
     load_weights(model, folder)
     if task == "retrieve":

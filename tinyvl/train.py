@@ -26,7 +26,7 @@ def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
     """Linear warm-up to the rate, then a cosine to the final rate. ``step`` counts from 0."""
     warm = max(1, round(recipe.warmup * steps))
     if step < warm:
-        return recipe.rate * (step + 1) / warm
+        return recipe.first_rate + (recipe.rate - recipe.first_rate) * (step + 1) / warm
     share = (step - warm) / max(1, steps - warm)
     low = recipe.final_rate
     return low + (recipe.rate - low) * 0.5 * (1 + math.cos(math.pi * share))
@@ -42,7 +42,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     if job.init:
         source = models.checkpoint_folder(job.init)
-        config = models.read_config(source)
+        config = models.read_config(source) | {"options": job.options}  # the task may be another
     else:
         config = models.new_config(
             job.method,
@@ -55,7 +55,9 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:
         config = models.read_config(run.out)  # the backbones it was started with
-    store = open_store(run.features, models.image_side(config)) if run.features else None
+    store = None
+    if run.features:
+        store = open_store(run.features, models.image_side(config), models.reads(config))
     if state is None:
         models.save_config(run.out, config)
     precision = models.choose_precision(job.precision, run.device)
@@ -74,13 +76,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         feed = Feed(train_records, val_records[:1000], model, job, run, store)
         steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
         validate_every = run.validate_every or feed.steps_per_epoch
-        decayed, others = [], []
-        for parameter in parameters.values():
-            (decayed if model.decays(parameter) else others).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=job.recipe.rate, weight_decay=job.recipe.weight_decay,
-        )  # fmt: skip
+        optimizer = torch.optim.AdamW(parameter_groups(model, parameters, job.recipe))
         scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
         clip = math.inf if job.recipe.clip is None else job.recipe.clip
         step, best = 0, math.inf
@@ -102,7 +98,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     source = feed.steps(epoch, behind)
                 rate = lr_at(step, steps, job.recipe)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate if group["fixed"] is None else group["fixed"]
                 torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, if a method has any
                 taken = next(source)
                 step += 1
@@ -150,6 +146,24 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         models.write_card(run.out, config, summary)
     shutil.rmtree(run.out / "features", ignore_errors=True)
     return summary | {"model": str(run.out)}
+
+
+def parameter_groups(
+    model: models.Model, parameters: dict[str, torch.nn.Parameter], recipe: models.Recipe
+) -> list[dict[str, Any]]:
+    """AdamW's groups: those of the schedule and those of a fixed rate, by name, with decay or not.
+
+    A recipe names the first part of a parameter's name: ``soft`` is the soft prompt.
+    """
+    groups: dict[tuple, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        fixed = recipe.fixed.get(name.partition(".")[0])
+        decay = recipe.weight_decay if model.decays(parameter) else 0.0
+        groups.setdefault((fixed, decay), []).append(parameter)
+    return [
+        {"params": members, "fixed": fixed, "lr": recipe.rate, "weight_decay": decay}
+        for (fixed, decay), members in groups.items()
+    ]
 
 
 def write(log: TextIO, **values: float) -> None:

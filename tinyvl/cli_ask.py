@@ -1,0 +1,104 @@
+"""`tinyvl ask`: one question about pictures."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinyvl import UserError
+from tinyvl.cli_options import (
+    Beams,
+    Device,
+    Features,
+    LateStopping,
+    LengthPenalty,
+    Model,
+    Precision,
+    Sample,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Workers,
+    load_model,
+    style,
+)
+
+
+def ask(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help='Pictures, folders, globs, or - for paths on stdin, and last the "question".',
+            metavar="FILE... QUESTION",
+        ),
+    ],
+    model: Model = "default",
+    beams: Beams = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 10,
+    length_penalty: LengthPenalty = 1.0,
+    late: LateStopping = False,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures asked about together.")] = 16,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON Lines: path, question, answer, score.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write to this file instead of stdout.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With -o: skip what the file has an answer for.")
+    ] = False,
+    null: Annotated[
+        bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
+    ] = False,
+    features: Features = None,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """Ask a question about pictures: a line each, path<TAB>answer where there are several.
+
+    The model is one of `tinyvl train epalm --task vqa`. Without files paths come from a pipe.
+    """
+    *files, question = inputs
+    question = " ".join(question.split())
+    if not files:
+        if Path(question).exists():
+            raise UserError(f'Put a question behind {question}: tinyvl ask FILE "question".', 2)
+        if sys.stdin.isatty():
+            raise UserError("Name pictures before the question, or pipe their paths in.", 2)
+        files = ["-"]
+    if not question:
+        raise UserError("The question, which comes last, is empty.", 2)
+    if resume and out is None:
+        raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
+    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
+    from itertools import repeat
+
+    from tinyvl import generate, media, models
+
+    one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
+    paths = media.expand(files, sys.stdin, null=null)
+    stream, done, store = sys.stdout, set(), None
+    if features is not None:
+        from tinyvl.features import open_store
+
+        config = models.read_config(models.checkpoint_folder(model, "vqa"))
+        store = open_store(features, config["vision"], models.reads(config))
+    loaded = load_model(model, device, precision, "vqa")
+    if out is not None:
+        stream, done = generate.open_output(out, resume, field="answer", question=question)
+        paths = (path for path in paths if path not in done)
+    results = generate.captions(
+        loaded, paths, style=how, batch=batch, workers=workers, questions=repeat(question),
+        store=store,
+    )  # fmt: skip
+    bare = one and out is None
+    status = generate.write(results, stream, as_json=as_json, bare=bare, question=question)
+    raise typer.Exit(status)

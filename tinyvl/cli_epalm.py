@@ -1,0 +1,327 @@
+"""`tinyvl train epalm` and `tinyvl train clipcap`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyvl import UserError
+from tinyvl.cli_options import Device, Features, Precision, Workers, given, local
+from tinyvl.cli_train import (
+    Batch,
+    Checkpointing,
+    Data,
+    Epochs,
+    Fit,
+    Format,
+    Images,
+    Init,
+    Lang,
+    MaxTokens,
+    NoCache,
+    PerImage,
+    Quiet,
+    Rate,
+    Resume,
+    SaveEvery,
+    Seed,
+    Val,
+    ValidateEvery,
+    Views,
+    Warmup,
+    WeightDecay,
+    launch,
+    taken_over,
+)
+
+LM = Annotated[str | None, typer.Option(help="Frozen language model: a name or folder.")]
+Vision = Annotated[str | None, typer.Option(help="Frozen encoder: a name or folder.")]
+Prompt = Annotated[str | None, typer.Option(help="Text before every caption or question.")]
+MicroBatch = Annotated[int, typer.Option(min=1, help="Captions in memory at once.")]
+FinalRate = Annotated[float | None, typer.Option(help="Where the schedule ends.")]
+Limit = Annotated[
+    str | None,
+    typer.Option(help="Train on so many records, drawn by the seed: 512, 1% or 10%."),
+]
+
+# Tables 9 and 14 in ranges from 0, the end not included. The authors' code ends one layer early
+# (11:23 of OPT-350M's 24 layers, 19:31 of OPT-2.7B's 32).
+EXTRACT = (
+    "Levels of the encoder that are read, FIRST:END from 0. Tables 9 and 14, of 12: 11:12 (row "
+    '"12"), 6:12 ("6 to 12"), 0:12 ("1 to 12"). [default: the last 6]'
+)
+INJECT = (
+    "Layers of the decoder that they go to, FIRST:END. Table 9, of OPT-350M's 24: 12:24 "
+    '("12 to 23"), 0:24 ("1 to 23"), 0:1 ("1"). Table 14, of OPT-2.7B\'s 32: 20:32 ("19 to 31"), '
+    '0:32 ("1 to 31"), 0:1 ("1"). [default: the last 12, or half of them]'
+)
+
+
+def train_epalm(
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A paper's row: epalm, epalm-pt, epalm-lin, epalm-ada, epalm-pt-l, epalm-cc3m, "
+            "epalm-video, epalm-audio, promptfuse, limber, magma, magma-all, frozenbilm. With "
+            "--lm and --vision: the same method on these."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="caption, or vqa: questions with answers. [default: caption]")
+    ] = None,
+    data: Data = None,
+    val: Val = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder. [default: runs/epalm]")
+    ] = None,
+    lm: LM = None,
+    vision: Vision = None,
+    init: Init = None,
+    resume: Resume = False,
+    shared: Annotated[
+        bool | None, typer.Option("--shared/--separate", help="One connection, or a level each.")
+    ] = None,
+    soft: Annotated[
+        int | None, typer.Option(min=0, help="Length of the soft prompt; 0: none.")
+    ] = None,
+    mlp: Annotated[
+        bool | None, typer.Option("--mlp/--no-mlp", help="An MLP behind the soft prompt.")
+    ] = None,
+    deep: Annotated[
+        bool | None, typer.Option("--deep/--shallow", help="A soft prompt in every layer.")
+    ] = None,
+    adapters: Annotated[
+        int | None, typer.Option(min=0, help="Adapters with this factor (the paper's: 8); 0: none.")
+    ] = None,
+    extract: Annotated[str | None, typer.Option(help=EXTRACT)] = None,
+    inject: Annotated[str | None, typer.Option(help=INJECT)] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="cls, or all: the encoder's tokens instead of summaries.")
+    ] = None,
+    unfreeze: Annotated[
+        str | None, typer.Option(help="vision, lm or vision,lm: train these too, at 1e-7.")
+    ] = None,
+    answer_only: Annotated[
+        bool | None,
+        typer.Option("--answer-only/--whole", help="The loss on the answer, or on all of it."),
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            help='Words between question and answer. [default: a spare row, else " Answer:"]'
+        ),
+    ] = None,
+    prompt: Prompt = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The paper's for a kind of data: gqa, long (Table 10), few-shot, few-shot-100, "
+            "video-qa, video-caption, video-zero-shot, audio."
+        ),
+    ] = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    micro_batch: MicroBatch = 64,
+    rate: Rate = None,
+    final_rate: FinalRate = None,
+    soft_rate: Annotated[
+        float | None, typer.Option(help="A fixed rate of soft and deep prompts; 0: the schedule.")
+    ] = None,
+    adapter_rate: Annotated[
+        float | None, typer.Option(help="A fixed rate of adapters; 0: the schedule.")
+    ] = None,
+    warmup: Warmup = None,
+    weight_decay: WeightDecay = None,
+    fit: Fit = None,
+    crops: Annotated[
+        bool | None,
+        typer.Option(
+            "--crops/--no-crops",
+            help="As the authors: a random crop with RandAugment, new in every epoch (nothing is "
+            "cached), or the picture as it is.",
+        ),
+    ] = None,
+    views: Views = None,
+    images: Images = None,
+    format: Format = None,
+    lang: Lang = "en",
+    limit: Limit = None,
+    max_tokens: MaxTokens = None,
+    per_image: PerImage = None,
+    seed: Seed = 0,
+    save_every: SaveEvery = 100,
+    validate_every: ValidateEvery = None,
+    checkpointing: Checkpointing = False,
+    no_cache: NoCache = False,
+    features: Features = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """eP-ALM: an encoder's [CLS] tokens in one slot of a frozen decoder's last layers.
+
+    As it stands it trains on a small drawn set in minutes, on any machine. Prints the summary as
+    JSON. Tables: 1 the presets; 2 --recipe few-shot --limit 512, 1% or 10%; 3 and 5 `tinyvl eval
+    vqa` on another set; 9 and 14 --extract and --inject; 10 --recipe long; 11 --preset epalm-cc3m;
+    12 --unfreeze vision,lm; 15 --deep, or --adapters 8 --soft 0 --shared; Figures 4 and 5 --lm
+    facebook/opt-125m to facebook/opt-6.7b and --vision.
+    """
+    from tinyvl import models, presets
+
+    row = models.preset(preset, "epalm")
+    if task not in (None, "caption", "vqa"):
+        raise UserError(f"--task is caption or vqa, not {task!r}.", 2)
+    own = given(
+        shared=shared, soft=soft, mlp=mlp, deep=deep, adapters=adapters, tokens=tokens,
+        extract=range_of("extract", extract), inject=range_of("inject", inject),
+        unfreeze=unfreeze and unfreeze.split(","),
+    )  # fmt: skip
+    asked = given(task=task, answer_only=answer_only, separator=separator)
+    parts = {
+        "language": local(lm or row.language),
+        "vision": local(vision or row.vision),
+        "fit": fit or row.fit,
+        "prompt": prompt or "",
+        "options": row.options | own | asked,
+    }
+    if init is not None:  # the task may change: from captions to questions, say
+        if own or given(lm=lm, vision=vision, fit=fit, prompt=prompt):
+            raise UserError(
+                "--init brings its own backbones and what is trained of them: leave such options "
+                "out.",
+                2,
+            )
+        parts = taken_over(init, "epalm")
+        parts["options"] = parts["options"] | asked
+    vqa = parts["options"].get("task") == "vqa"
+    if not vqa and given(answer_only=answer_only, separator=separator):
+        raise UserError("--answer-only and --separator go with --task vqa.", 2)
+    if recipe is not None and recipe not in presets.RECIPES:
+        raise UserError(f"--recipe is one of {', '.join(presets.RECIPES)}, not {recipe!r}.", 2)
+    fixed = dict(row.recipe.fixed)
+    for names, value in ((("soft", "deep"), soft_rate), (("adapters",), adapter_rate)):
+        for name in names if value is not None else ():
+            fixed.pop(name, None)
+            if value:
+                fixed[name] = value
+    if parts["options"].get("unfreeze"):
+        fixed |= {"encoder": 1e-7, "decoder": 1e-7}
+    changes = presets.RECIPES.get(recipe, {}) | given(
+        epochs=epochs, batch=batch, rate=rate, final_rate=final_rate, warmup=warmup,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    if rate is not None and rate < {"first_rate": row.recipe.first_rate, **changes}["first_rate"]:
+        changes["first_rate"] = 0.0
+    launch(
+        row, parts, changes | {"fixed": fixed},
+        given(max_tokens=max_tokens, per_image=per_image, views=views, crops=crops),
+        data=data, val=val, images=images, format=format, lang=lang, init=init,
+        limit=limit_of(limit), seed=seed, device=device, precision=precision, out=out,
+        micro=micro_batch, checkpointing=checkpointing, cache=not no_cache, features=features,
+        resume=resume, save_every=save_every, validate_every=validate_every, workers=workers,
+        quiet=quiet,
+    )  # fmt: skip
+
+
+def train_clipcap(
+    preset: Annotated[
+        str | None, typer.Option(help="clipcap or clipcap-transformer; options override it.")
+    ] = None,
+    data: Data = None,
+    val: Val = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder. [default: runs/clipcap]")
+    ] = None,
+    lm: LM = None,
+    vision: Vision = None,
+    init: Init = None,
+    resume: Resume = False,
+    mapping: Annotated[str | None, typer.Option(help="mlp or transformer.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Of the prefix.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the transformer.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Of the transformer.")] = None,
+    prompt: Prompt = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    micro_batch: MicroBatch = 64,
+    rate: Rate = None,
+    final_rate: FinalRate = None,
+    warmup: Warmup = None,
+    weight_decay: WeightDecay = None,
+    fit: Fit = None,
+    views: Views = None,
+    images: Images = None,
+    format: Format = None,
+    lang: Lang = "en",
+    limit: Limit = None,
+    max_tokens: MaxTokens = None,
+    per_image: PerImage = None,
+    seed: Seed = 0,
+    save_every: SaveEvery = 100,
+    validate_every: ValidateEvery = None,
+    checkpointing: Checkpointing = False,
+    no_cache: NoCache = False,
+    features: Features = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    precision: Precision = None,
+    workers: Workers = None,
+) -> None:
+    """ClipCap: a picture's vector mapped to a prefix of a frozen decoder.
+
+    As it stands it trains on a small drawn set in minutes, on any machine. Prints the summary as
+    JSON.
+    """
+    from tinyvl import models
+
+    row = models.preset(preset, "clipcap")
+    own = given(mapping=mapping, length=length, layers=layers, heads=heads)
+    parts = {
+        "language": local(lm or row.language),
+        "vision": local(vision or row.vision),
+        "fit": fit or row.fit,
+        "prompt": prompt or "",
+        "options": row.options | own,
+    }
+    if init is not None:
+        if own or given(lm=lm, vision=vision, fit=fit, prompt=prompt):
+            raise UserError("--init brings its own backbones and mapping: leave them out.", 2)
+        parts = taken_over(init, "clipcap")
+    recipe = given(
+        epochs=epochs, batch=batch, rate=rate, final_rate=final_rate, warmup=warmup,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    launch(
+        row, parts, recipe, given(max_tokens=max_tokens, per_image=per_image, views=views),
+        data=data, val=val, images=images, format=format, lang=lang, init=init,
+        limit=limit_of(limit), seed=seed, device=device, precision=precision, out=out,
+        micro=micro_batch, checkpointing=checkpointing, cache=not no_cache, features=features,
+        resume=resume, save_every=save_every, validate_every=validate_every, workers=workers,
+        quiet=quiet,
+    )  # fmt: skip
+
+
+def range_of(name: str, text: str | None) -> list[int] | None:
+    """ "6:12" -> [6, 12]."""
+    if text is None:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit()):
+        raise UserError(f"--{name} is FIRST:END, e.g. 6:12, not {text!r}.", 2)
+    return [int(first), int(end)]
+
+
+def limit_of(text: str | None) -> Any:
+    """ "512" -> 512; "1%" stays."""
+    if text is None:
+        return None
+    if text.isdigit() and int(text):
+        return int(text)
+    try:
+        share = float(text.removesuffix("%")) if text.endswith("%") else -1
+    except ValueError:
+        share = -1
+    if not 0 < share <= 100:
+        raise UserError(f"--limit is a number, or a percentage like 1%, not {text!r}.", 2)
+    return text

@@ -1,0 +1,123 @@
+"""ClipCap: a picture's vector mapped to a prefix of a frozen decoder. I-Tuning's baseline.
+
+Mokady, Hertz and Bermano, "ClipCap: CLIP Prefix for Image Captioning",
+https://arxiv.org/abs/2111.09734. An MLP, or a transformer over the vector's projection and
+learned constants, makes 10 embeddings that stand where words would, at positions 0 to 9; the
+sequence is ``prefix [bos] text [eos]``. The prefix sees no text, so its keys and values are made
+once for each image.
+
+The vector is the encoder's last summary: [CLS] after the final norm, not CLIP's projection of it.
+The language model stays frozen with both mappings (the paper's MLP goes with a tuned GPT-2). The
+transformer's 42,728,448 parameters over 640 numbers and GPT-2 are the 43 M of both papers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyvl import UserError
+from tinyvl.captioner import Captioner, Text
+from tinyvl.decoder import Cache, Decoder, Prefix
+from tinyvl.encoders import ImageEncoder, Percept
+
+MAPPINGS = ("mlp", "transformer")
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer with ReLU; queries, keys and values have no bias."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.o = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(I, S, d) -> (I, S, d)"""
+        normed = self.norm1(x)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.q(normed), *self.kv(normed).chunk(2, -1))
+        )
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """The vector as ``length`` tokens beside as many constants, whose states are the prefix."""
+
+    def __init__(self, vision_width: int, width: int, length: int, layers: int, heads: int):
+        super().__init__()
+        self.linear = nn.Linear(vision_width, length * width)
+        self.constants = nn.Parameter(torch.randn(length, width))
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(I, D) -> (I, length * d)"""
+        length = len(self.constants)
+        x = self.linear(x).unflatten(-1, (length, -1))
+        x = torch.cat((x, self.constants.to(x.dtype).expand(len(x), -1, -1)), 1)
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, length:].flatten(1)
+
+
+class ClipCap(Captioner):
+    """A captioner with a mapping before its text."""
+
+    reads = "summaries"
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        decoder: Decoder,
+        text: Text,
+        *,
+        vision_width: int,
+        prompt: str = "",
+        mapping: str = "mlp",
+        length: int = 10,
+        layers: int = 8,
+        heads: int = 8,
+    ):
+        """Args:
+        mapping: "mlp" or "transformer", which has ``layers`` and ``heads``.
+        length: of the prefix.
+        """
+        super().__init__(encoder, decoder, text, prompt)
+        width, vision_width, self.length = decoder.config.embed_size, encoder.widths[-1], length
+        if mapping not in MAPPINGS:
+            raise UserError(f"--mapping is one of {', '.join(MAPPINGS)}, not {mapping!r}.", 2)
+        if mapping == "mlp":
+            middle = width * length // 2
+            self.mapping = nn.Sequential(
+                nn.Linear(vision_width, middle), nn.Tanh(), nn.Linear(middle, width * length)
+            )
+        else:
+            if width % heads:
+                raise UserError(f"--heads {heads} does not divide the decoder's width {width}.", 2)
+            self.mapping = Transformer(vision_width, width, length, layers, heads)
+
+    def see(self, percept: Percept) -> Prefix:
+        prefix = self.mapping(percept.summaries[-1]).unflatten(-1, (self.length, -1))
+        return self.decoder.read(self.decoder.widen(prefix), start=0)[1]
+
+    def pick(self, visual: Prefix, rows: Tensor) -> Prefix:
+        return {layer: (k[rows], v[rows]) for layer, (k, v) in visual.items()}
+
+    def run(
+        self,
+        x: Tensor,
+        visual: Prefix,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        return self.decoder(x, mask, cache=cache, prefix=visual, first=first, start=self.length)
+
+    @property
+    def room(self) -> int:
+        return super().room - self.length
