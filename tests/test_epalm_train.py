@@ -25,8 +25,7 @@ CPU = torch.device("cpu")
 ROWS = [
     name
     for name, row in presets.PRESETS.items()
-    if row.method in ("epalm", "clipcap") and name not in ("epalm-cc3m", "epalm-video")
-    and name not in ("epalm-audio", "frozenbilm")  # other encoders; as epalm and magma
+    if row.method in ("epalm", "clipcap") and name != "epalm-cc3m"  # as epalm-pt-l
 ]  # fmt: skip
 
 

@@ -62,8 +62,8 @@ def train_epalm(
         str | None,
         typer.Option(
             help="A paper's row: epalm, epalm-pt, epalm-lin, epalm-ada, epalm-pt-l, epalm-cc3m, "
-            "epalm-video, epalm-audio, promptfuse, limber, magma, magma-all, frozenbilm. With "
-            "--lm and --vision: the same method on these."
+            "promptfuse, limber, magma, magma-all. With --lm and --vision: the same method on "
+            "these."
         ),
     ] = None,
     task: Annotated[

@@ -119,8 +119,6 @@ PRESETS |= {
 # eP-ALM, appendix A. Its warm-up is 400 steps in the authors' code: 0.7 % of VQA v2's 8 epochs.
 # The prompt and the adapters keep a fixed rate, and so do unfrozen towers (Table 12).
 VIT_B, VIT_L = (f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("base", "large"))
-TIMESFORMER = "facebook/timesformer-base-finetuned-k600"
-AST = "MIT/ast-finetuned-audioset-10-10-0.4593"
 FIXED = {"soft": 1e-5, "deep": 1e-5, "adapters": 1e-5, "encoder": 1e-7, "decoder": 1e-7}
 EPALM = Recipe(
     batch=64, epochs=8, rate=2e-5, final_rate=1e-6, first_rate=1e-5, warmup=0.007,
@@ -171,18 +169,10 @@ PRESETS |= {
         "Table 11, eP-ALM_pt-L", {"shared": True, "mlp": False},
         lm="facebook/opt-6.7b", vision=VIT_L, recipe=replace(LARGE, epochs=4),
     ),
-    "epalm-video": epalm(
-        "Table 4", {}, vision=TIMESFORMER, recipe=replace(EPALM, **RECIPES["video-qa"])
-    ),
-    "epalm-audio": epalm("Table 6", {}, vision=AST, recipe=replace(EPALM, **RECIPES["audio"])),
     "promptfuse": at_the_input("Table 1, B_PromptFuse", soft=10),
     "limber": at_the_input("Table 1, B_LimBER"),
     "magma": at_the_input("Table 1, B_MAGMA", adapters=8),
     "magma-all": at_the_input("Figure 3, B_MAGMA*", adapters=8, tokens="all"),
-    "frozenbilm": replace(
-        at_the_input("Table 4, B_FrozenBiLM", adapters=8), vision=TIMESFORMER,
-        recipe=replace(EPALM, **RECIPES["video-qa"]),
-    ),
     "clipcap": Preset("clipcap", "gpt2", CLIP_B16, "ClipCap with an MLP", recipe=CLIPCAP),
     "clipcap-transformer": Preset(
         "clipcap", "gpt2", CLIP_B16, "I-Tuning, Table 1: ClipCap",
