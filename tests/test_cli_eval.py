@@ -198,7 +198,7 @@ def test_a_broken_picture_leaves_status_1(home, tmp_path):
         (["caption", "CAPTIONER", "FEW", "--split", "test"], "no split 'test'"),
         (["caption", "CAPTIONER", "FEW", "--sample", "--temperature", "0"], "--temperature"),
         (["caption", "LILT", "FEW"], "lilt"),
-        (["retrieval", "CAPTIONER", "FEW"], "itune"),
+        (["retrieval", "CAPTIONER", "FEW"], "does not embed"),
         (["retrieval", "LILT", "FEW", "--protocol", "xtd"], "full or lilt"),
         (["retrieval", "LILT", "FEW", "--protocol", "lilt"], "XTD10"),
         (["retrieval", "--predictions", "p", "data"], "nothing else"),
