@@ -106,7 +106,7 @@ def test_training_changes_what_is_trained_and_nothing_else(world, tmp_path, monk
     assert models.inspect(str(tmp_path / "out"))["trainable_parameters"] == sum(
         t.numel() for t in saved.values()
     )
-    with pytest.raises(UserError, match="cannot caption"):
+    with pytest.raises(UserError, match="does not caption"):
         models.load(str(tmp_path / "out"), task="caption", device=torch.device("cpu"))
 
 
