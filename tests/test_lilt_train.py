@@ -330,3 +330,19 @@ def test_the_operations_are_randaugments():
     assert abs(shear_x[-8] - x[-8]).mean() > 10
     assert (turned[0, 0] == 128).all()
     assert abs(turned[32, 32] - x[32, 32]).max() < 40
+
+
+def test_locked_projections_are_kept_with_the_checkpoint(world, tmp_path):
+    """They are random and never trained: a model without them would embed anew at each load."""
+    options = {"image": {"unlock": "layernorm"}, "text": {"unlock": "layernorm"}}
+    this = job(world, epochs=1, options=options | {"projections": False})
+    train.train(this, run(tmp_path / "out"))
+    kept = load_file(tmp_path / "out/model.safetensors")
+    assert {"image_projection.weight", "text_projection.bias"} <= kept.keys()
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = models.load(str(tmp_path / "out"), task="retrieve", device=torch.device("cpu"))
+        assert not any(model.trainable(n) for n in kept if "projection" in n)
+        found.append(model.embed_texts(["a red square"]))
+    assert torch.equal(*found)

@@ -116,6 +116,10 @@ class Captioner(nn.Module, ABC):
         """Which parameters are trained, saved and counted."""
         return not name.startswith(("encoder.", "decoder."))
 
+    def kept(self, name: str) -> bool:
+        """Which parameters a checkpoint holds."""
+        return self.trainable(name)
+
     @abstractmethod
     def see(self, percept: Percept) -> Any:
         """An encoder's percept (I images) to what the method's modules read, rows of I."""

@@ -21,11 +21,11 @@ Data = Annotated[
     str | None,
     typer.Option(
         help="JSON Lines, Karpathy or COCO JSON, Flickr token file, image folder. "
-        "[default: a small set that tinyvl draws]"
+        "(default: a small set that tinyvl draws)"
     ),
 ]
 Val = Annotated[
-    str | None, typer.Option(help="Validation data. [default: the data's own, or 2 % of it]")
+    str | None, typer.Option(help="Validation data. (default: the data's own, or 2 % of it)")
 ]
 Init = Annotated[str | None, typer.Option(help="Checkpoint to fine-tune (after VLP, say).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
@@ -51,7 +51,7 @@ Views = Annotated[
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longer captions are cut.")]
 Seed = Annotated[int, typer.Option(help="Initialisation and order.")]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saved states.")]
-ValidateEvery = Annotated[int | None, typer.Option(min=1, help="Steps. [default: an epoch]")]
+ValidateEvery = Annotated[int | None, typer.Option(min=1, help="Steps. (default: an epoch)")]
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", help="Recompute layers: less memory, slower.")
 ]
@@ -67,7 +67,7 @@ def train_itune(
     data: Data = None,
     val: Val = None,
     out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. [default: runs/itune]")
+        Path | None, typer.Option(help="Checkpoint folder. (default: runs/itune)")
     ] = None,
     lm: Annotated[str | None, typer.Option(help="Frozen language model: a name or folder.")] = None,
     vision: Annotated[
@@ -82,7 +82,7 @@ def train_itune(
     warmup: Warmup = None,
     weight_decay: WeightDecay = None,
     bottleneck: Annotated[
-        int | None, typer.Option(min=1, help="r. [default: half the width]")
+        int | None, typer.Option(min=1, help="r. (default: half the width)")
     ] = None,
     drop: Annotated[
         int | None, typer.Option(min=0, help="No modules in the first N layers.")
@@ -160,7 +160,7 @@ def train_lilt(
     data: Data = None,
     val: Val = None,
     out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. [default: runs/lilt]")
+        Path | None, typer.Option(help="Checkpoint folder. (default: runs/lilt)")
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="Text encoder of the BERT family: a name or folder.")
@@ -223,8 +223,8 @@ def train_lilt(
         int | None,
         typer.Option(
             min=1,
-            help="Captions in memory at once; the batch is the same. [default: 64, or 512 where "
-            "both towers are locked]",
+            help="Captions in memory at once; the batch is the same. (default: 64, or 2500 where "
+            "all that is learnt reads what is kept of the towers)",
         ),
     ] = None,
     rate: Rate = None,
@@ -300,8 +300,13 @@ def train_lilt(
             )
         parts = taken_over(init, "lilt")
     if micro_batch is None:
-        still = [parts["options"].get(side, {}).get("unlock", "none") == "none" for side in sides]
-        micro_batch = 2500 if all(still) and row is models.SMALL["lilt"] else 64
+        learns = any(
+            parts["options"].get(side, {}).get(what, "none") != "none"
+            for side in sides
+            for what in ("unlock", "adapter")
+        )
+        fresh = no_cache or (row.job.get("crops") if crops is None else crops)
+        micro_batch = 64 if learns or fresh else 2500
     recipe = given(epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay)
     launch(
         row, parts, recipe,
@@ -336,7 +341,7 @@ def taken_over(init: str, method: str) -> dict[str, Any]:
     """The parts of a checkpoint that a run of the same method starts from."""
     from tinyvl import models
 
-    config = models.read_config(models.checkpoint_folder(init))
+    config = models.read_config(models.checkpoint_folder(init, models.task_of(method)))
     if config.get("method") != method:
         raise UserError(f"{init}: a model of another method than {method}.", 2)
     return models.parts_of(config)

@@ -416,6 +416,10 @@ class LilT(nn.Module):
             return self.learn_temperature
         return self.projections or not part.endswith("projection")
 
+    def kept(self, name: str) -> bool:
+        """Which parameters a checkpoint holds: locked projections are random, so these too."""
+        return self.trainable(name) or name.partition(".")[0].endswith("projection")
+
     def holds(self, name: str) -> bool:
         """Whether a parameter of the whole model is in this one, which may lack a tower."""
         side = self.text if name.startswith("text") else self.encoder

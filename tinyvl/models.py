@@ -115,6 +115,11 @@ def image_side(config: dict) -> dict:
     return config[towers(config["method"])[1]]
 
 
+def task_of(method: str) -> str:
+    """The task whose default model a method's ``default`` is."""
+    return "retrieve" if method == "lilt" else "caption"
+
+
 def towers(method: str) -> tuple[str, str]:
     """What a configuration calls a method's language side and its image side."""
     return ("text", "image") if method == "lilt" else ("decoder", "vision")
@@ -225,7 +230,8 @@ def place(model: Model, device: torch.device, precision: torch.dtype) -> Model:
 
 
 def trainable_state(model: Model) -> dict[str, torch.Tensor]:
-    return {n: p.detach() for n, p in model.named_parameters() if model.trainable(n)}
+    """What a checkpoint keeps: what is trained, and what is as random without being trained."""
+    return {n: p.detach() for n, p in model.named_parameters() if model.kept(n)}
 
 
 def load_trainable(model: Model, state: dict[str, torch.Tensor], where: str) -> None:

@@ -41,7 +41,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     train_records, val_records = load_records(job)
     torch.manual_seed(job.seed)
     if job.init:
-        source = models.checkpoint_folder(job.init)
+        source = models.checkpoint_folder(job.init, models.task_of(job.method))
         config = models.read_config(source) | {"options": job.options}  # the task may be another
     else:
         config = models.new_config(
