@@ -42,6 +42,7 @@ def test_every_command_and_option_has_help():
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+            assert "[" not in parameter.help, f"{name} {parameter.name}"  # Rich would swallow it
 
 
 def test_version():

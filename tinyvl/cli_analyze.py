@@ -21,7 +21,7 @@ def layernorm(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the CSV here instead of stdout.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the figure (tinyvl[plot]).")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the figure: needs the extra plot.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object instead of the CSV.")
     ] = False,

@@ -17,13 +17,13 @@ FORMATS = (  # as in formats.READERS, which is too heavy to import for the help
 )
 Format = Annotated[
     str | None,
-    typer.Option(help=f"Force the format: {', '.join(FORMATS)}. [default: recognised]"),
+    typer.Option(help=f"Force the format: {', '.join(FORMATS)}. (default: recognised)"),
 ]
 Split = Annotated[str | None, typer.Option(help="Only this split.")]
 Lang = Annotated[str | None, typer.Option(help="Only this language, where records say.")]
 Images = Annotated[
     Path | None,
-    typer.Option(help="Folder of the pictures, videos or sounds. [default: the usual ones]"),
+    typer.Option(help="Folder of the pictures, videos or sounds. (default: the usual ones)"),
 ]
 SHOWN = 10  # problems named on standard error; --json has all
 

@@ -48,12 +48,12 @@ Limit = Annotated[
 # (11:23 of OPT-350M's 24 layers, 19:31 of OPT-2.7B's 32).
 EXTRACT = (
     "Levels of the encoder that are read, FIRST:END from 0. Tables 9 and 14, of 12: 11:12 (row "
-    '"12"), 6:12 ("6 to 12"), 0:12 ("1 to 12"). [default: the last 6]'
+    '"12"), 6:12 ("6 to 12"), 0:12 ("1 to 12"). (default: the last 6)'
 )
 INJECT = (
     "Layers of the decoder that they go to, FIRST:END. Table 9, of OPT-350M's 24: 12:24 "
     '("12 to 23"), 0:24 ("1 to 23"), 0:1 ("1"). Table 14, of OPT-2.7B\'s 32: 20:32 ("19 to 31"), '
-    '0:32 ("1 to 31"), 0:1 ("1"). [default: the last 12, or half of them]'
+    '0:32 ("1 to 31"), 0:1 ("1"). (default: the last 12, or half of them)'
 )
 
 
@@ -67,12 +67,12 @@ def train_epalm(
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="caption, or vqa: questions with answers. [default: caption]")
+        str | None, typer.Option(help="caption, or vqa: questions with answers. (default: caption)")
     ] = None,
     data: Data = None,
     val: Val = None,
     out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. [default: runs/epalm]")
+        Path | None, typer.Option(help="Checkpoint folder. (default: runs/epalm)")
     ] = None,
     lm: LM = None,
     vision: Vision = None,
@@ -108,7 +108,7 @@ def train_epalm(
     separator: Annotated[
         str | None,
         typer.Option(
-            help='Words between question and answer. [default: a spare row, else " Answer:"]'
+            help='Words between question and answer. (default: a spare row, else " Answer:")'
         ),
     ] = None,
     prompt: Prompt = None,
@@ -231,7 +231,7 @@ def train_clipcap(
     data: Data = None,
     val: Val = None,
     out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. [default: runs/clipcap]")
+        Path | None, typer.Option(help="Checkpoint folder. (default: runs/clipcap)")
     ] = None,
     lm: LM = None,
     vision: Vision = None,

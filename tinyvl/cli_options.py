@@ -11,16 +11,16 @@ from tinyvl import UserError
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Checkpoint folder, hf://owner/name, or default.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. [default: the best]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. (default: the best)")]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, bf16 or fp16. [default: bf16 on a GPU, fp32 on a CPU]")
+    str | None, typer.Option(help="fp32, bf16 or fp16. (default: bf16 on a GPU, fp32 on a CPU)")
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that decode pictures. [default: by the cores]")
+    int | None, typer.Option(min=0, help="Processes that decode pictures. (default: by the cores)")
 ]
 Features = Annotated[
     Path | None,
-    typer.Option(help="Folder of `tinyvl features`: read there, not encoded. [default: none]"),
+    typer.Option(help="Folder of `tinyvl features`: read there, not encoded. (default: none)"),
 ]
 
 # How captions and answers are searched for.

@@ -21,7 +21,7 @@ AnyModel = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Checkpoint folder, hf://owner/name, or default. [default: what made the index]",
+        help="Checkpoint folder, hf://owner/name, or default. (default: what made the index)",
     ),
 ]
 HIDDEN = ".tinyvl"  # the index of a folder, in that folder
@@ -40,7 +40,7 @@ def index(
     ] = ".",
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="The index's folder. [default: .tinyvl in the folder]"),
+        typer.Option("-o", "--out", help="The index's folder. (default: .tinyvl in the folder)"),
     ] = None,
     model: AnyModel = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
@@ -101,7 +101,7 @@ def bring_up_to_date(
 def retrieve(
     folder: Annotated[
         str | None,
-        typer.Argument(help="A folder to search; indexed first if need be. [default: this one]"),
+        typer.Argument(help="A folder to search; indexed first if need be. (default: this one)"),
     ] = None,
     query: Annotated[
         list[str] | None,
@@ -248,7 +248,7 @@ def classify(
     ] = "",
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="{} is the label; repeatable. [default: 'a photo of a {}.']"),
+        typer.Option(help="{} is the label; repeatable. (default: 'a photo of a {}.')"),
     ] = None,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Labels of each picture.")] = 1,
     model: Model = "default",
