@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, hub, models
+from tinyvl import UserError, files, hub, models
 
 CPU = torch.device("cpu")
 
@@ -98,14 +98,14 @@ def test_no_pickle_is_ever_read(checkpoint):
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
-    models.write_text(file, "old")
+    files.write_text(file, "old")
 
     def full(part: Path) -> None:
         part.write_text("half of the n")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left"):
-        models.replace_file(file, full)
+        files.replace_file(file, full)
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["config.json"]
 

@@ -127,7 +127,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         ) from None
     import numpy as np
 
-    from tinyvl.models import replace_file
+    from tinyvl.files import replace_file
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

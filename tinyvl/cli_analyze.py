@@ -31,7 +31,7 @@ def layernorm(
     A row each: tower, layer, norm (1 or 2 in a layer), parameter (scale or bias), L1 norm of the
     change. Pearson's r of depth and change goes to standard error.
     """
-    from tinyvl import analyze, models
+    from tinyvl import analyze, files
 
     rows = analyze.layernorm_shifts(model)
     r = analyze.correlations(rows)
@@ -41,7 +41,7 @@ def layernorm(
     if as_json:
         text = json.dumps({"model": model, "pearson": r, "shifts": rows}) + "\n"
     if out is not None:
-        models.write_text(out, text)
+        files.write_text(out, text)
     else:
         sys.stdout.write(text)
     for tower, found in r.items():

@@ -19,8 +19,17 @@ from typing import Any
 
 import torch
 
-from tinyvl import UserError, __version__, bootstrap, data, generate, metrics, models
-from tinyvl import predictions as files
+from tinyvl import (
+    UserError,
+    __version__,
+    bootstrap,
+    data,
+    files,
+    generate,
+    metrics,
+    models,
+    predictions,
+)
 from tinyvl.data import Record
 from tinyvl.features import open_store
 from tinyvl.job import Run, bar
@@ -289,7 +298,7 @@ def described(
 
 
 def fill(
-    log: files.Log,
+    log: predictions.Log,
     records: list[Record],
     results: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
     place: Place,
@@ -377,7 +386,7 @@ def run(
         ids = {record.path: record.id for record in everything}
         store.entries_of((path, ids[path]) for path in shown.values())
     model = load(name, place, kind)
-    log = files.Log(out, head, resume=resume)
+    log = predictions.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
         found = generate.captions(
@@ -399,7 +408,7 @@ def run(
     how = fill(log, records, predict, place, "captions" if kind == "caption" else "answers")
     texts = {r.id: log.lines[r.id][task.field] for r in records if r.id in log.lines}
     if results is not None:
-        files.export(results, texts, task.field)
+        predictions.export(results, texts, task.field)
     done = [record for record in records if record.id in texts]
     if not done:
         raise UserError(f"{source.path}: none of its pictures could be read.")
@@ -414,5 +423,5 @@ def finish(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -
         report["groups"] = scores.groups
     if out is not None:
         text = json.dumps(report, indent=1, ensure_ascii=False)
-        models.write_text(out / files.REPORT, text + "\n")
+        files.write_text(out / predictions.REPORT, text + "\n")
     return report

@@ -17,8 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, bootstrap, classes, data, generate, media, metrics, models
-from tinyvl import predictions as files
+from tinyvl import (
+    UserError,
+    bootstrap,
+    classes,
+    data,
+    generate,
+    media,
+    metrics,
+    models,
+    predictions,
+)
 from tinyvl.data import Record
 from tinyvl.evaluate import (
     Place,
@@ -117,7 +126,7 @@ def run_retrieval(
         precision=models.precision_name(place.precision),
     )  # fmt: skip
     if out is not None:
-        files.refuse(out, head, None)
+        predictions.refuse(out, head, None)
     model = load(name, place, "retrieve")
     seen: dict[str, Tensor] = {}
 
@@ -129,10 +138,10 @@ def run_retrieval(
             yield {} if isinstance(vector, Tensor) else vector
 
     asked = [Record(path, id=path) for path in paths]
-    how = fill(files.Log(None, {}), asked, embed, place, "pictures")
+    how = fill(predictions.Log(None, {}), asked, embed, place, "pictures")
     if not seen:
         raise UserError(f"{source.path}: none of its pictures could be read.")
-    log = files.Log(out, head, resume=None)  # only now: embeddings are not kept
+    log = predictions.Log(out, head, resume=None)  # only now: embeddings are not kept
     for lang in langs:
         part = [r for r in records if r.lang in (lang, None) and r.path in seen]
         for line in search(model, part, seen, lang):
@@ -277,7 +286,7 @@ def run_zeroshot(
         precision=models.precision_name(place.precision),
     )  # fmt: skip
     model = load(name, place, "retrieve")
-    log = files.Log(out, head, resume=resume)
+    log = predictions.Log(out, head, resume=resume)
     embed_texts = lambda texts: halved(model.embed_texts, texts)  # noqa: E731
     words = metrics.class_embeddings(embed_texts, list(called.values()), templates)  # (C, d)
     place_of = {label: i for i, label in enumerate(called)}
@@ -343,14 +352,14 @@ def compare_folders(kind: str, baseline: Path, folder: Path) -> dict[str, Any]:
 
 def kept(kind: str, folder: Path) -> tuple[dict[str, Any], Scores, list[str]]:
     """The report and the scores of a run that was kept in a folder, and what its items are."""
-    head = files.read_run(folder)
+    head = predictions.read_run(folder)
     if head.get("task") != kind:
         raise UserError(
             f"{folder}: not a folder that `tinyvl eval {kind} -o` made; name one that it did.", 2
         )
-    if not (folder / files.REPORT).exists():
+    if not (folder / predictions.REPORT).exists():
         raise UserError(f"{folder}: this run has not come to an end; run it to its end first.")
-    lines = sorted(files.read_lines(folder), key=lambda line: line["id"])
+    lines = sorted(predictions.read_lines(folder), key=lambda line: line["id"])
     if kind == "retrieval":
         scores = retrieval_scores(lines)
     else:

@@ -5,8 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from tinyvl import UserError, bootstrap
-from tinyvl import predictions as files
+from tinyvl import UserError, bootstrap, predictions
 from tinyvl.data import Record
 from tinyvl.evaluate import Scoring, Source, Task, choose, described, finish, read, task_of
 
@@ -50,7 +49,9 @@ def score_files(
         head = head_of_file(kind, path, source, split)
         reports.append(finish(head, len(done), task.score(done, texts), None))
         if results is not None:
-            files.export(results, {record.id: texts[record.id] for record in done}, task.field)
+            predictions.export(
+                results, {record.id: texts[record.id] for record in done}, task.field
+            )
     return average_runs(reports)
 
 
@@ -114,7 +115,7 @@ def made_elsewhere(
     task: Task, path: Path, everything: list[Record], records: list[Record], allow_missing: bool
 ) -> tuple[dict[str, str], list[Record]]:
     """A file's predictions, and the records that have one. Those for other parts are left aside."""
-    texts = files.match(files.read(path, task.field), everything, task.field)
+    texts = predictions.match(predictions.read(path, task.field), everything, task.field)
     done = [record for record in records if record.id in texts]
     if len(done) < len(records) and not (allow_missing and done):
         first = next(record.id for record in records if record.id not in texts)
@@ -127,7 +128,7 @@ def made_elsewhere(
 
 def head_of_file(kind: str, path: Path, source: Source, split: str | None) -> dict[str, Any]:
     """A report's head; what made the predictions is told by the ``run.json`` beside them."""
-    made = files.read_run(path if path.is_dir() else path.parent)
+    made = predictions.read_run(path if path.is_dir() else path.parent)
     known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
     name = made.get("model", str(path))
     return described(kind, name, source, split, predictions=str(path), **known)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinyvl import UserError, models
+from tinyvl import UserError, files
 
 MANIFEST = "manifest.json"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -260,7 +260,7 @@ def write_shard(
         except SafetensorError as error:  # a full disk, say
             raise UserError(f"{folder}: a shard cannot be written ({error}).") from error
 
-    models.replace_file(folder / shard_name(number), write)
+    files.replace_file(folder / shard_name(number), write)
 
 
 def read_shards(folder: Path, head: dict[str, Any]) -> tuple[list[dict], list[Entry]]:
@@ -317,7 +317,7 @@ def write_manifest(folder: Path, head: dict[str, Any]) -> None:
     lines.append(f' "columns": {json.dumps(COLUMNS)}')
     records = ",\n".join(f"  {json.dumps(astuple(entry))}" for entry in entries)
     lines.append(f' "records": [\n{records}\n ]')
-    models.write_text(folder / MANIFEST, "{\n" + ",\n".join(lines) + "\n}\n")
+    files.write_text(folder / MANIFEST, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 @contextmanager

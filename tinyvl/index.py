@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvl import UserError
+from tinyvl import UserError, files
 
 TABLES = ("images", "captions")
 COPY = 8192  # rows copied at once
@@ -236,9 +236,7 @@ class Part:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    from tinyvl import models
-
-    models.write_text(folder / "index.json", json.dumps(about, indent=1) + "\n")
+    files.write_text(folder / "index.json", json.dumps(about, indent=1) + "\n")
 
 
 def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tuple]) -> None:
@@ -247,7 +245,6 @@ def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tup
     Args:
         vectors: digest -> (a matrix, a row of it).
     """
-    from tinyvl import models
 
     def matrix(part: Path) -> None:
         with part.open("wb") as file:
@@ -259,8 +256,8 @@ def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tup
         with part.open("w", encoding="ascii") as file:
             file.writelines(row.line() for row in rows)
 
-    models.replace_file(folder / f"{stem}.f32", matrix)
-    models.replace_file(folder / f"{stem}.jsonl", lines)
+    files.replace_file(folder / f"{stem}.f32", matrix)
+    files.replace_file(folder / f"{stem}.jsonl", lines)
 
 
 def sweep(folder: Path, generation: int) -> None:

@@ -10,14 +10,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyvl import UserError, hub, lilt
+from tinyvl import UserError, files, hub, lilt
 from tinyvl.captioner import Captioner, Text
 from tinyvl.clipcap import ClipCap
 from tinyvl.decoder import Decoder
@@ -247,41 +247,15 @@ def load_trainable(model: Model, state: dict[str, torch.Tensor], where: str) -> 
             tensor.copy_(state[name])
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replaces a file in one stroke: a reader sees the old one or the new one, whole."""
-    replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    replace_file(file, lambda part: save_file(tensors, part, metadata))
-
-
-def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        write(part)
-        part.chmod(mode)  # safetensors makes files that only their owner can read
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}).") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save_config(folder: Path, config: dict) -> None:
-    write_text(folder / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    files.write_text(
+        folder / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 def save(model: Model, folder: Path, file: str = "model.safetensors") -> None:
     """The trainable tensors, in the type they are trained in."""
-    write_tensors(folder / file, trainable_state(model), {"format": "pt"})
+    files.write_tensors(folder / file, trainable_state(model), {"format": "pt"})
 
 
 def load_weights(model: Model, folder: Path) -> None:
@@ -319,7 +293,7 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
     lines += [f"- data: {Path(training['data']).name}", ""]
     lines += ["```", shlex.join(["tinyvl", *sys.argv[1:]]), "```", "", "| | |", "|---|---|"]
     lines += [f"| {k} | {v} |" for k, v in {**summary, **training["recipe"]}.items()]
-    write_text(folder / "README.md", "\n".join(lines) + "\n")
+    files.write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def checkpoint_folder(name: str, task: str = "caption") -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinyvl import UserError
 from tinyvl.data import Record
-from tinyvl.models import replace_file, write_text
+from tinyvl.files import replace_file, write_text
 
 FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 IDS = ("id", "question_id", "image_id")

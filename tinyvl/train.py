@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from tinyvl import UserError, __version__, models
+from tinyvl import UserError, __version__, files, models
 from tinyvl.captioner import Batch
 from tinyvl.features import open_store
 from tinyvl.feed import Feed, load_records
@@ -255,7 +255,7 @@ def save_state(run: Run, step: int, best: float, parameters, optimizer, scaler) 
         for key, value in optimizer.state[parameter].items():  # none before the first update
             tensors[f"{key}/{name}"] = value
     meta = {"step": step, "best": best, "scaler": scaler.state_dict()}
-    models.write_tensors(run.out / "training.safetensors", tensors, {"training": json.dumps(meta)})
+    files.write_tensors(run.out / "training.safetensors", tensors, {"training": json.dumps(meta)})
 
 
 def restore(state: dict, parameters, optimizer, scaler) -> tuple[int, float]:
@@ -287,4 +287,4 @@ def trim_log(file: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    models.write_text(file, "".join(f"{line}\n" for line in kept))
+    files.write_text(file, "".join(f"{line}\n" for line in kept))

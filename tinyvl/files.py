@@ -1,0 +1,39 @@
+"""Files that are replaced in one stroke: a reader, and a kill, find the old one or the new one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyvl import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_text(file: Path, text: str) -> None:
+    """A text in UTF-8."""
+    replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(file: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    replace_file(file, lambda part: save_file(tensors, part, metadata))
+
+
+def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        write(part)
+        part.chmod(mode)  # safetensors makes files that only their owner can read
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}).") from error
+    finally:
+        part.unlink(missing_ok=True)
