@@ -24,10 +24,14 @@ from tinyvl.cli_options import (
     Beams,
     Device,
     Features,
+    Json,
     LateStopping,
     LengthPenalty,
     Model,
+    Null,
+    OutFile,
     Precision,
+    ResumeFile,
     Sample,
     Seed,
     Temperature,
@@ -86,16 +90,10 @@ def caption(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures captioned together.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write to this file instead of stdout.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="With -o: skip what the file already has.")
-    ] = False,
-    null: Annotated[
-        bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
-    ] = False,
+    as_json: Json = False,
+    out: OutFile = None,
+    resume: ResumeFile = False,
+    null: Null = False,
     features: Features = None,
     device: Device = None,
     precision: Precision = None,
@@ -136,7 +134,7 @@ def caption(
 
 @app.command("models")
 def list_models(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List presets and backbones: parameters, licence, source, whether they are here."""
     from tinyvl import hub, models

@@ -14,7 +14,10 @@ from tinyvl.cli_options import (
     LateStopping,
     LengthPenalty,
     Model,
+    Null,
+    OutFile,
     Precision,
+    ResumeFile,
     Sample,
     Seed,
     Temperature,
@@ -48,15 +51,9 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON Lines: path, question, answer, score.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write to this file instead of stdout.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="With -o: skip what the file has an answer for.")
-    ] = False,
-    null: Annotated[
-        bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
-    ] = False,
+    out: OutFile = None,
+    resume: ResumeFile = False,
+    null: Null = False,
     features: Features = None,
     device: Device = None,
     precision: Precision = None,

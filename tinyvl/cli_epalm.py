@@ -8,6 +8,7 @@ import typer
 from tinyvl import UserError
 from tinyvl.cli_options import Device, Features, Precision, Workers, given, local
 from tinyvl.cli_train import (
+    LM,
     Batch,
     Checkpointing,
     Data,
@@ -18,8 +19,10 @@ from tinyvl.cli_train import (
     Init,
     Lang,
     MaxTokens,
+    MicroBatch,
     NoCache,
     PerImage,
+    Prompt,
     Quiet,
     Rate,
     Resume,
@@ -28,16 +31,13 @@ from tinyvl.cli_train import (
     Val,
     ValidateEvery,
     Views,
+    Vision,
     Warmup,
     WeightDecay,
     launch,
     taken_over,
 )
 
-LM = Annotated[str | None, typer.Option(help="Frozen language model: a name or folder.")]
-Vision = Annotated[str | None, typer.Option(help="Frozen encoder: a name or folder.")]
-Prompt = Annotated[str | None, typer.Option(help="Text before every caption or question.")]
-MicroBatch = Annotated[int, typer.Option(min=1, help="Captions in memory at once.")]
 FinalRate = Annotated[float | None, typer.Option(help="Where the schedule ends.")]
 Limit = Annotated[
     str | None,

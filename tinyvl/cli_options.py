@@ -23,6 +23,18 @@ Features = Annotated[
     typer.Option(help="Folder of `tinyvl features`: read there, not encoded. (default: none)"),
 ]
 
+# Paths in, lines out.
+Json = Annotated[bool, typer.Option("--json", help="JSON Lines.")]
+OutFile = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Write to this file instead of stdout.")
+]
+ResumeFile = Annotated[
+    bool, typer.Option("--resume", help="With -o: skip what the file already has.")
+]
+Null = Annotated[
+    bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
+]
+
 # How captions and answers are searched for.
 Beams = Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")]
 LengthPenalty = Annotated[

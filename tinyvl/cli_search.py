@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Model, Precision, Workers, load_model, local
+from tinyvl.cli_options import (
+    Device,
+    Json,
+    Model,
+    Null,
+    OutFile,
+    Precision,
+    ResumeFile,
+    Workers,
+    load_model,
+    local,
+)
 
 if TYPE_CHECKING:
     from tinyvl.index import Index
@@ -44,9 +55,7 @@ def index(
     ] = None,
     model: AnyModel = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
-    null: Annotated[
-        bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
-    ] = False,
+    null: Null = False,
     device: Device = None,
     precision: Precision = None,
     workers: Workers = None,
@@ -125,7 +134,7 @@ def retrieve(
     captions: Annotated[
         bool, typer.Option("--captions", help="Search the index's captions, not its pictures.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
+    as_json: Json = False,
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Only the results, a NUL after each: for xargs -0.")
     ] = False,
@@ -253,16 +262,10 @@ def classify(
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Labels of each picture.")] = 1,
     model: Model = "default",
     batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write to this file instead of stdout.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="With -o: skip what the file already has.")
-    ] = False,
-    null: Annotated[
-        bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
-    ] = False,
+    as_json: Json = False,
+    out: OutFile = None,
+    resume: ResumeFile = False,
+    null: Null = False,
     device: Device = None,
     precision: Precision = None,
     workers: Workers = None,

@@ -27,6 +27,10 @@ Data = Annotated[
 Val = Annotated[
     str | None, typer.Option(help="Validation data. (default: the data's own, or 2 % of it)")
 ]
+LM = Annotated[str | None, typer.Option(help="Frozen language model: a name or folder.")]
+Vision = Annotated[str | None, typer.Option(help="Frozen timm encoder: a name or folder.")]
+Prompt = Annotated[str | None, typer.Option(help="Text before every caption or question.")]
+MicroBatch = Annotated[int, typer.Option(min=1, help="Captions in memory at once.")]
 Init = Annotated[str | None, typer.Option(help="Checkpoint to fine-tune (after VLP, say).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Epochs = Annotated[float | None, typer.Option(min=0, help="Passes over the captions.")]
@@ -69,15 +73,13 @@ def train_itune(
     out: Annotated[
         Path | None, typer.Option(help="Checkpoint folder. (default: runs/itune)")
     ] = None,
-    lm: Annotated[str | None, typer.Option(help="Frozen language model: a name or folder.")] = None,
-    vision: Annotated[
-        str | None, typer.Option(help="Frozen timm encoder: a name or folder.")
-    ] = None,
+    lm: LM = None,
+    vision: Vision = None,
     init: Init = None,
     resume: Resume = False,
     epochs: Epochs = None,
     batch: Batch = None,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Captions in memory at once.")] = 64,
+    micro_batch: MicroBatch = 64,
     rate: Rate = None,
     warmup: Warmup = None,
     weight_decay: WeightDecay = None,
@@ -88,7 +90,7 @@ def train_itune(
         int | None, typer.Option(min=0, help="No modules in the first N layers.")
     ] = None,
     scale: Annotated[float | None, typer.Option(help="λ of equation 5.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
+    prompt: Prompt = None,
     fit: Fit = None,
     images: Images = None,
     format: Format = None,
