@@ -491,6 +491,9 @@ def test_a_download_tells_its_progress(tmp_path, monkeypatch):
     told = []
     path = pip_download(wheel, out, lambda done, total: told.append((done, total)))
     server.shutdown()
+    if wheels._version("pip") < (24, 1):  # the first that tells
+        assert told == []
+        return
     size = path.stat().st_size
     assert told[-1] == (size, size)
     assert [done for done, _ in told] == sorted(done for done, _ in told)

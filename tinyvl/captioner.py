@@ -120,6 +120,13 @@ class Captioner(nn.Module, ABC):
         """Which parameters a checkpoint holds."""
         return self.trainable(name)
 
+    def train(self, mode: bool = True) -> "Captioner":
+        """As in PyTorch, but for the encoder: its batch statistics and dropout stay frozen."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+        return self
+
     @abstractmethod
     def see(self, percept: Percept) -> Any:
         """An encoder's percept (I images) to what the method's modules read, rows of I."""
@@ -250,6 +257,7 @@ class Captioner(nn.Module, ABC):
 
         -> {"loss": nats per token, "tokens": how many, "captions": how many}.
         """
+        self.train()
         tokens = sum(int(batch.targets[:, 1:].sum()) for batch in batches)
         total = torch.zeros((), device=self.device)
         with self.attention():  # backward too: checkpointed layers are computed again there
@@ -264,6 +272,7 @@ class Captioner(nn.Module, ABC):
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
         """Mean cross-entropy per token, nats."""
+        self.eval()
         total, tokens = 0.0, 0
         with self.attention():
             for batch in batches:

@@ -38,6 +38,14 @@ Batch = Annotated[int | None, typer.Option(min=1, help="Captions per optimizer s
 Rate = Annotated[float | None, typer.Option(help="AdamW's learning rate after warm-up.")]
 Warmup = Annotated[float | None, typer.Option(min=0, max=1, help="As a share of all steps.")]
 WeightDecay = Annotated[float | None, typer.Option(help="AdamW's weight decay.")]
+Average = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=0.99999,
+        help="Decay of a moving average of the weights, which is what is saved; 0: none.",
+    ),
+]
 Fit = Annotated[
     str | None,
     typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
@@ -83,6 +91,7 @@ def train_itune(
     rate: Rate = None,
     warmup: Warmup = None,
     weight_decay: WeightDecay = None,
+    average: Average = None,
     bottleneck: Annotated[
         int | None, typer.Option(min=1, help="r. (default: half the width)")
     ] = None,
@@ -90,6 +99,10 @@ def train_itune(
         int | None, typer.Option(min=0, help="No modules in the first N layers.")
     ] = None,
     scale: Annotated[float | None, typer.Option(help="λ of equation 5.")] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.9, help="Of image tokens and what modules read, in training."),
+    ] = None,
     prompt: Prompt = None,
     fit: Fit = None,
     images: Images = None,
@@ -119,7 +132,7 @@ def train_itune(
     from tinyvl import models
 
     row = models.preset(preset, "itune")
-    options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale)
+    options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale, dropout=dropout)
     if lm is not None and drop is None:
         options.pop("drop", None)  # a preset's layers are counted for its own decoder
     parts = {
@@ -137,7 +150,11 @@ def train_itune(
                 2,
             )
         parts = taken_over(init, "itune")
-    recipe = given(epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay)
+        parts["options"] |= given(dropout=dropout)
+    recipe = given(
+        epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay,
+        average=average,
+    )  # fmt: skip
     launch(
         row, parts, recipe, given(max_tokens=max_tokens, per_image=per_image, views=views),
         data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
@@ -232,6 +249,7 @@ def train_lilt(
     rate: Rate = None,
     warmup: Warmup = None,
     weight_decay: WeightDecay = None,
+    average: Average = None,
     images: Images = None,
     format: Format = None,
     lang: Lang = "en",
@@ -309,7 +327,10 @@ def train_lilt(
         )
         fresh = no_cache or (row.job.get("crops") if crops is None else crops)
         micro_batch = 64 if learns or fresh else 2500
-    recipe = given(epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay)
+    recipe = given(
+        epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay,
+        average=average,
+    )  # fmt: skip
     launch(
         row, parts, recipe,
         given(max_tokens=max_tokens, per_image=per_image, views=views, crops=crops),

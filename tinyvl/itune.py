@@ -13,7 +13,8 @@ r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so t
 out from the untouched language model; W_q and b_q start 1/√r smaller than PyTorch would have
 them, so that the unscaled softmax starts as soft as a scaled one. Rates are in `models.PRESETS`.
 b_k changes nothing (a softmax does not see what all its scores share); it is there as the paper
-counts it.
+counts it. ``dropout`` (of the image tokens' entries and of Σ s_i V'_i, in training) is not in the
+paper: a small set of pictures needs it.
 """
 
 import torch
@@ -31,9 +32,16 @@ KeysValues = tuple[Tensor, Tensor]  # (I, S, r) each
 class ITuneModule(nn.Module):
     """Equations 1 to 5 for one layer."""
 
-    def __init__(self, hidden_size: int, vision_width: int, bottleneck: int, scale: float = 1.0):
+    def __init__(
+        self,
+        hidden_size: int,
+        vision_width: int,
+        bottleneck: int,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        self.scale = scale  # λ
+        self.scale, self.dropout = scale, dropout  # λ
         self.q = nn.Linear(hidden_size, bottleneck)
         self.k = nn.Linear(vision_width, bottleneck)
         self.v = nn.Linear(vision_width, bottleneck)
@@ -57,6 +65,7 @@ class ITuneModule(nn.Module):
             exact = torch.promote_types(q.dtype, torch.float32)
             weights = (q.to(exact) @ k.to(exact).mT).softmax(-1)  # (I, B / I * T, S)
         mixed = (weights.to(v.dtype) @ v).view(batch, length, -1)
+        mixed = F.dropout(mixed, self.dropout, self.training)
         return self.scale * F.linear(mixed, self.o.weight) + self.o.bias
 
 
@@ -74,8 +83,10 @@ class ITune(Captioner):
         bottleneck: int | None = None,
         drop: int = 0,
         scale: float = 1.0,
+        dropout: float = 0.0,
     ):
         super().__init__(encoder, decoder, text, prompt)
+        self.dropout = dropout
         self.text_layers = drop
         c = decoder.config
         if not 0 <= drop < c.layers:
@@ -83,13 +94,14 @@ class ITune(Captioner):
         r = bottleneck or c.hidden_size // 2
         self.itune = nn.ModuleDict(
             {
-                str(i): ITuneModule(c.hidden_size, vision_width, r, scale)
+                str(i): ITuneModule(c.hidden_size, vision_width, r, scale, dropout)
                 for i in range(drop, c.layers)
             }
         )
 
     def see(self, percept: Percept) -> dict[int, KeysValues]:
-        return {int(i): module.see(percept.tokens) for i, module in self.itune.items()}
+        tokens = F.dropout(percept.tokens, self.dropout, self.training)
+        return {int(i): module.see(tokens) for i, module in self.itune.items()}
 
     def pick(self, visual: dict[int, KeysValues], rows: Tensor) -> dict[int, KeysValues]:
         return {i: (k[rows], v[rows]) for i, (k, v) in visual.items()}

@@ -21,6 +21,7 @@ class Recipe:
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float | None = 1.0  # of the gradients' norm; None: none
+    average: float = 0.0  # decay of the weights' moving average, which is what is saved; 0: none
     fixed: dict[str, float] = field(default_factory=dict)  # rates that stay, by the module's name
 
 

@@ -8,6 +8,8 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -79,9 +81,10 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(parameter_groups(model, parameters, job.recipe))
         scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
         clip = math.inf if job.recipe.clip is None else job.recipe.clip
+        average = Average(parameters, job.recipe.average)
         step, best = 0, math.inf
         if state:
-            step, best = restore(state, parameters, optimizer, scaler)
+            step, best = restore(state, parameters, optimizer, scaler, average)
         trim_log(run.out / "log.jsonl", step)
         log = (run.out / "log.jsonl").open("a", encoding="utf-8")
         say(
@@ -109,6 +112,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
+                    average.update(step)
                     done += metrics["captions"]
                     speed = done / (time.monotonic() - started)
                     memory = peak_memory(run.device)
@@ -122,20 +126,22 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     advance(1, f"{report}  {memory / 2**30:.1f} GiB")
                 ends = step == steps
                 if feed.val_order and (step % validate_every == 0 or ends):
-                    value = model.validate(b for b in feed.validation() if b is not None)
-                    write(log, step=step, val_loss=round(value, 5))
-                    say(run, f"step {step}: validation loss {value:.4f}")
-                    if value < best:
-                        best = value
-                        models.save(model, run.out, "model.safetensors")
+                    with average.applied():
+                        value = model.validate(b for b in feed.validation() if b is not None)
+                        write(log, step=step, val_loss=round(value, 5))
+                        say(run, f"step {step}: validation loss {value:.4f}")
+                        if value < best:
+                            best = value
+                            models.save(model, run.out, "model.safetensors")
                 if step % run.save_every == 0 or ends or run.stop:
-                    save_state(run, step, best, parameters, optimizer, scaler)
+                    save_state(run, step, best, parameters, optimizer, scaler, average)
                 if run.stop and not ends:
                     raise Interrupted
     log.close()
-    models.save(model, run.out, "last.safetensors")
-    if not feed.val_order:
-        models.save(model, run.out, "model.safetensors")
+    with average.applied():
+        models.save(model, run.out, "last.safetensors")
+        if not feed.val_order:
+            models.save(model, run.out, "model.safetensors")
     if not (run.out / "model.safetensors").exists():
         raise UserError(f"{run.out}: the loss was never finite; train with a lower --rate.")
     summary = {
@@ -164,6 +170,39 @@ def parameter_groups(
         {"params": members, "fixed": fixed, "lr": recipe.rate, "weight_decay": decay}
         for (fixed, decay), members in groups.items()
     ]
+
+
+class Average:
+    """An exponential moving average of the trainable weights: what is validated and saved.
+
+    Its decay grows to the given one as min(decay, (1 + step) / (10 + step)), so that the start is
+    soon forgotten. With a decay of 0 there is none, and the weights are their own.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float):
+        self.parameters, self.decay = parameters, decay
+        self.values = {n: p.detach().clone() for n, p in parameters.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.values.items():
+            value.lerp_(self.parameters[name], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the average's weights for a while."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, value in self.values.items():
+            parameter = self.parameters[name]
+            parameter.data, self.values[name] = value, parameter.data
 
 
 def write(log: TextIO, **values: float) -> None:
@@ -247,18 +286,19 @@ def open_run(settings: dict[str, Any], run: Run) -> dict[str, Any] | None:
     return {"file": state_file} if state_file.exists() else {}
 
 
-def save_state(run: Run, step: int, best: float, parameters, optimizer, scaler) -> None:
+def save_state(run: Run, step: int, best: float, parameters, optimizer, scaler, average) -> None:
     """Everything a resumed run needs, in one file, replaced in one stroke."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"model/{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():  # none before the first update
             tensors[f"{key}/{name}"] = value
+    tensors |= {f"average/{name}": value for name, value in average.values.items()}
     meta = {"step": step, "best": best, "scaler": scaler.state_dict()}
     files.write_tensors(run.out / "training.safetensors", tensors, {"training": json.dumps(meta)})
 
 
-def restore(state: dict, parameters, optimizer, scaler) -> tuple[int, float]:
+def restore(state: dict, parameters, optimizer, scaler, average) -> tuple[int, float]:
     """Fills in parameters and optimizer; -> (steps done, best validation loss)."""
     from safetensors import safe_open
 
@@ -267,6 +307,8 @@ def restore(state: dict, parameters, optimizer, scaler) -> tuple[int, float]:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(f"model/{name}"))
+                if name in average.values:
+                    average.values[name].copy_(file.get_tensor(f"average/{name}"))
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     if f"{key}/{name}" in kept:
                         value = file.get_tensor(f"{key}/{name}")
