@@ -1,5 +1,6 @@
 """The training loop: what it learns, what it leaves alone, and that it survives being killed."""
 
+import dataclasses
 import json
 import os
 import random
@@ -386,3 +387,55 @@ def test_captions_are_cut_to_the_decoders_positions(world, tmp_path):
 def test_a_job_survives_json():
     made = job({"data": "d", "language": "l", "vision": "v"})
     assert json.loads(json.dumps(asdict(made)))["recipe"]["batch"] == 12
+
+
+def test_an_average_of_the_weights_is_what_is_saved_and_resumed(world, tmp_path):
+    """Against the average written out: after each step, decays of 2/11, 3/12, ... up to 0.9."""
+    seen = []
+
+    class Watched(train.Average):
+        def update(self, step):
+            seen.append({n: p.detach().clone() for n, p in self.parameters.items()})
+            if step == 1:
+                seen.insert(0, {n: v.clone() for n, v in self.values.items()})
+            super().update(step)
+
+    settings = job(world)
+    settings.recipe = dataclasses.replace(settings.recipe, average=0.9)
+    whole = train.Average
+    train.Average = Watched
+    try:
+        train.train(settings, run(tmp_path / "whole"))
+    finally:
+        train.Average = whole
+    mean, *later = seen
+    for step, weights in enumerate(later, 1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        mean = {n: decay * mean[n] + (1 - decay) * weights[n] for n in mean}
+    saved = load_file(tmp_path / "whole/last.safetensors")
+    assert len(later) == 24
+    for name, value in saved.items():
+        assert torch.allclose(value, mean[name], atol=1e-6), name
+        assert not torch.allclose(value, later[-1][name], atol=1e-6), name
+
+    stopped = run(tmp_path / "parts")
+    stopped.stop = StopWhen(lambda: steps(tmp_path / "parts") >= 11)
+    with pytest.raises(train.Interrupted):
+        train.train(settings, stopped)
+    train.train(settings, run(tmp_path / "parts", resume=True))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+def test_dropout_is_of_training_alone_and_leaves_the_encoder_as_it_is(world, tmp_path):
+    train.train(job(world, epochs=2), run(tmp_path / "plain", cache=False))
+    dropped = job(world, epochs=2, options={"drop": 1, "dropout": 0.4})
+    train.train(dropped, run(tmp_path / "a", cache=False))
+    train.train(dropped, run(tmp_path / "b", cache=False))
+    assert files(tmp_path / "a") == files(tmp_path / "b") != files(tmp_path / "plain")
+    model = models.load(str(tmp_path / "a"), device=torch.device("cpu"))
+    pictures = torch.randint(0, 256, (2, 3, 32, 32)).byte()
+    batch = model.collate(model.encode(["red", "a blue square"], 9), [0, 1], pictures, [0, 1])
+    assert model.loss(batch)[0] == model.loss(batch)[0]
+    model.train()
+    assert not any(module.training for module in model.encoder.modules())
+    assert model.loss(batch)[0] != model.loss(batch)[0]

@@ -53,6 +53,7 @@ class Batch:
     ids: Tensor  # (B, T) [bos] prompt text [eos], padded on the right
     targets: Tensor  # (B, T) True where the token is predicted by the one before it
     states: Tensor | None = None  # (B, T - 1, d) ids[:, :-1] after the layers of text alone
+    keys: Tensor | None = None  # (I,) equal where pictures are the same
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -69,7 +70,10 @@ class Batch:
             used, rows = self.rows[i : i + size].unique(return_inverse=True)
             part = slice(i, i + size)
             states = None if self.states is None else self.states[part]
-            out.append(Batch(self.pictures[used], rows, self.ids[part], self.targets[part], states))
+            keys = None if self.keys is None else self.keys[used]
+            out.append(
+                Batch(self.pictures[used], rows, self.ids[part], self.targets[part], states, keys)
+            )
         return out
 
 
@@ -80,6 +84,7 @@ def collate(
     text: Text,
     prompt: list[int],
     states: list[Tensor] | None = None,
+    keys: Tensor | None = None,
 ) -> Batch:
     """Bare caption ids to a `Batch`, with the captions' states (each (1 + P + t, d)) if known.
 
@@ -93,7 +98,7 @@ def collate(
         ids[i, : len(line)] = torch.tensor(line)
         targets[i, 1 + len(prompt) : len(line)] = True
     padded = None if states is None else nn.utils.rnn.pad_sequence(states, batch_first=True)
-    return Batch(pictures, torch.tensor(rows), ids, targets, padded)
+    return Batch(pictures, torch.tensor(rows), ids, targets, padded, keys)
 
 
 class Captioner(nn.Module, ABC):
@@ -186,8 +191,9 @@ class Captioner(nn.Module, ABC):
         keys: list[int],
         states: list[Tensor] | None = None,
     ) -> Batch:
-        """A `Batch` of caption ids; ``keys``, which pictures are the same, play no part."""
-        return collate(captions, rows, pictures, self.text, self.prompt, states)
+        """A `Batch` of caption ids; ``keys`` are equal where pictures are the same."""
+        keys = torch.tensor(keys)
+        return collate(captions, rows, pictures, self.text, self.prompt, states, keys)
 
     def checkpoint(self, on: bool) -> None:
         """Recompute the decoder's layers in the backward pass."""
@@ -231,8 +237,11 @@ class Captioner(nn.Module, ABC):
         pictures = pictures[:, -sum(widths) :]
         return Percept(pictures[:, None], list(pictures.split(widths, -1)))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy of the target tokens, in nats, and their number."""
+    def loss(self, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of the target tokens, in nats, and their number.
+
+        ``weights`` (B,) multiply the captions' sums.
+        """
         batch = batch.to(self.device)
         with self.autocast():
             visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
@@ -243,8 +252,11 @@ class Captioner(nn.Module, ABC):
             else:
                 hidden = self.run(batch.states, visual, mask=real, first=self.text_layers)
             logits = self.decoder.logits(hidden[read])  # only where a token is predicted
-        losses = F.cross_entropy(logits, batch.ids[:, 1:][read], reduction="sum")
-        return losses, read.sum()
+        wanted = batch.ids[:, 1:][read]
+        if weights is None:
+            return F.cross_entropy(logits, wanted, reduction="sum"), read.sum()
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        return (losses * weights[read.nonzero()[:, 0]]).sum(), read.sum()
 
     def attention(self):
         """On a CPU the plain kernel: the fused one is slow backward over short texts."""

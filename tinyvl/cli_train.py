@@ -46,6 +46,16 @@ Average = Annotated[
         help="Decay of a moving average of the weights, which is what is saved; 0: none.",
     ),
 ]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="likelihood, or cider: self-critical training on the model's own captions, after "
+        "likelihood (--init)."
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=2, help="With --objective cider: captions drawn of a picture.")
+]
 Fit = Annotated[
     str | None,
     typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
@@ -112,6 +122,8 @@ def train_itune(
     max_tokens: MaxTokens = None,
     per_image: PerImage = None,
     views: Views = None,
+    objective: Objective = None,
+    samples: Samples = None,
     seed: Seed = 0,
     save_every: SaveEvery = 100,
     validate_every: ValidateEvery = None,
@@ -156,7 +168,11 @@ def train_itune(
         average=average,
     )  # fmt: skip
     launch(
-        row, parts, recipe, given(max_tokens=max_tokens, per_image=per_image, views=views),
+        row, parts, recipe,
+        given(
+            max_tokens=max_tokens, per_image=per_image, views=views,
+            objective=chosen(objective), samples=samples,
+        ),
         data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
         seed=seed, device=device, precision=precision, out=out, micro=micro_batch,
         checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
@@ -339,6 +355,12 @@ def train_lilt(
         checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
         save_every=save_every, validate_every=validate_every, workers=workers, quiet=quiet,
     )  # fmt: skip
+
+
+def chosen(objective: str | None) -> str | None:
+    if objective not in (None, "likelihood", "cider"):
+        raise UserError(f"--objective is likelihood or cider, not {objective!r}.", 2)
+    return objective
 
 
 def layers_of(text: str | None) -> list[int] | None:

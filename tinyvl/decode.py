@@ -127,12 +127,16 @@ def sample(
     )  # (B, L)
 
     def pick(logits: Tensor, live: Tensor, t: int) -> Tensor:
-        weight, order = truncate(logits / temperature, top_k, top_p)
+        if top_k == 0 and top_p == 1:  # nothing to cut: no need to sort
+            weight, order = (logits / temperature).softmax(-1), None
+        else:
+            weight, order = truncate(logits / temperature, top_k, top_p)
         cdf = weight.cumsum(-1)
         at = torch.searchsorted(cdf, uniform[live, t, None] * cdf[:, -1:], right=True)
         # A float32 number may round to 1, and a parallel sum may still grow over the zeros.
-        at = torch.minimum(at, weight.count_nonzero(-1)[:, None] - 1)
-        return order.gather(-1, at)[:, 0]
+        last = weight.shape[-1] - 1 - (weight.flip(-1) > 0).int().argmax(-1, keepdim=True)
+        at = torch.minimum(at, last)
+        return (at if order is None else order.gather(-1, at))[:, 0]
 
     return _single(step, prompt, pick, eos, max_new_tokens, forbid)
 

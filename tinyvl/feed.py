@@ -315,8 +315,11 @@ class Feed:
         tokens = prepare(train, model, job)
         for i in self.pictures.bad:
             tokens[i] = []
-        self.states = TextStates(tokens, model, run, "train")
-        if job.task == "vqa":
+        cider = job.objective == "cider"  # reads pictures; the captions are sampled
+        self.states = TextStates([] if cider else tokens, model, run, "train")
+        if cider:
+            self.groups = [Group(i, lines[:1]) for i, lines in enumerate(tokens) if lines]
+        elif job.task == "vqa":
             self.groups = [Group(i, lines, drawn=True) for i, lines in enumerate(tokens) if lines]
         else:
             self.groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
@@ -328,13 +331,18 @@ class Feed:
             for i, t in enumerate(prepare(val, model, job))
             if i not in self.val_pictures.bad
         ]
-        self.val_states = TextStates([g.captions for g in self.val_groups], model, run, "val")
+        known = [] if cider else [g.captions for g in self.val_groups]
+        self.val_states = TextStates(known, model, run, "val")
         order = sorted(
             range(len(self.val_groups)), key=lambda g: len(self.val_groups[g].captions[0])
         )
         self.val_order = [order[i : i + run.micro] for i in range(0, len(order), run.micro)]
 
         self.size = sum(1 if g.drawn else len(g.captions) for g in self.groups)
+        self.size *= job.samples if cider else 1
+        self.kind = (
+            "questions" if job.task == "vqa" else "sampled captions" if cider else "captions"
+        )
         mean = self.size / len(self.groups)
         self.micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
         self.per_step = max(1, round(job.recipe.batch / (self.micro * mean)))  # micro-batches
@@ -344,7 +352,7 @@ class Feed:
     def __str__(self) -> str:
         return (
             f"{len(self.pictures.paths):,} pictures, "
-            f"{self.size:,} {'questions' if self.job.task == 'vqa' else 'captions'}, "
+            f"{self.size:,} {self.kind}, "
             f"{len(self.val_groups):,} pictures to validate on"
         )
 

@@ -34,6 +34,8 @@ class Job:
     seed: int = 0
     max_tokens: int = 40  # longer captions are cut
     per_image: int = 5  # captions of a picture that share a micro-batch
+    objective: str = "likelihood"  # or "cider": see `scst`
+    samples: int = 5  # captions of a picture that "cider" compares
     views: int = 1  # of each picture, one after another by epoch; 1: the picture itself
     crops: bool = False  # a random crop of each picture, augmented, new in every epoch
     precision: str = "fp32"

@@ -16,10 +16,11 @@ from typing import Any, TextIO
 
 import torch
 
-from tinyvl import UserError, __version__, files, models
+from tinyvl import UserError, __version__, files, models, scst
 from tinyvl.captioner import Batch
+from tinyvl.data import Record
 from tinyvl.features import open_store
-from tinyvl.feed import Feed, load_records
+from tinyvl.feed import Feed, Pictures, load_records
 from tinyvl.job import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
 from tinyvl.lilt import Pairs
 
@@ -76,6 +77,15 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         store.check_transform(model.encoder.data_config)
     with stopping(run):
         feed = Feed(train_records, val_records[:1000], model, job, run, store)
+        objective = model
+        if job.objective == "cider":
+            train_side, val_side = (
+                (feed.pictures, train_records),
+                (feed.val_pictures, val_records[:1000]),
+            )
+            objective = scst.SelfCritical(
+                model, captions_of(*train_side), captions_of(*val_side), job.samples, job.max_tokens
+            )
         steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
         validate_every = run.validate_every or feed.steps_per_epoch
         optimizer = torch.optim.AdamW(parameter_groups(model, parameters, job.recipe))
@@ -106,7 +116,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                 taken = next(source)
                 step += 1
                 if taken:  # else every picture of the step was unreadable
-                    metrics, pieces = accumulate(model, taken, scaler, pieces, run)
+                    metrics, pieces = accumulate(model, objective, taken, scaler, pieces, run)
                     scaler.unscale_(optimizer)
                     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
                     scaler.step(optimizer)
@@ -127,7 +137,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                 ends = step == steps
                 if feed.val_order and (step % validate_every == 0 or ends):
                     with average.applied():
-                        value = model.validate(b for b in feed.validation() if b is not None)
+                        value = objective.validate(b for b in feed.validation() if b is not None)
                         write(log, step=step, val_loss=round(value, 5))
                         say(run, f"step {step}: validation loss {value:.4f}")
                         if value < best:
@@ -152,6 +162,14 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         models.write_card(run.out, config, summary)
     shutil.rmtree(run.out / "features", ignore_errors=True)
     return summary | {"model": str(run.out)}
+
+
+def captions_of(pictures: Pictures, records: list[Record]) -> dict[int, list[str]]:
+    """{a picture's key: the captions of all its records}."""
+    found: dict[int, list[str]] = {}
+    for key, record in zip(pictures.keys, records, strict=False):
+        found.setdefault(key, []).extend(record.captions)
+    return found
 
 
 def parameter_groups(
@@ -213,6 +231,7 @@ def write(log: TextIO, **values: float) -> None:
 
 def accumulate(
     model: models.Model,
+    objective: models.Model | scst.SelfCritical,
     taken: list[Batch] | list[Pairs],
     scaler: torch.amp.GradScaler,
     pieces: int,
@@ -222,7 +241,7 @@ def accumulate(
     while True:
         try:
             parts = [part for batch in taken for part in batch.split(pieces)]
-            return model.accumulate(parts, scaler if scaler.is_enabled() else None), pieces
+            return objective.accumulate(parts, scaler if scaler.is_enabled() else None), pieces
         except torch.OutOfMemoryError:
             if pieces >= max(len(batch.ids) for batch in taken):
                 raise UserError(

@@ -1,0 +1,184 @@
+"""Self-critical sequence training: a captioner learns from the CIDEr of its own captions.
+
+Rennie et al., "Self-critical Sequence Training for Image Captioning",
+https://arxiv.org/abs/1612.00563. Of each picture K captions are sampled; those that score above
+the others become likelier and those below less likely. The baseline of a sample is the mean of
+the picture's other samples (Luo, "A Better Variant of Self-Critical Sequence Training",
+https://arxiv.org/abs/2003.09971), which needs no greedy decoding:
+
+    loss = - Σ_k (r_k - mean of the other r) log p(caption_k) / tokens
+
+The end of a caption counts as a word of the rewards. Without it, captions that break off ("a man
+in front of a") score as well as whole ones. Made for a captioner that cross-entropy has trained.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from tinyvl import decode, ptb
+from tinyvl.captioner import Batch, Captioner, collate
+
+N = 4  # n-grams of up to so many words
+SIGMA = 6.0  # of the penalty of another length
+END = "</s>"
+
+
+class Cider:
+    """CIDEr-D (x 10) against references known ahead, whose n-gram weights are counted once.
+
+    Vedantam et al., https://arxiv.org/abs/1411.5726, in the numbers of pycocoevalcap; a test
+    compares.
+
+    Args:
+        references: of each picture the words of its captions, joined by spaces.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]):
+        counts = [[ngrams(caption) for caption in captions] for captions in references]
+        self.frequency = Counter(n for captions in counts for n in set().union(*captions))
+        self.pictures = math.log(len(references)) if references else 0.0
+        self.references = [[self.vector(count) for count in captions] for captions in counts]
+
+    def vector(self, counts: Counter) -> tuple[dict, list[float], int]:
+        """Weights of the n-grams, their norm for each n, and the length."""
+        weights = {
+            n: count * (self.pictures - math.log(max(1, self.frequency[n])))
+            for n, count in counts.items()
+        }
+        squares = [0.0] * N
+        for n, weight in weights.items():
+            squares[len(n) - 1] += weight**2
+        length = sum(count for n, count in counts.items() if len(n) == 2)  # as pycocoevalcap has it
+        return weights, [math.sqrt(square) for square in squares], length
+
+    def score(self, picture: int, caption: str) -> float:
+        """Of a caption's words, joined by spaces, for one of the pictures."""
+        weights, norms, length = self.vector(ngrams(caption))
+        total = 0.0
+        for theirs, their_norms, their_length in self.references[picture]:
+            products = [0.0] * N
+            for n in weights.keys() & theirs.keys():
+                products[len(n) - 1] += min(weights[n], theirs[n]) * theirs[n]
+            cosines = (
+                product / (a * b) if a and b else product
+                for product, a, b in zip(products, norms, their_norms, strict=True)
+            )
+            total += sum(cosines) * math.exp(-((length - their_length) ** 2) / (2 * SIGMA**2))
+        return 10 * total / N / len(self.references[picture])
+
+
+def ngrams(caption: str) -> Counter:
+    """{n-gram: how often}, n = 1 to 4."""
+    words = caption.split()
+    return Counter(
+        tuple(words[i : i + n]) for n in range(1, N + 1) for i in range(len(words) - n + 1)
+    )
+
+
+class SelfCritical:
+    """The objective in place of cross-entropy: `accumulate` and `validate` of a `Captioner`.
+
+    Args:
+        references: {a picture's key in a `Batch`: its captions}.
+        val_references: the same of the pictures to validate on.
+        samples: K.
+        max_tokens: of a sampled caption.
+    """
+
+    def __init__(
+        self,
+        model: Captioner,
+        references: dict[int, list[str]],
+        val_references: dict[int, list[str]],
+        samples: int,
+        max_tokens: int,
+    ):
+        self.model, self.samples, self.max_tokens = model, samples, max_tokens
+        self.cider, self.number = scorer(references)
+        self.val_cider, self.val_number = scorer(val_references)
+
+    def accumulate(
+        self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None
+    ) -> dict[str, float]:
+        """Adds the gradients of one optimizer step; -> "loss" is minus the samples' mean CIDEr."""
+        model = self.model.eval()  # the sampled captions' own probabilities: no dropout
+        drawn = [self.sample(batch) for batch in batches]
+        tokens = sum(int(batch.targets.sum()) for batch, _ in drawn)
+        rewards = 0.0
+        with model.attention():
+            for batch, reward in drawn:
+                others = (reward.sum(1, keepdim=True) - reward) / (self.samples - 1)
+                loss, _ = model.loss(batch, (reward - others).flatten())
+                share = loss / tokens
+                (scaler.scale(share) if scaler else share).backward()
+                rewards += reward.sum().item()
+        captions = sum(len(batch.ids) for batch, _ in drawn)
+        return {"loss": -rewards / captions, "tokens": tokens, "captions": captions}
+
+    @torch.no_grad()
+    def sample(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """A batch of K sampled captions a picture, and their rewards (I, K)."""
+        model, pictures = self.model, len(batch.pictures)
+        rows = torch.arange(pictures).repeat_interleave(self.samples)
+        found = self.write(batch, rows, sampling=torch.initial_seed())
+        captions = [h.tokens for h in found]
+        new = collate(
+            captions, rows.tolist(), batch.pictures, model.text, model.prompt, keys=batch.keys
+        )
+        for row, hypothesis in enumerate(found):
+            if not hypothesis.finished:  # its end was not sampled
+                new.targets[row, 1 + len(model.prompt) + len(hypothesis.tokens)] = False
+        keys = batch.keys[rows].tolist()
+        rewards = [
+            self.cider.score(self.number[key], words(model.text.decode(h.tokens), h.finished))
+            for key, h in zip(keys, found, strict=True)
+        ]
+        return new, torch.tensor(rewards, device=model.device).view(pictures, self.samples)
+
+    def write(
+        self, batch: Batch, rows: Tensor, sampling: int | None = None
+    ) -> list[decode.Hypothesis]:
+        """A caption for each row of pictures, sampled with this seed or else greedy."""
+        model = self.model
+        rows = rows.to(model.device)
+        with model.autocast():
+            visual = model.pick(model.see(model.percept(batch.pictures.to(model.device))), rows)
+        line = [model.text.bos, *model.prompt]
+        prompt = torch.tensor([line] * len(rows), device=model.device)
+        step = model.stepper(visual, len(rows))
+        common = {
+            "eos": model.text.eos,
+            "max_new_tokens": min(self.max_tokens, model.room),
+            "forbid": model.text.spare(model.decoder.config.vocab_size),
+        }
+        if sampling is None:
+            return decode.greedy(step, prompt, **common)
+        nth = torch.arange(len(rows)) % self.samples
+        indices = (batch.keys[rows.cpu()] * self.samples + nth).tolist()
+        return decode.sample(step, prompt, seed=sampling, indices=indices, **common)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> float:
+        """Minus the mean CIDEr of greedy captions."""
+        model, scores = self.model.eval(), []
+        for batch in batches:
+            found = self.write(batch, torch.arange(len(batch.pictures)))
+            for key, h in zip(batch.keys.tolist(), found, strict=True):
+                caption = words(model.text.decode(h.tokens), h.finished)
+                scores.append(self.val_cider.score(self.val_number[key], caption))
+        return -sum(scores) / len(scores) if scores else math.nan
+
+
+def scorer(references: dict[int, list[str]]) -> tuple[Cider, dict[int, int]]:
+    """CIDEr against captions by key, and each key's number there."""
+    known = [[words(caption, True) for caption in captions] for captions in references.values()]
+    return Cider(known), {key: i for i, key in enumerate(references)}
+
+
+def words(caption: str, finished: bool) -> str:
+    """A caption's words, with a word for its end."""
+    return f"{ptb.tokenise(caption)} {END}" if finished else ptb.tokenise(caption)
