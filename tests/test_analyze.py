@@ -3,12 +3,11 @@
 import builtins
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shell
 import torch
 from tiny import write_text, write_vision
 
@@ -83,17 +82,14 @@ def test_locked_layernorms_are_said(tmp_path):
 
 def test_from_the_command_line(moved, tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, "-m", "tinyvl.cli", "analyze", "layernorm", moved]
-    done = subprocess.run(
-        [*command, "--png", str(tmp_path / "f.png"), "-o", str(tmp_path / "f.csv")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == ""
+    command = ["analyze", "layernorm", moved]
+    done = shell.run(*command, "--png", tmp_path / "f.png", "-o", tmp_path / "f.csv")
+    assert (done.returncode, done.stdout) == (0, "")
     assert "image scale: r = 1.000" in done.stderr
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
     assert list(rows[0]) == list(analyze.FIELDS)
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    done = shell.run(*command, "--json")
     found = json.loads(done.stdout)
     assert found["pearson"]["text"]["scale"] == pytest.approx(-1, abs=1e-4)
     assert len(found["shifts"]) == len(rows)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import shell
 from typer.testing import CliRunner
 
 from tinyvl import __version__, cli
@@ -93,7 +94,7 @@ def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_p
 )
 def test_mistakes(args, status, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = tinyvl(*args)
+    done = shell.run(*args)
     assert done.returncode == status, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr

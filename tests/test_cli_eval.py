@@ -27,15 +27,9 @@ def home(tmp_path_factory) -> Path:
     """A captioner, a LilT, pictures in two classes, and captions of them."""
     root = tmp_path_factory.mktemp("eval")
     write_captioner(root / "captioner", TEXTS)
-    config = models.new_config(
-        "lilt", str(write_text(root / "text", TEXTS)), str(write_vision(root / "vision")),
-        fit="squash", prompt="", options={"embed": 16},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
-    (root / "lilt").mkdir()
-    models.save_config(root / "lilt", config)
-    models.save(model, root / "lilt")
+    write_text(root / "text", TEXTS)
+    write_vision(root / "vision")
+    write_lilt(root / "lilt", root)
     lines = []
     for i in range(SLOW):
         name = f"photos/{'dog' if i % 2 else 'cat'}/{i:02}.png"
@@ -46,6 +40,20 @@ def home(tmp_path_factory) -> Path:
     (root / "few.jsonl").write_text("".join(lines[:6]))
     (root / "all.jsonl").write_text("".join(lines))
     return root
+
+
+def write_lilt(folder: Path, home: Path, **options: object) -> Path:
+    """A checkpoint of an untrained LilT."""
+    config = models.new_config(
+        "lilt", str(home / "text"), str(home / "vision"),
+        fit="squash", prompt="", options={"embed": 16, **options},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
+    folder.mkdir()
+    models.save_config(folder, config)
+    models.save(model, folder)
+    return folder
 
 
 def invoke(*args: object) -> dict:
@@ -119,6 +127,74 @@ def test_features_stand_in_for_pictures_that_are_not_there(home, tmp_path):
     for one, other in zip(*both, strict=True):  # fp16 on disk
         assert one["caption"] == other["caption"]
         assert one["score"] == pytest.approx(other["score"], abs=0.01)
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_features_stand_in_for_pictures_of_a_locked_tower(home, tmp_path, pool):
+    """Retrieval and zero-shot: the same ranks, though no picture can be decoded any more."""
+    shutil.copytree(home / "photos", tmp_path / "photos")
+    lines = [json.loads(line) for line in (home / "few.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["label"] = line["image"].split("/")[1]
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = write_lilt(tmp_path / "model", home, image={"pool": pool})
+    store = tmp_path / "features"
+    args = ["features", data, "--vision", home / "vision", "--fit", "squash", "-o", store, *QUICK]
+    assert CliRunner().invoke(cli.app, list(map(str, args))).exit_code == 0
+
+    def ranks(task: str, name: str, *args: object) -> tuple[dict, list[int]]:
+        found = invoke(task, model, data, "-o", tmp_path / task / name, *args, *QUICK)
+        made = (tmp_path / task / name / "predictions.jsonl").read_text().splitlines()
+        return found, [json.loads(line)["rank"] for line in made]
+
+    plain = {task: ranks(task, "plain") for task in ("retrieval", "zeroshot")}
+    shutil.rmtree(tmp_path / "photos")
+    for task, (wanted, ranked) in plain.items():
+        found, again = ranks(task, "stored", "--features", store)
+        assert (found["items"], found["failed"]) == (6, 0)
+        assert again == ranked
+        assert found["metrics"] == wanted["metrics"]
+        assert (found["features"], wanted["features"]) == (str(store), None)
+
+
+def test_features_are_refused_where_they_would_be_wrong(home, tmp_path):
+    store = tmp_path / "features"
+    args = ["features", home / "few.jsonl", "--vision", home / "vision", "--fit", "squash"]
+    done = CliRunner().invoke(cli.app, list(map(str, [*args, "-o", store, *QUICK])))
+    assert done.exit_code == 0
+    trained = write_lilt(tmp_path / "trained", home, image={"unlock": "layernorm"})
+    larger = write_lilt(tmp_path / "larger", home, size=48)
+    for model, data, said in (
+        (trained, "few.jsonl", "wholly frozen"),
+        (larger, "few.jsonl", "input_size"),
+        (home / "lilt", "all.jsonl", "34 of 40 pictures"),
+    ):
+        for task in ("retrieval", "zeroshot"):
+            place = home / data
+            if task == "zeroshot":  # the same pictures with classes
+                lines = [json.loads(line) for line in place.read_text().splitlines()]
+                rows = [{"image": str(home / e["image"]), "label": "cat"} for e in lines]
+                rows[0]["label"] = "dog"
+                place = tmp_path / "classes.jsonl"
+                place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with pytest.raises(UserError, match=said):
+                invoke(task, model, place, "--features", store, *QUICK)
+    # A captioner of which the encoder was trained too.
+    config = models.new_config(
+        "epalm", str(home / "captioner/lm"), str(home / "vision"), fit="squash", prompt="",
+        options={"unfreeze": ["vision"]},
+    )  # fmt: skip
+    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
+    (tmp_path / "epalm").mkdir()
+    models.save_config(tmp_path / "epalm", config)
+    models.save(model, tmp_path / "epalm")
+    with pytest.raises(UserError, match="wholly frozen"):
+        invoke("caption", tmp_path / "epalm", home / "few.jsonl", "--features", store, *CAPTION)
+    args = ["caption", "--model", str(tmp_path / "epalm"), "--features", str(store)]
+    done = CliRunner().invoke(cli.app, args)
+    assert isinstance(done.exception, UserError)
+    assert "wholly frozen" in str(done.exception)
 
 
 def test_a_run_killed_by_kill_9_goes_on_to_the_same_result(home, tmp_path):
@@ -202,6 +278,7 @@ def test_a_broken_picture_leaves_status_1(home, tmp_path):
         (["retrieval", "LILT", "FEW", "--protocol", "xtd"], "full or lilt"),
         (["retrieval", "LILT", "FEW", "--protocol", "lilt"], "XTD10"),
         (["retrieval", "--predictions", "p", "data"], "nothing else"),
+        (["zeroshot", "--predictions", "p", "--features", "f"], "nothing else"),
         (["retrieval", "--predictions", "p"], "eval retrieval -o"),
         (["zeroshot", "LILT", "FEW"], "no record has a class"),
         (["zeroshot", "LILT", "PHOTOS", "--prompt", "a photo"], "needs one {}"),

@@ -1,18 +1,17 @@
 """`tinyvl index`, `retrieve` and `classify` from the shell: what is printed, and what it costs."""
 
-import io
 import json
-import os
 import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import shell
 from dual import COLOURS, Dual
 from PIL import Image
 
-from tinyvl import cli, cli_search, media
+from tinyvl import cli_search, media
 
 Done = namedtuple("Done", "status out err")
 DUAL = [sys.executable, str(Path(__file__).parent / "dual.py")]
@@ -33,18 +32,8 @@ def tinyvl(monkeypatch, loads):
         return Dual("two" if name == "two" else "one")
 
     def run(*args: object, stdin: str = "", tty: bool = False) -> Done:
-        source = io.TextIOWrapper(io.BytesIO(os.fsencode(stdin)))
-        source.isatty = lambda: tty
-        monkeypatch.setattr(sys, "stdin", source)
-        streams = [io.BytesIO(), io.BytesIO()]  # not capsys: names that are not UTF-8 come out
-        for name, stream in zip(("stdout", "stderr"), streams, strict=True):
-            wrapped = io.TextIOWrapper(stream, errors="backslashreplace", write_through=True)
-            monkeypatch.setattr(sys, name, wrapped)
-        monkeypatch.setattr(sys, "argv", ["tinyvl", *map(str, args)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        sys.stdout.flush()
-        return Done(exit.value.code or 0, *(os.fsdecode(s.getvalue()) for s in streams))
+        done = shell.run(*args, stdin=stdin, tty=tty)
+        return Done(done.returncode, done.stdout, done.stderr)
 
     monkeypatch.setattr(cli_search, "load_towers", load)
     return run

@@ -6,11 +6,11 @@ thousand parameters can steer one that knows its language, not one of random num
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import shell
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -168,8 +168,7 @@ def test_trained_to_answer_saved_loaded_and_asked(world, tmp_path):
         models.load(str(out), device=CPU)
 
     def ask(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "tinyvl.cli", "ask", *args, "-m", str(out)]
-        return subprocess.run(command, input=stdin, capture_output=True, text=True)
+        return shell.run("ask", *args, "-m", out, stdin=stdin)
 
     folder = Path(world["data"]).parent
     pictures = [str(folder / f"{i}.png") for i in range(3)]

@@ -2,13 +2,13 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import shell
 import torch
 from PIL import Image
 from tiny import write_captioner
@@ -31,16 +31,10 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
-def tinyvl(*args: str, stdin: str | None = None, **kwargs) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tinyvl.cli", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def caption(checkpoint):
-    return lambda *args, **kwargs: tinyvl(
-        "caption", "--model", str(checkpoint), "--max-tokens", "8", *args, **kwargs
+    return lambda *args, stdin="": shell.run(
+        "caption", "--model", checkpoint, "--max-tokens", "8", *args, stdin=stdin
     )
 
 
@@ -132,7 +126,7 @@ def test_odd_paths_survive_a_resume(tmp_path):
 
 def test_a_mistake_in_the_model_leaves_no_output_file(photos, tmp_path):
     out = tmp_path / "out.tsv"
-    done = tinyvl("caption", str(photos), "--model", "no/such", "-o", str(out))
+    done = shell.run("caption", photos, "--model", "no/such", "-o", out)
     assert done.returncode == 2
     assert not out.exists()
     with pytest.raises(UserError, match="cannot be written"):
@@ -180,7 +174,7 @@ def test_captions_stream_as_paths_come(checkpoint, photos):
 )
 def test_mistakes_cost_one_sentence(args, status, said, checkpoint):
     model = [] if "--model" in args else ["--model", str(checkpoint)]
-    done = tinyvl("caption", *args, *model)
+    done = shell.run("caption", *args, *model)
     assert done.returncode == status
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shell
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -182,31 +183,29 @@ def steps(out: Path) -> int:
 
 def command(world: dict[str, str], out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "tinyvl.cli", "train", "lilt", "--data", world["data"], "--text",
+        "train", "lilt", "--data", world["data"], "--text",
         world["language"], "--vision", world["vision"], "--preset", "lilt-lwa-base", "--size", "32",
-        "--out", str(out), "--batch", "18", "--micro-batch", "6", "--epochs", "10", "--rate",
+        "--out", str(out), "--batch", "18", "--micro-batch", "6", "--epochs", "5", "--rate",
         "3e-3", "--save-every", "7", "--device", "cpu", "--workers", "0", "--resume",
     ]  # fmt: skip
 
 
 def test_killed_at_a_random_step_and_resumed_from_the_command_line(world, tmp_path):
     """SIGKILL, then to the end: the same weights as one run, with crops and dropout."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.Popen(command(world, tmp_path / "whole"), env=env, stderr=subprocess.PIPE)
-    at = random.Random(os.getpid()).randint(5, 25)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums as here
+    at = random.Random(os.getpid()).randint(5, 15)
     process = subprocess.Popen(
-        command(world, tmp_path / "parts"), env=env, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "tinyvl.cli", *command(world, tmp_path / "parts")],
+        env=env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     while steps(tmp_path / "parts") < at and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -9, errors
-    done = subprocess.run(
-        command(world, tmp_path / "parts"), env=env, capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout)["steps"] == 40
-    assert whole.wait(timeout=300) == 0
+    done = shell.run(*command(world, tmp_path / "parts"))
+    assert json.loads(done.stdout)["steps"] == 20
+    assert shell.run(*command(world, tmp_path / "whole")).returncode == 0
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 

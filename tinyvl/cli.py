@@ -124,6 +124,8 @@ def caption(
         store = open_store(features, config["vision"], models.reads(config))
         paths = paths if inputs else iter([entry.path for entry in store.entries])
     loaded = load_model(model, device, precision)
+    if store is not None:
+        store.check(loaded)
     if out is not None:
         stream, done = generate.open_output(out, resume)
         paths = (path for path in paths if path not in done)

@@ -89,6 +89,8 @@ def ask(
         config = models.read_config(models.checkpoint_folder(model, "vqa"))
         store = open_store(features, config["vision"], models.reads(config))
     loaded = load_model(model, device, precision, "vqa")
+    if store is not None:
+        store.check(loaded)
     if out is not None:
         stream, done = generate.open_output(out, resume, field="answer", question=question)
         paths = (path for path in paths if path not in done)

@@ -262,6 +262,7 @@ def retrieval(
     limit: Limit = None,
     format: Format = None,
     images: Images = None,
+    features: Features = None,
     batch: Batch = 32,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -276,7 +277,7 @@ def retrieval(
     """
     if protocol not in ("full", "lilt"):
         raise UserError(f"--protocol is full or lilt, not {protocol!r}.", 2)
-    if finished("retrieval", arguments, predictions, compare, out, as_json):
+    if finished("retrieval", arguments, predictions, compare, out or features, as_json):
         return
     model, data = model_and_data(arguments)
     from tinyvl import evaluate, evaluate_dual
@@ -287,6 +288,7 @@ def retrieval(
         langs=[name.strip() for name in lang.split(",")] if lang else None,
         protocol=protocol,
         out=out,
+        features=features,
         place=evaluate.place(device, precision, batch, workers, quiet),
     )
     show(report, as_json)
@@ -323,6 +325,7 @@ def zeroshot(
     limit: Limit = None,
     format: Format = None,
     images: Images = None,
+    features: Features = None,
     batch: Batch = 32,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -339,7 +342,7 @@ def zeroshot(
         raise UserError("--all-classes is about the names of --classes FILE: give that too.", 2)
     if resume and out is None:
         raise UserError("--resume goes with -o DIR: it keeps the predictions that are there.", 2)
-    if finished("zeroshot", arguments, predictions, compare, out, as_json):
+    if finished("zeroshot", arguments, predictions, compare, out or features, as_json):
         return
     model, data = model_and_data(arguments)
     from tinyvl import evaluate, evaluate_dual
@@ -352,6 +355,7 @@ def zeroshot(
         all_classes=all_classes,
         out=out,
         resume=resume,
+        features=features,
         place=evaluate.place(device, precision, batch, workers, quiet),
     )
     show(report, as_json)
@@ -362,13 +366,13 @@ def finished(
     arguments: list[str] | None,
     predictions: list[Path] | None,
     compare: tuple[Path, Path] | None,
-    out: Path | None,
+    model_only: Path | None,
     as_json: bool,
 ) -> bool:
     """Reports on runs that are kept in folders, if that is what was asked for."""
     if not predictions and not compare:
         return False
-    if arguments or out or (predictions and compare):
+    if arguments or model_only or (predictions and compare):
         raise UserError(
             "--predictions or --compare takes folders that -o made, and nothing else is needed.", 2
         )

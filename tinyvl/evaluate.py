@@ -31,7 +31,7 @@ from tinyvl import (
     predictions,
 )
 from tinyvl.data import Record
-from tinyvl.features import open_store
+from tinyvl.features import FeatureStore, open_store
 from tinyvl.job import Run, bar
 
 
@@ -284,8 +284,23 @@ def checkpoint(name: str, task: str) -> dict[str, str]:
     return {"method": config.get("method"), **parts, "sha256": digest}
 
 
-def load(name: str, place: Place, task: str) -> Any:
-    return models.load(name, task=task, device=place.device, precision=place.precision)
+def load(
+    name: str, place: Place, task: str, features: Path | None, pictures: dict[str, str]
+) -> tuple[Any, FeatureStore | None]:
+    """The model, and where there are ``features`` their store, which has all the pictures.
+
+    Args:
+        pictures: {absolute path: id}.
+    """
+    store = None
+    if features is not None:  # before the model: it may take a while
+        config = models.read_config(models.checkpoint_folder(name, task))
+        store = open_store(features, models.image_side(config), models.reads(config))
+        store.entries_of(pictures.items())
+    model = models.load(name, task=task, device=place.device, precision=place.precision)
+    if store is not None:
+        store.check(model)
+    return model, store
 
 
 def described(
@@ -379,13 +394,8 @@ def run(
         features=str(features.absolute()) if features else None,
         precision=models.precision_name(place.precision), tinyvl=__version__,
     )  # fmt: skip
-    store = None
-    if features is not None:
-        config = models.read_config(models.checkpoint_folder(name, kind))
-        store = open_store(features, config["vision"], models.reads(config))
-        ids = {record.path: record.id for record in everything}
-        store.entries_of((path, ids[path]) for path in shown.values())
-    model = load(name, place, kind)
+    ids = {record.path: record.id for record in everything}
+    model, store = load(name, place, kind, features, {path: ids[path] for path in shown.values()})
     log = predictions.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:

@@ -44,6 +44,7 @@ from tinyvl.evaluate import (
     read,
 )
 from tinyvl.evaluate_files import average_runs
+from tinyvl.features import FeatureStore
 
 KS = (1, 5, 10)
 LILT = 200  # pictures of XTD10 that LilT evaluates on: those from COCO's val2014
@@ -68,12 +69,20 @@ def halved(embed: Callable[[Any], Tensor], items: Any) -> Tensor:
     return torch.cat([halved(embed, items[:half]), halved(embed, items[half:])])
 
 
-def embedded(model: Any, paths: Sequence[str], place: Place) -> Iterator[Tensor | UserError]:
-    """Each picture's unit vector (d,), or what is wrong with it, in order."""
-    encoder = model.encoder
-    decoded = media.decode_images(
-        paths, encoder.transform(), target=encoder.size, workers=place.workers
-    )
+def embedded(
+    model: Any, paths: Sequence[str], place: Place, store: FeatureStore | None
+) -> Iterator[Tensor | UserError]:
+    """Each picture's unit vector (d,), or what is wrong with it, in order.
+
+    ``store``: nothing is decoded, the pictures are what the encoder made of them, from there.
+    """
+    if store is not None:
+        decoded = generate.stored(store, model.reads, paths)
+    else:
+        encoder = model.encoder
+        decoded = media.decode_images(
+            paths, encoder.transform(), target=encoder.size, workers=place.workers
+        )
     for group in generate.gathered(decoded, place.batch):
         good = [picture for _, picture in group if isinstance(picture, Tensor)]
         vectors = iter(halved(model.embed_images, torch.stack(good)) if good else [])
@@ -92,6 +101,7 @@ def run_retrieval(
     langs: list[str] | None = None,
     protocol: str = "full",
     out: Path | None = None,
+    features: Path | None = None,
 ) -> dict[str, Any]:
     """Captions found by picture (TR) and pictures by caption (IR), in each language apart.
 
@@ -99,10 +109,11 @@ def run_retrieval(
         langs: languages; None: all that the data has. The report's metrics are their mean.
         protocol: ``"lilt"`` keeps the 200 pictures of XTD10 that the paper's Table 2 is about
             (those of COCO's val2014: its models saw the other 800 in training).
+        features: a folder of `tinyvl features`, to read there what the encoder makes of pictures.
 
     A picture that cannot be read is left out, with its captions.
     """
-    known, split = read(replace(source, lang=None))
+    known, split = read(replace(source, lang=None), opened=features is None)
     records = [r for r in choose(known, replace(source, limit=None), split) if r.captions]
     pictures_only(records)
     if not records:
@@ -123,15 +134,17 @@ def run_retrieval(
     head = described(
         "retrieval", name, replace(source, lang=",".join(filter(None, langs)) or None), split,
         protocol=protocol, checkpoint=checkpoint(name, "retrieve"),
+        features=str(features.absolute()) if features else None,
         precision=models.precision_name(place.precision),
     )  # fmt: skip
     if out is not None:
         predictions.refuse(out, head, None)
-    model = load(name, place, "retrieve")
+    ids = {record.path: record.id for record in records}
+    model, store = load(name, place, "retrieve", features, {path: ids[path] for path in paths})
     seen: dict[str, Tensor] = {}
 
     def embed(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
-        vectors = embedded(model, [record.path for record in todo], place)
+        vectors = embedded(model, [record.path for record in todo], place, store)
         for record, vector in zip(todo, vectors, strict=True):
             if isinstance(vector, Tensor):
                 seen[record.path] = vector
@@ -258,6 +271,7 @@ def run_zeroshot(
     all_classes: bool = False,
     out: Path | None = None,
     resume: bool = False,
+    features: Path | None = None,
 ) -> dict[str, Any]:
     """Pictures classified by the names of their classes: top-1 and top-5, and of each class.
 
@@ -265,8 +279,9 @@ def run_zeroshot(
         prompts: see `classes.templates`.
         class_names, all_classes: see `classes.names`. The candidates are the classes of the data,
             whatever its part and ``limit``.
+        features: as for `run_retrieval`.
     """
-    known, split = read(replace(source, lang=None))
+    known, split = read(replace(source, lang=None), opened=features is None)
     known = [record for record in by_picture(known) if record.label is not None]
     records = choose(known, source, split) if known else []
     if not records:
@@ -283,16 +298,18 @@ def run_zeroshot(
         "zeroshot", name, replace(source, lang=None), split,
         prompts=templates, class_names=str(class_names) if class_names else None,
         classes=len(called), checkpoint=checkpoint(name, "retrieve"),
+        features=str(features.absolute()) if features else None,
         precision=models.precision_name(place.precision),
     )  # fmt: skip
-    model = load(name, place, "retrieve")
+    pictures = {record.path: record.id for record in records}
+    model, store = load(name, place, "retrieve", features, pictures)
     log = predictions.Log(out, head, resume=resume)
     embed_texts = lambda texts: halved(model.embed_texts, texts)  # noqa: E731
     words = metrics.class_embeddings(embed_texts, list(called.values()), templates)  # (C, d)
     place_of = {label: i for i, label in enumerate(called)}
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
-        vectors = embedded(model, [record.path for record in todo], place)
+        vectors = embedded(model, [record.path for record in todo], place, store)
         for record, vector in zip(todo, vectors, strict=True):
             if isinstance(vector, UserError):
                 yield vector

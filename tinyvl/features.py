@@ -185,13 +185,12 @@ class FeatureStore:
                 raise UserError(f"{path}: cannot be read ({error}).") from error
         return self.mapped[file, name]
 
-    def check_transform(self, transform: dict[str, Any]) -> None:
-        """Refuses an encoder whose pictures are prepared in another way, as to another size.
-
-        Args:
-            transform: its ``data_config``.
-        """
-        theirs, ours = self.manifest["transform"], json.loads(json.dumps(transform))
+    def check(self, model: Any) -> None:
+        """Refuses a model whose encoder is not as it was: partly trained, or of another size."""
+        if not model.fixed_pictures:
+            raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
+        theirs = self.manifest["transform"]
+        ours = json.loads(json.dumps(model.encoder.data_config))
         for key in ours:
             if ours[key] != theirs.get(key):
                 raise UserError(

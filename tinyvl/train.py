@@ -72,9 +72,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     assert all(model.trainable(n) for n in parameters)
 
     if store is not None:
-        if not model.fixed_pictures:
-            raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
-        store.check_transform(model.encoder.data_config)
+        store.check(model)
     with stopping(run):
         feed = Feed(train_records, val_records[:1000], model, job, run, store)
         objective = model
