@@ -443,7 +443,9 @@ def test_class_name_files_that_do_not_fit(tmp_path, content, suffix, said):
 
 def test_prompts(tmp_path):
     assert classes.templates(None) == ["a photo of {}"]
-    assert len(classes.templates(["clip", "{}"])) == 8
+    several = classes.templates(["clip", "{}"])
+    assert len(several) == 8
+    assert all(prompt.count("{}") == 1 for prompt in several)
     for wrong in ("a photo", "{} and {}", str(tmp_path / "none.txt")):
         with pytest.raises(UserError, match="needs one"):
             classes.templates([wrong])

@@ -4,11 +4,17 @@ import json
 import re
 from pathlib import Path
 
-from tinyvl import UserError, metrics
+from tinyvl import UserError
 from tinyvl.readers_folder import distinct
 from tinyvl.records import text_lines
 
 SYNSET = r"n\d{8}"  # WordNet's number of a class of ImageNet
+PROMPT = "a photo of {}"  # LilT's one, section 6.5
+# CLIP's seven for ImageNet (Radford et al. 2021, the notebook "Prompt engineering").
+ENSEMBLE = (
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+    "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
+)  # fmt: skip
 
 
 def templates(given: list[str] | None) -> list[str]:
@@ -17,11 +23,11 @@ def templates(given: list[str] | None) -> list[str]:
     A file stands for its lines, ``clip`` for CLIP's seven; None is the paper's one.
     """
     if not given:
-        return list(metrics.TEMPLATE)
+        return [PROMPT]
     found: list[str] = []
     for prompt in given:
         if prompt == "clip":
-            found += metrics.ENSEMBLE
+            found += ENSEMBLE
         elif "{}" not in prompt and Path(prompt).expanduser().is_file():
             found += [line for _, line in text_lines(Path(prompt).expanduser())]
         else:

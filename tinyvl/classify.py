@@ -1,6 +1,6 @@
 """Zero-shot classification: which of some names fits a picture best, with which probability.
 
-The names go into prompts ("a photo of a {}."), the prompts through the text tower; a picture's
+The names go into prompts (`classes.templates`), the prompts through the text tower; a picture's
 probabilities are the softmax of its products with them, divided by the model's temperature: what
 the model was trained to make right, with the names in the place of a batch's captions.
 """
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from tinyvl import UserError, generate, media
 from tinyvl.indexing import embed_images
-
-PROMPTS = ("a photo of a {}.",)
 
 
 def read_labels(given: str) -> list[str]:

@@ -15,6 +15,7 @@ from tinyvl.cli_options import (
     LateStopping,
     LengthPenalty,
     Precision,
+    Prompts,
     Sample,
     Seed,
     Temperature,
@@ -301,13 +302,7 @@ def zeroshot(
     compare: Compare = None,
     out: Out = None,
     resume: Resume = False,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Template with {} for the class, a file of them, or clip for CLIP's seven; "
-            'several are ensembled. SVHN: "a photo of the number {}". Without: "a photo of {}".'
-        ),
-    ] = None,
+    prompt: Prompts = None,
     classes: Annotated[
         Path | None,
         typer.Option(

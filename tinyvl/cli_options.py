@@ -35,6 +35,16 @@ Null = Annotated[
     bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not newline.")
 ]
 
+# Zero-shot classification.
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        help="Template with {} for the class, a file of them, or clip for CLIP's seven; "
+        'several are ensembled. SVHN: "a photo of the number {}". Without: "a photo of {}".',
+    ),
+]
+
 # How captions and answers are searched for.
 Beams = Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")]
 LengthPenalty = Annotated[

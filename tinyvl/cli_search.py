@@ -17,6 +17,7 @@ from tinyvl.cli_options import (
     Null,
     OutFile,
     Precision,
+    Prompts,
     ResumeFile,
     Workers,
     load_model,
@@ -255,10 +256,7 @@ def classify(
     labels: Annotated[
         str, typer.Option(help="Names between commas, or a file with one a line.")
     ] = "",
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="{} is the label; repeatable. (default: 'a photo of a {}.')"),
-    ] = None,
+    prompt: Prompts = None,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Labels of each picture.")] = 1,
     model: Model = "default",
     batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
@@ -280,16 +278,17 @@ def classify(
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     from tinyvl import media
-    from tinyvl.classify import PROMPTS, classify, read_labels, write
+    from tinyvl.classes import templates
+    from tinyvl.classify import classify, read_labels, write
     from tinyvl.generate import open_output
     from tinyvl.metrics import class_embeddings
 
-    names = read_labels(labels)
+    names, prompts = read_labels(labels), templates(prompt)
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
     paths = media.expand(inputs, sys.stdin, null=null)
     stream, done = sys.stdout, set()
     loaded = load_towers(model, device, precision)
-    classes = class_embeddings(loaded.embed_texts, names, prompt or PROMPTS)
+    classes = class_embeddings(loaded.embed_texts, names, prompts)
     if out is not None:
         lines = min(top, len(names))
         stream, done = open_output(out, resume, field="label", tabs=2, lines=lines)

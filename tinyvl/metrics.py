@@ -205,18 +205,11 @@ def recall(
 
 # Zero-shot classification
 
-TEMPLATE = ("a photo of {}",)  # LilT's, section 6.5
-# CLIP's seven for ImageNet (Radford et al. 2021, the notebook "Prompt engineering").
-ENSEMBLE = (
-    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-    "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
-)  # fmt: skip
-
 
 def class_embeddings(
     embed_texts: Callable[[list[str]], Tensor],
     names: Sequence[str],
-    templates: Sequence[str] = TEMPLATE,
+    templates: Sequence[str],
     *,
     batch: int = 256,
 ) -> Tensor:
