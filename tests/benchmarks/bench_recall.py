@@ -4,7 +4,8 @@
 
 Embeddings are random unit vectors, a caption's near its image's: a part of the ranks is small.
 Memory is the most that the process had before, when it made the embeddings, and what the ranks
-took above that; the whole matrix of scores would be 200 GB. The first --check images are ranked once more by sorting.
+took above that; the whole matrix of scores would be 200 GB. The first --check images are ranked
+once more by sorting.
 """
 
 import argparse
