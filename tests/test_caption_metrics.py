@@ -317,6 +317,25 @@ def test_captions_that_are_missing_are_one_sentence():
 
 
 @pytest.mark.usefixtures("no_java")
+def test_cider_is_pycocoevalcaps_on_captions_of_all_kinds():
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    rng = np.random.default_rng(0)
+
+    def caption() -> str:  # of 0 to 12 words, which repeat
+        return " ".join(map(str, rng.integers(0, rng.integers(1, 9), rng.integers(0, 13))))
+
+    refs = [[caption() for _ in range(rng.integers(1, 6))] for _ in range(60)]
+    hyps = [caption() if i % 3 else refs[i][-1] for i in range(60)]
+    hyps[0], hyps[1] = "", "9 9 7 words that no reference has"
+    theirs = CiderScorer()
+    for candidates, hypothesis in zip(refs, hyps, strict=True):
+        theirs += (hypothesis, candidates)
+    ours = caption_metrics.cider(refs, hyps)
+    np.testing.assert_allclose(ours, theirs.compute_score()[1], rtol=0, atol=1e-12)
+    assert (ours > 0).sum() > 30
+
+
 def test_empty_captions_are_scored():
     scores = metrics.caption_scores({"1": ["...", ""], "2": ["?"]}, {"1": "", "2": "a dog"})
     assert scores.metrics["CIDEr"] == 0
@@ -370,7 +389,7 @@ def test_leaving_early_ends_java(tmp_path):
     java = jvm.find_java(str(fake_java(tmp_path / "java", HANGS.format(marker=str(marker)))))
 
     def interrupted():
-        with jvm.meteor(java, [["a"]], ["a"]):
+        with jvm.meteor(java):
             while not (marker.exists() and marker.read_text()):
                 time.sleep(0.05)
             raise KeyboardInterrupt

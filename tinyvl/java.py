@@ -14,12 +14,13 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -95,30 +96,37 @@ def probe(path: str) -> Java | None:
 
 @contextmanager
 def running(
-    java: Java, name: str, arguments: Sequence[str], text: str, *, seconds: float
-) -> Iterator[Callable[[], str]]:
-    """Start a Java program on ``text`` (its standard input) -> a function that waits for its
-    standard output.
+    java: Java, name: str, arguments: Sequence[str]
+) -> Iterator[Callable[[str, float], Callable[[], str]]]:
+    """Start a Java program -> a function that gives it its standard input, and that returns a
+    function which waits for its standard output.
 
     It runs beside the caller and is gone when the block is left, however that happens. Its
-    input, outputs and working folder are temporary files: no pipe can fill up. UserError (1)
-    with what it said, if it fails or takes longer than ``seconds``.
+    outputs and its working folder are temporary files, its input is written in a thread: no pipe
+    that fills up can hold the caller. UserError (1) with what it said, if it fails or takes more
+    than the given seconds from its input on.
     """
     with tempfile.TemporaryDirectory(prefix="tinyvl-", ignore_cleanup_errors=True) as folder:
-        into, out, err = (Path(folder) / kind for kind in ("input.txt", "output.txt", "errors.txt"))
-        into.write_bytes(text.encode("utf-8", "replace"))
+        out, err = (Path(folder) / kind for kind in ("output.txt", "errors.txt"))
         environment = os.environ | {"LC_ALL": "C.UTF-8"}  # or paths with accents are not found
-        with open(into, "rb") as stdin, open(out, "wb") as stdout, open(err, "wb") as stderr:
+        with open(out, "wb") as stdout, open(err, "wb") as stderr:
             try:
                 process = subprocess.Popen(
                     [java.path, *FLAGS, *arguments], env=environment, cwd=folder,
-                    stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True,
+                    stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
                 raise UserError(f"{name} could not be started: {error}") from error
-        deadline = time.monotonic() + seconds
 
-        def result() -> str:
+        def write(text: str) -> None:
+            with suppress(OSError), process.stdin:  # one that has ended says why itself
+                process.stdin.write(text.encode("utf-8", "replace"))
+
+        def feed(text: str, seconds: float) -> Callable[[], str]:
+            threading.Thread(target=write, args=(text,), daemon=True).start()
+            return partial(result, seconds, time.monotonic() + seconds)
+
+        def result(seconds: float, deadline: float) -> str:
             try:
                 status = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired as error:
@@ -132,7 +140,7 @@ def running(
             return out.read_text("utf-8", "replace")
 
         try:
-            yield result
+            yield feed
         finally:
             if process.poll() is None:  # with what it may have started
                 if os.name == "posix":
@@ -170,7 +178,8 @@ def tokenising(java: Java, captions: Sequence[str]) -> Iterator[Callable[[], lis
         "-preserveLines", "-lowerCase", "-encoding", "utf-8",
     ]  # fmt: skip
     seconds = PATIENCE + 0.01 * len(lines)
-    with running(java, "The PTB tokenizer", arguments, "\n".join(lines), seconds=seconds) as result:
+    with running(java, "The PTB tokenizer", arguments) as feed:
+        result = feed("\n".join(lines), seconds)
 
         def tokens() -> list[str]:
             found = result().removesuffix("\n").split("\n")
@@ -192,40 +201,48 @@ def strip_punctuation(tokens: Sequence[str]) -> str:
 
 @contextmanager
 def meteor(
-    java: Java, references: Sequence[Sequence[str]], hypotheses: Sequence[str]
-) -> Iterator[Callable[[], np.ndarray]]:
-    """METEOR 1.5's statistics of N tokenised hypotheses -> a function that waits for them.
+    java: Java,
+) -> Iterator[Callable[[Sequence[Sequence[str]], Sequence[str]], Callable[[], np.ndarray]]]:
+    """METEOR 1.5, which reads its table of paraphrases first: most of its seconds.
 
-    (N, 23) float64, in METEOR's order, against the best reference of each; they add up over a
-    corpus, and ``caption_metrics.meteor_score`` turns them into the score.
+    -> a function of the references and the hypotheses, N of each, tokenised, that returns a
+    function which waits for their statistics: (N, 23) float64, in METEOR's order, against the
+    best reference of each. They add up over a corpus, and ``caption_metrics.meteor_score`` turns
+    them into the score.
     """
-    lines = []
-    for candidates, hypothesis in zip(references, hypotheses, strict=True):
-        parts = [part.replace("|||", "").replace("  ", " ") for part in (*candidates, hypothesis)]
-        lines.append(" ||| ".join(["SCORE", *parts]) + "\n")
     arguments = [
-        "-Xmx2G", "-jar", jar("meteor", "meteor-1.5.jar"), "-", "-",
+        "-Xms1500m", "-Xmx2G", "-XX:+UseSerialGC",  # a table of 1.2 GB; one core is for us
+        "-jar", jar("meteor", "meteor-1.5.jar"), "-", "-",
         "-stdio", "-l", "en", "-norm", "-a", jar("meteor", "data", "paraphrase-en.gz"),
     ]  # fmt: skip
-    seconds = PATIENCE + 0.1 * len(lines)
-    with running(java, "METEOR", arguments, "".join(lines), seconds=seconds) as result:
+    with running(java, "METEOR", arguments) as feed:
 
-        def statistics() -> np.ndarray:
+        def score(
+            references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+        ) -> Callable[[], np.ndarray]:
+            lines = []
+            for candidates, hypothesis in zip(references, hypotheses, strict=True):
+                parts = (p.replace("|||", "").replace("  ", " ") for p in (*candidates, hypothesis))
+                lines.append(" ||| ".join(["SCORE", *parts]) + "\n")
+            result = feed("".join(lines), PATIENCE + 0.1 * len(lines))
+            return partial(statistics, result, len(lines))
+
+        def statistics(result: Callable[[], str], count: int) -> np.ndarray:
             rows = result().splitlines()
             try:
                 found = np.array([row.split() for row in rows], dtype=np.float64)
             except ValueError as error:
                 wrong = next(row for row in rows if not row[:1].isdigit())
                 raise UserError(f"METEOR said {wrong!r} instead of a score.") from error
-            if found.shape != (len(lines), 23):
-                raise UserError(f"METEOR returned {len(rows)} scores for {len(lines)} captions.")
+            if found.shape != (count, 23):
+                raise UserError(f"METEOR returned {len(rows)} scores for {count} captions.")
             # A perfect match counts no chunk when METEOR adds up.
             matched = found[:, 4:20].reshape(-1, 8, 2).sum(1)
             perfect = (matched == found[:, :2]).all(1) & (found[:, 20] == 1)
             found[perfect, 20] = 0
             return found
 
-        yield statistics
+        yield score
 
 
 def spice_class_path(folder: Path) -> str:
@@ -275,8 +292,8 @@ def spice(
         if scripted:
             arguments += ["-out", str(written)]
         seconds = PATIENCE + 2 * sum(1 + len(candidates) for candidates in references)
-        with running(java, "SPICE", arguments, "", seconds=seconds) as result:
-            said = re.search(r"All tuples\s+f-score:\s*([\d.]+)", result())
+        with running(java, "SPICE", arguments) as feed:
+            said = re.search(r"All tuples\s+f-score:\s*([\d.]+)", feed("", seconds)())
         if scripted and written.exists():
             scores = {row["image_id"]: row["scores"]["All"]["f"] for row in read_json(written)}
             values = [float(scores[i]) for i in range(len(items))]

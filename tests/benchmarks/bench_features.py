@@ -7,6 +7,9 @@ The bare encoder reads uint8 pictures from memory, in the same blocks and with t
 else the machine does strikes both. Two ratios of speeds are printed: of wall-clock times, and of
 CPU seconds, workers included. Where decoding has no core of its own the second is what the first
 comes to on an idle machine; where it has, as beside a GPU, the first is the one to read.
+The last line of each kind is the bound of the second ratio: with the encoder's and the decoder's
+milliseconds of a core for a picture it is encoder / (encoder + decoder), whatever the program. For
+0.9 the encoder has to take nine times as long as the decoder.
 Small JPEGs are those of --data, or noise of 256 x 256 pixels; large ones have 12 megapixels.
 """
 
@@ -84,12 +87,17 @@ def main() -> None:
         f"{options.vision}, {device} {models.precision_name(precision)}, {cores} cores, "
         f"{torch.get_num_threads()} threads, {options.images} pictures, {options.repeats} turns"
     )
+    transform = encoder.transform()
     with tempfile.TemporaryDirectory() as root:
         for name, files in sets(Path(root), options.data, options.images):
             decoded = media.decode_images(
                 files, encoder.transform(), target=encoder.size, workers=options.workers
             )
             memory = torch.stack([picture for _, picture in decoded])
+
+            def decode(files: list[str] = files) -> None:
+                for path in files:
+                    transform(media.load_image(path, encoder.size))
 
             def bare(memory: torch.Tensor = memory) -> None:
                 for block in memory.split(options.batch):
@@ -116,6 +124,12 @@ def main() -> None:
                     f"{name}, {kind}: bare {speeds[0]:.1f}, extraction {speeds[1]:.1f} "
                     f"pictures/s, ratio {ratio:.3f}"
                 )
+            bound = [statistics.median(t[0][1] for t in turns), timed(decode)[1]]
+            each = [1000 * seconds / options.images for seconds in bound]
+            print(
+                f"{name}, of a core: encoder {each[0]:.1f} ms, decoder {each[1]:.1f} ms a picture, "
+                f"so at most {each[0] / sum(each):.3f} where they share the cores"
+            )
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ def main() -> None:
     if plan.java is not None:
 
         def meteor():
-            with jvm.meteor(plan.java, refs, hyps) as result:
-                return result()
+            with jvm.meteor(plan.java) as score:
+                return score(refs, hyps)()
 
         timed("METEOR", meteor)
     scores = timed("all", lambda: metrics.caption_scores(references, hypotheses))
