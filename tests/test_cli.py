@@ -8,7 +8,7 @@ import pytest
 import shell
 from typer.testing import CliRunner
 
-from tinyvl import __version__, cli
+from tinyvl import __version__, cli, hub
 
 COMMANDS = ["caption", "models", "inspect", "pull", "samples", "draw", "features", "train itune"]
 COMMANDS += [f"eval {task}" for task in ("caption", "vqa", "retrieval", "zeroshot")]
@@ -74,8 +74,10 @@ def test_models_lists_presets_and_backbones():
 
 def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at its import
+    monkeypatch.setattr(hub, "hub_reachable", hub.hub_reachable.__wrapped__)  # asked anew
     monkeypatch.setenv("TINYVL_CACHE", str(tmp_path))
-    done = tinyvl("train", "itune", "--lm", "gpt2", "--out", str(tmp_path / "out"))
+    done = shell.run("train", "itune", "--lm", "gpt2", "--out", tmp_path / "out")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     for word in ("gpt2", "cache", "hub", "SmolLM2-135M"):

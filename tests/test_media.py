@@ -787,7 +787,7 @@ def test_the_whole_program_ends(pictures, how):
         program.kill()
     else:
         program.stdin.close()
-    code = program.wait(20)
+    code = program.wait(60)
     errors = program.stderr.read()
     if how != signal.SIGINT:
         assert (code, errors) == (-how if how else 0, "")
