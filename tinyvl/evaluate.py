@@ -33,6 +33,7 @@ from tinyvl import (
 from tinyvl.data import Record
 from tinyvl.features import open_store
 from tinyvl.job import Run, bar
+from tinyvl.records import READABLE
 
 
 @dataclass
@@ -188,6 +189,14 @@ def pictures_only(records: list[Record]) -> None:
         raise UserError(f"{other.path}: this is {other.modality}, and the model reads pictures.", 2)
 
 
+def readable(records: list[Record], modality: str) -> None:
+    """Whether a model of that modality can read all: pictures and videos alike, or sounds."""
+    other = next((r for r in records if r.modality not in READABLE[modality]), None)
+    if other is not None:
+        reads = {"audio": "sounds"}.get(modality, "pictures and videos")
+        raise UserError(f"{other.path}: this is {other.modality}, and the model reads {reads}.", 2)
+
+
 def swapped(records: list[Record]) -> list[str]:
     """Each record's picture, given to another one: half the list of pictures further on."""
     paths = list(dict.fromkeys(record.path for record in records))
@@ -341,6 +350,7 @@ def run(
     shuffle: bool = False,
     results: Path | None = None,
     features: Path | None = None,
+    frames: int | None = None,
 ) -> dict[str, Any]:
     """Captions (``kind`` "caption") or answers ("vqa") by a model, scored. -> the report.
 
@@ -350,6 +360,7 @@ def run(
         shuffle: give each picture's place to another one: how much does the model look?
         results: also write what the evaluation servers take to this file.
         features: a folder of `tinyvl features`, to read there what the encoder makes of pictures.
+        frames: of a video, in place of the model's own number.
 
     Raises:
         UserError: as the parts do; or nothing to predict.
@@ -366,7 +377,8 @@ def run(
             "predictions.",
             2,
         )
-    pictures_only(records)
+    modality = models.modality_of(models.read_config(models.checkpoint_folder(name, kind)))
+    readable(records, modality)
     if kind == "caption" and scored:
         metrics.plan_captions(**vars(scoring))  # before the long run
     shown = {record.id: record.path for record in records}
@@ -378,6 +390,7 @@ def run(
         checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
         features=str(features.absolute()) if features else None,
         precision=models.precision_name(place.precision), tinyvl=__version__,
+        **({} if frames is None else {"frames": frames}),
     )  # fmt: skip
     store = None
     if features is not None:
@@ -386,6 +399,7 @@ def run(
         ids = {record.path: record.id for record in everything}
         store.entries_of((path, ids[path]) for path in shown.values())
     model = load(name, place, kind)
+    models.take_frames(model, frames)
     log = predictions.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
