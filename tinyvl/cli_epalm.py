@@ -226,7 +226,8 @@ def train_epalm(
         parts["options"] = parts["options"] | asked
     vqa = parts["options"].get("task") == "vqa"
     kind = models.modality_in(parts["media"])
-    parts["media"] = parts["media"] | told(kind, vqa, frames, time_mask, frequency_mask)
+    masks = (time_mask, frequency_mask)
+    parts["media"] = parts["media"] | told(kind, vqa, frames, *masks, before=parts["media"])
     if recipe is None and preset is not None and kind != "image":
         recipe = presets.AV_RECIPES[kind, "vqa" if vqa else "caption"]
     job = {name: value for name, value in row.job.items() if name != "media"}
@@ -263,22 +264,25 @@ def train_epalm(
 
 
 def told(
-    kind: str, vqa: bool, frames: int | None, time_mask: int | None, frequency_mask: int | None
-) -> dict[str, Any]:
-    """What the encoder of a modality is told."""
+    kind: str, vqa: bool, frames: int | None, time_mask: int | None, frequency_mask: int | None,
+    before: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What the encoder of a modality is told, and was told ``before``."""
     from tinyvl import presets
     from tinyvl.audio import MASKS
 
     if frames is not None and kind != "video":
         raise UserError("--frames goes with --modality video.", 2)
-    masks = given(f=frequency_mask, t=time_mask)
-    if masks and kind != "audio":
+    if given(f=frequency_mask, t=time_mask) and kind != "audio":
         raise UserError("--time-mask and --frequency-mask go with --modality audio.", 2)
     if kind == "video":
-        return {"frames": frames or presets.FRAMES["vqa" if vqa else "caption"]}
-    return (
-        {"masks": [masks.get("f", MASKS[0]), masks.get("t", MASKS[1])]} if kind == "audio" else {}
-    )
+        own = before.get("frames", presets.FRAMES["vqa" if vqa else "caption"])
+        return {"frames": own if frames is None else frames}
+    if kind == "audio":
+        own = before.get("masks", MASKS)
+        widths = zip((frequency_mask, time_mask), own, strict=True)
+        return {"masks": [known if width is None else width for width, known in widths]}
+    return {}
 
 
 def train_clipcap(

@@ -305,13 +305,19 @@ def load_weights(model: Model, folder: Path) -> None:
     load_trainable(model, state, str(folder))
 
 
+def tag_of(config: dict) -> str:
+    """What a model that writes is for."""
+    what = "question-answering" if config["options"].get("task") == "vqa" else "captioning"
+    return f"{modality_of(config)}-{what}"
+
+
 def write_card(folder: Path, config: dict, summary: dict) -> None:
     """The model card: data, metrics, licences, the settings."""
     parts = backbones(config)
     lines = [
         "---",
         "library_name: tinyvl",
-        f"tags: [{'image-text-retrieval' if config['method'] == 'lilt' else 'image-captioning'}]",
+        f"tags: [{'image-text-retrieval' if config['method'] == 'lilt' else tag_of(config)}]",
         "---",
         f"# {config['method']} on {' with '.join(part['name'] for part in parts.values())}",
         "",
