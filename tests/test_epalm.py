@@ -298,6 +298,9 @@ def test_defaults_are_the_papers_ranges():
         ("magma-all", 107_010_560, 3.76),
         ("promptfuse", 15_106_560, 0.55),
         ("limber", 1_968_640, 0.07),
+        ("epalm-video", 24_949_760, 0.89),
+        ("frozenbilm", 107_010_560, 3.72),
+        ("epalm-audio", 24_949_760, 0.90),
     ],
 )
 def test_trained_parameters_are_the_papers(preset, trainable, percent):

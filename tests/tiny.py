@@ -266,3 +266,53 @@ def fit_drawn_vit(train: int, held_out: int, *, epochs: int):
         answers = torch.stack([out.argmax(1) for out in logits(x[train:])], dim=1)
     right = (answers == y[train:]).all(1)  # (held_out,)
     return vit.state_dict(), [scene for scene, _ in scenes[train:]], right
+
+
+def fit_encoder(
+    vision: dict, inputs: torch.Tensor, labels: list[dict], train: int, *, epochs: int,
+    rate: float = 2e-3,
+) -> tuple[torch.nn.Module, torch.Tensor]:  # fmt: skip
+    """A tiny encoder fitted to labels that are read linearly from its last two summaries.
+
+    -> (its model, of the inputs behind the first ``train`` whether all labels are right).
+    """
+    from torch.nn import functional as F
+
+    from tinyvl.encoders_av import build_encoder
+
+    torch.manual_seed(0)
+    encoder = build_encoder(vision)
+    encoder.learns = True
+    encoder.model.requires_grad_(True)
+    values = {name: sorted({str(row[name]) for row in labels}) for name in labels[0]}
+    y = torch.tensor([[values[name].index(str(row[name])) for name in values] for row in labels])
+    sizes = [len(known) for known in values.values()]
+    heads = torch.nn.ModuleList(torch.nn.Linear(encoder.widths[-1], sum(sizes)) for _ in range(2))
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    batch = 64
+    steps = epochs * (train // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
+
+    def logits(x: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        levels = encoder(x).summaries[-2:]
+        return [head(x).split(sizes, 1) for head, x in zip(heads, levels, strict=True)]
+
+    for _ in range(epochs):
+        for rows in torch.randperm(train)[: train // batch * batch].split(batch):
+            loss = sum(
+                F.cross_entropy(out, y[rows, i])
+                for level in logits(inputs[rows])
+                for i, out in enumerate(level)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+    found = []
+    with torch.no_grad():
+        for rows in torch.arange(train, len(inputs)).split(batch):
+            answers = torch.stack([out.argmax(1) for out in logits(inputs[rows])[-1]], 1)
+            found.append((answers == y[rows]).all(1))
+    return encoder.model, torch.cat(found)

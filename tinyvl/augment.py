@@ -16,6 +16,11 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 
+def content(picture: Image.Image) -> int:
+    """What tells a picture from others."""
+    return zlib.crc32(picture.tobytes())
+
+
 class View:
     """A view of an upright RGB picture, then the encoder's own transform. Picklable.
 
@@ -29,8 +34,11 @@ class View:
         self.transform, self.view, self.seed = transform, view, seed
 
     def __call__(self, picture: Image.Image) -> Tensor:
+        return self.vary(picture, content(picture))
+
+    def vary(self, picture: Image.Image, content: int) -> Tensor:
+        """The same for each frame of a clip, if these are of one content and size."""
         if self.view:
-            content = zlib.crc32(picture.tobytes())
             picture = vary(picture, random.Random(f"{self.seed}/{self.view}/{content}"))
         return self.transform(picture)
 
@@ -76,7 +84,10 @@ class RandomCrop:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB picture -> uint8 (3, size, size)."""
-        content = zlib.crc32(picture.tobytes())
+        return self.vary(picture, content(picture))
+
+    def vary(self, picture: Image.Image, content: int) -> Tensor:
+        """The same for each frame of a clip, if these are of one content and size."""
         rng = random.Random(f"{self.seed}/{self.epoch}/{content}/crop")
         box = random_box(*picture.size, rng, self.area)
         picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box)

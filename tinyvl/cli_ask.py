@@ -11,6 +11,7 @@ from tinyvl.cli_options import (
     Beams,
     Device,
     Features,
+    Frames,
     LateStopping,
     LengthPenalty,
     Model,
@@ -33,7 +34,8 @@ def ask(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help='Pictures, folders, globs, or - for paths on stdin, and last the "question".',
+            help="Pictures, videos or sounds (what the model reads), folders, globs, or - for "
+            'paths on stdin, and last the "question".',
             metavar="FILE... QUESTION",
         ),
     ],
@@ -54,12 +56,13 @@ def ask(
     out: OutFile = None,
     resume: ResumeFile = False,
     null: Null = False,
+    frames: Frames = None,
     features: Features = None,
     device: Device = None,
     precision: Precision = None,
     workers: Workers = None,
 ) -> None:
-    """Ask a question about pictures: a line each, path<TAB>answer where there are several.
+    """Ask a question about pictures, videos or sounds: a line each, path<TAB>answer for several.
 
     The model is one of `tinyvl train epalm --task vqa`. Without files paths come from a pipe.
     """
@@ -79,16 +82,19 @@ def ask(
     from itertools import repeat
 
     from tinyvl import generate, media, models
+    from tinyvl.records import SUFFIXES
 
     one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
-    paths = media.expand(files, sys.stdin, null=null)
+    config = models.read_config(models.checkpoint_folder(model, "vqa"))
+    suffixes = SUFFIXES[models.modality_of(config)]
+    paths = media.expand(files, sys.stdin, null=null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if features is not None:
         from tinyvl.features import open_store
 
-        config = models.read_config(models.checkpoint_folder(model, "vqa"))
         store = open_store(features, config["vision"], models.reads(config))
     loaded = load_model(model, device, precision, "vqa")
+    models.take_frames(loaded, frames)
     if store is not None:
         store.check(loaded)
     if out is not None:

@@ -1,12 +1,13 @@
 """`tinyvl train epalm` and `tinyvl train clipcap`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Features, Precision, Workers, given, local
+from tinyvl.cli_options import Device, Features, Precision, Workers, checked, given, local
 from tinyvl.cli_train import (
     LM,
     Batch,
@@ -62,12 +63,16 @@ def train_epalm(
         str | None,
         typer.Option(
             help="A paper's row: epalm, epalm-pt, epalm-lin, epalm-ada, epalm-pt-l, epalm-cc3m, "
-            "promptfuse, limber, magma, magma-all. With --lm and --vision: the same method on "
-            "these."
+            "promptfuse, limber, magma, magma-all, epalm-video, frozenbilm, epalm-audio. With "
+            "--lm and --vision: the same method on these."
         ),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="caption, or vqa: questions with answers. (default: caption)")
+    ] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(help="image, video or audio. (default: the preset's, or image)"),
     ] = None,
     data: Data = None,
     val: Val = None,
@@ -75,7 +80,28 @@ def train_epalm(
         Path | None, typer.Option(help="Checkpoint folder. (default: runs/epalm)")
     ] = None,
     lm: LM = None,
-    vision: Vision = None,
+    vision: Annotated[
+        str | None,
+        typer.Option(
+            help="Frozen encoder, a name or folder: of pictures timm's or TimeSformer, of videos "
+            "the same (timm's: the mean over frames, Table 13), of sounds AST or Whisper."
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a video, one from each equal part: in evaluation the middle one, in --crops "
+            "and --views a random one. (default: 8 for questions, 16 for captions)",
+        ),
+    ] = None,
+    time_mask: Annotated[
+        int | None,
+        typer.Option(min=0, help="Widest mask of a sound's frames in --crops and --views: 96."),
+    ] = None,
+    frequency_mask: Annotated[
+        int | None, typer.Option(min=0, help="Widest mask of its mel bins: 24.")
+    ] = None,
     init: Init = None,
     resume: Resume = False,
     shared: Annotated[
@@ -137,8 +163,8 @@ def train_epalm(
         bool | None,
         typer.Option(
             "--crops/--no-crops",
-            help="As the authors: a random crop with RandAugment, new in every epoch (nothing is "
-            "cached), or the picture as it is.",
+            help="As the authors, and new in every epoch (nothing is cached): a random crop with "
+            "RandAugment, of videos at random moments, of sounds random masks; or all as it is.",
         ),
     ] = None,
     views: Views = None,
@@ -164,12 +190,13 @@ def train_epalm(
     As it stands it trains on a small drawn set in minutes, on any machine. Prints the summary as
     JSON. Tables: 1 the presets; 2 --recipe few-shot --limit 512, 1% or 10%; 3 and 5 `tinyvl eval
     vqa` on another set; 9 and 14 --extract and --inject; 10 --recipe long; 11 --preset epalm-cc3m;
-    12 --unfreeze vision,lm; 15 --deep, or --adapters 8 --soft 0 --shared; Figures 4 and 5 --lm
+    12 --unfreeze vision,lm; 13 --vision and --frames; 15 --deep, or --adapters 8 --soft 0
+    --shared; 16 --time-mask and --frequency-mask; Figures 4 and 5 --lm
     facebook/opt-125m to facebook/opt-6.7b and --vision.
     """
     from tinyvl import models, presets
 
-    row = models.preset(preset, "epalm")
+    row = models.preset(preset, "epalm", checked(modality))
     if task not in (None, "caption", "vqa"):
         raise UserError(f"--task is caption or vqa, not {task!r}.", 2)
     own = given(
@@ -184,9 +211,12 @@ def train_epalm(
         "fit": fit or row.fit,
         "prompt": prompt or "",
         "options": row.options | own | asked,
+        "media": row.job.get("media", {}),
     }
+    if modality is not None and modality != models.modality_in(parts["media"]):
+        parts["media"] = {"modality": modality} if modality != "image" else {}
     if init is not None:  # the task may change: from captions to questions, say
-        if own or given(lm=lm, vision=vision, fit=fit, prompt=prompt):
+        if own or given(lm=lm, vision=vision, fit=fit, prompt=prompt, modality=modality):
             raise UserError(
                 "--init brings its own backbones and what is trained of them: leave such options "
                 "out.",
@@ -195,6 +225,15 @@ def train_epalm(
         parts = taken_over(init, "epalm")
         parts["options"] = parts["options"] | asked
     vqa = parts["options"].get("task") == "vqa"
+    kind = models.modality_in(parts["media"])
+    masks = (time_mask, frequency_mask)
+    parts["media"] = parts["media"] | told(kind, vqa, frames, *masks, before=parts["media"])
+    if recipe is None and preset is not None and kind != "image":
+        recipe = presets.AV_RECIPES[kind, "vqa" if vqa else "caption"]
+    job = {name: value for name, value in row.job.items() if name != "media"}
+    if preset is not None and kind != "image":
+        job.setdefault("crops", True)  # as in the presets of its own
+    row = replace(row, job=job)
     if not vqa and given(answer_only=answer_only, separator=separator):
         raise UserError("--answer-only and --separator go with --task vqa.", 2)
     if recipe is not None and recipe not in presets.RECIPES:
@@ -222,6 +261,28 @@ def train_epalm(
         resume=resume, save_every=save_every, validate_every=validate_every, workers=workers,
         quiet=quiet,
     )  # fmt: skip
+
+
+def told(
+    kind: str, vqa: bool, frames: int | None, time_mask: int | None, frequency_mask: int | None,
+    before: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What the encoder of a modality is told, and was told ``before``."""
+    from tinyvl import presets
+    from tinyvl.audio import MASKS
+
+    if frames is not None and kind != "video":
+        raise UserError("--frames goes with --modality video.", 2)
+    if given(f=frequency_mask, t=time_mask) and kind != "audio":
+        raise UserError("--time-mask and --frequency-mask go with --modality audio.", 2)
+    if kind == "video":
+        own = before.get("frames", presets.FRAMES["vqa" if vqa else "caption"])
+        return {"frames": own if frames is None else frames}
+    if kind == "audio":
+        own = before.get("masks", MASKS)
+        widths = zip((frequency_mask, time_mask), own, strict=True)
+        return {"masks": [known if width is None else width for width, known in widths]}
+    return {}
 
 
 def train_clipcap(

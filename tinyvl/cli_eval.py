@@ -12,6 +12,7 @@ from tinyvl.cli_options import (
     Beams,
     Device,
     Features,
+    Frames,
     LateStopping,
     LengthPenalty,
     Precision,
@@ -134,6 +135,7 @@ def caption(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    frames: Frames = None,
     features: Features = None,
     batch: Batch = 16,
     as_json: Json = False,
@@ -168,7 +170,7 @@ def caption(
     else:
         report = evaluate.run(
             "caption", model, source, style=how, scoring=scoring, out=out, resume=resume,
-            shuffle=shuffle, results=results, features=features,
+            shuffle=shuffle, results=results, features=features, frames=frames,
             place=evaluate.place(device, precision, batch, workers, quiet),
         )  # fmt: skip
     show(report, as_json)
@@ -208,6 +210,7 @@ def vqa(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    frames: Frames = None,
     features: Features = None,
     batch: Batch = 16,
     as_json: Json = False,
@@ -240,7 +243,7 @@ def vqa(
     else:
         report = evaluate.run(
             "vqa", model, source, style=how, out=out, resume=resume, shuffle=shuffle,
-            results=results, features=features,
+            results=results, features=features, frames=frames,
             place=evaluate.place(device, precision, batch, workers, quiet),
         )  # fmt: skip
     show(report, as_json)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Precision, Workers, local
+from tinyvl.cli_options import Device, Precision, Workers, checked, given, local
 
 
 def features(
@@ -18,13 +18,15 @@ def features(
     preset: Annotated[
         str | None, typer.Option(help="A paper's row: its encoder. Without: the default model's.")
     ] = None,
-    vision: Annotated[
-        str | None, typer.Option(help="Frozen timm encoder: a name or folder.")
-    ] = None,
+    vision: Annotated[str | None, typer.Option(help="Frozen encoder: a name or folder.")] = None,
     fit: Annotated[
         str | None,
         typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
     ] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="image, video or audio. (default: the preset's, or image)")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a video. (default: 8)")] = None,
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
     ] = "both",
@@ -48,7 +50,14 @@ def features(
     from tinyvl import extract, models
     from tinyvl.job import Run, keep_memory
 
-    row = models.preset(preset, "itune")
+    method = "itune" if modality in (None, "image") else "epalm"
+    row = models.PRESETS.get(preset) or models.preset(preset, method, checked(modality))
+    kind = modality or models.modality_in(row.job.get("media", {}))
+    if frames is not None and kind != "video":
+        raise UserError("--frames goes with --modality video.", 2)
+    told = {} if kind == "image" else {"modality": kind} | given(frames=frames)
+    if kind == "video":
+        told.setdefault("frames", 8)
     target = models.choose_device(device)
     dtype_of_encoder = models.choose_precision(precision, target)
     records = [
@@ -56,12 +65,17 @@ def features(
         for path in data
         for record in sets.read(path, format=format, split=split, images=images)
     ]
-    pictures = list(dict.fromkeys((r.image, r.id) for r in records if r.image))[:limit]
+    pictures = list(dict.fromkeys((r.path, r.id) for r in records if r.modality == kind))[:limit]
     if not pictures:
-        raise UserError(f"{', '.join(data)}: no pictures there.", 2)
+        what = {"image": "pictures", "video": "videos", "audio": "sounds"}[kind]
+        raise UserError(f"{', '.join(data)}: no {what} there.", 2)
     keep_memory()
     description, encoder = extract.load_encoder(
-        local(vision or row.vision), fit or row.fit, device=target, precision=dtype_of_encoder
+        local(vision or row.vision),
+        fit or row.fit,
+        device=target,
+        precision=dtype_of_encoder,
+        media=told,
     )
     head = extract.contents(description, encoder, what=what, dtype=dtype)
     run = Run(out, target, workers=workers, quiet=quiet)

@@ -23,6 +23,10 @@ Features = Annotated[
     typer.Option(help="Folder of `tinyvl features`: read there, not encoded. (default: none)"),
 ]
 
+Frames = Annotated[
+    int | None, typer.Option(min=1, help="Of a video. (default: as in training, or 8)")
+]
+
 # Paths in, lines out.
 Json = Annotated[bool, typer.Option("--json", help="JSON Lines.")]
 OutFile = Annotated[
@@ -89,6 +93,13 @@ def style(
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def checked(modality: str | None) -> str | None:
+    """One of the three, or none given."""
+    if modality not in (None, "image", "video", "audio"):
+        raise UserError(f"--modality is image, video or audio, not {modality!r}.", 2)
+    return modality
 
 
 def local(name: str) -> str:

@@ -421,7 +421,7 @@ def launch(
     if data is None:
         from tinyvl import draw
 
-        data = str(draw.default_folder())
+        data = str(draw.default_folder(models.modality_in(parts.get("media", {}))))
     job = train.Job(
         method=row.method,
         data=os.path.abspath(data),

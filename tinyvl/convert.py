@@ -162,6 +162,105 @@ def efficientnet_lite2(source: Path, target: Path) -> None:
     )
 
 
+def whisper(source: Path, target: Path) -> None:
+    """Whisper tiny.en's encoder out of CTranslate2's model.bin -> transformers' names, fp16."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    theirs = ctranslate2((source / "model.bin").read_bytes())
+    theirs = {k.removeprefix("encoder/"): v for k, v in theirs.items() if k.startswith("encoder/")}
+    width = theirs["layer_norm/gamma"].size
+    heads = int(theirs.pop("num_heads"))
+    tensors = {"embed_positions.weight": theirs.pop("position_encodings/encodings")}
+    for name, value in theirs.items():
+        *places, part, kind = name.split("/")
+        kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)
+        place = ".".join(
+            {"self_attention": "self_attn"}.get(each, each.replace("layer_", "layers."))
+            for each in places
+        )
+        if not places:  # the convolutions and the final norm
+            tensors[f"{part}.{kind}"] = value
+        elif part == "layer_norm":
+            norm = "self_attn_layer_norm" if place.endswith("self_attn") else "final_layer_norm"
+            tensors[f"{place.rpartition('.')[0]}.{norm}.{kind}"] = value
+        elif place.endswith("ffn"):
+            linear = {"linear_0": "fc1", "linear_1": "fc2"}[part]
+            tensors[f"{place.rpartition('.')[0]}.{linear}.{kind}"] = value
+        elif part == "linear_1":
+            tensors[f"{place}.out_proj.{kind}"] = value
+        else:  # queries, keys and values in one; the keys have no bias, which is zero here
+            for i, each in enumerate(("q_proj", "k_proj", "v_proj")):
+                if (each, kind) != ("k_proj", "bias"):
+                    tensors[f"{place}.{each}.{kind}"] = value[i * width : (i + 1) * width]
+    save_file(
+        {
+            f"model.encoder.{name}": torch.from_numpy(np.array(value))
+            for name, value in tensors.items()
+        },
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    write_json(
+        target / "config.json",
+        {
+            "model_type": "whisper",
+            "d_model": width,
+            "encoder_layers": len(layers),
+            "encoder_attention_heads": heads,
+            "encoder_ffn_dim": theirs["layer_0/ffn/linear_0/bias"].size,
+            "num_mel_bins": theirs["conv1/weight"].shape[1],
+            "max_source_positions": len(tensors["embed_positions.weight"]),
+            "vocab_size": 51864,
+        },
+    )
+
+
+def ctranslate2(data: bytes) -> dict:
+    """The variables of a model.bin (https://opennmt.net/CTranslate2), versions 4 to 6, by name.
+
+    Raises:
+        UserError: another version, or a type that is not floating point.
+    """
+    import struct
+
+    import numpy as np
+
+    at = 0
+
+    def take(form: str):
+        nonlocal at
+        found = struct.unpack_from(f"<{form}", data, at)
+        at += struct.calcsize(f"<{form}")
+        return found
+
+    def text() -> str:
+        nonlocal at
+        (size,) = take("H")  # with a zero behind it
+        at += size
+        return data[at - size : at - 1].decode()
+
+    (version,) = take("I")
+    if not 4 <= version <= 6:
+        raise UserError(f"model.bin is of CTranslate2's version {version}, not 4 to 6.")
+    text(), take("I")  # what kind of model, and which revision of it
+    types = {0: np.float32, 4: np.float16, 3: np.int32, 1: np.int8, 2: np.int16}
+    found = {}
+    for _ in range(*take("I")):
+        name = text()
+        (rank,) = take("B")
+        shape = take(f"{rank}I")
+        kind, size = take("BI")
+        if kind not in types:
+            raise UserError(f"model.bin has {name} in a type that tinyvl does not read.")
+        found[name] = np.frombuffer(data, types[kind], size // types[kind]().itemsize, at)
+        found[name] = found[name].reshape(shape)
+        at += size
+    return found
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -175,4 +274,5 @@ CONVERT = {
     "SmolLM2-135M": smollm2,
     "EfficientNet-Lite2": efficientnet_lite2,
     "all-MiniLM-L6-v2": copy,
+    "Whisper-tiny.en": whisper,
 }

@@ -205,8 +205,7 @@ def draw_images(
     """
     folder = Path(folder)
     pictures, listing = folder / "images", folder / "drawn.jsonl"
-    if pictures.is_dir() and any(pictures.iterdir()) and not listing.exists():
-        raise UserError(f"{pictures} holds files that tinyvl did not draw; name an empty folder", 2)
+    check_empty(pictures, listing)
     drawn = scenes(train, held_out, seed)
     records = [
         {
@@ -222,14 +221,25 @@ def draw_images(
         for index, (scene, split) in enumerate(drawn)
         for lang in LANGUAGES
     ]
-    pictures.mkdir(parents=True, exist_ok=True)
-    for old in pictures.glob("[0-9]*.png"):
-        old.unlink()
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    listing.write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_listing(pictures, listing, records, "png")
     for index, (scene, _) in enumerate(drawn):
         Image.fromarray(render(scene, seed, index)).save(pictures / f"{index:04d}.png")
     return records
+
+
+def check_empty(files: Path, listing: Path) -> None:
+    """Refuses a folder with files of somebody's."""
+    if files.is_dir() and any(files.iterdir()) and not listing.exists():
+        raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
+
+
+def write_listing(files: Path, listing: Path, records: list[dict], suffix: str) -> None:
+    """The records, and a folder for their files without those of an earlier drawing."""
+    files.mkdir(parents=True, exist_ok=True)
+    for old in files.glob(f"[0-9]*.{suffix}"):
+        old.unlink()
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    listing.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def asked(scene: Scene, lang: str, seed: int, index: int) -> dict:
@@ -239,18 +249,21 @@ def asked(scene: Scene, lang: str, seed: int, index: int) -> dict:
     return {"question": question, "answers": [answer]}
 
 
-def default_folder() -> Path:
-    """The drawn set in the cache, drawn there the first time."""
+def default_folder(modality: str = "image") -> Path:
+    """The drawn set of "image", "video" or "audio" in the cache, drawn there the first time."""
     import os
     import tempfile
 
+    from tinyvl import draw_av
     from tinyvl.hub import cache_dir
 
-    folder = cache_dir() / "drawn-2"  # the first had no questions
+    name = {"image": "drawn-2", "video": "moving-1", "audio": "tones-1"}[modality]
+    draw = {"image": draw_images, "video": draw_av.draw_videos, "audio": draw_av.draw_sounds}
+    folder = cache_dir() / name  # the first of pictures had no questions
     if not (folder / "drawn.jsonl").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".drawn-") as scratch:
-            draw_images(Path(scratch) / "new")
+            draw[modality](Path(scratch) / "new")
             if not folder.exists():
                 os.replace(Path(scratch) / "new", folder)
     return folder
@@ -297,7 +310,7 @@ def render(scene: Scene, seed: int, index: int) -> np.ndarray:
         dx, dy = rng.uniform(-1, 1, 2)
         radius, tilt = rng.uniform(*SIZES[thing.size]), rng.uniform(-0.06, 0.06)
         paint = np.array(COLOURS[thing.colour]) + rng.uniform(-10, 10, 3)
-        alpha = _coverage(thing.shape, x + dx, y + dy, radius, tilt)[..., None]
+        alpha = coverage(thing.shape, x + dx, y + dy, radius, tilt)[..., None]
         canvas = canvas * (1 - alpha) + paint * alpha
     return canvas.round().clip(0, 255).astype(np.uint8)
 
@@ -321,7 +334,7 @@ def _invent(rng: np.random.Generator, *, unseen: bool) -> Scene:
             return scene
 
 
-def _coverage(shape: str, x: float, y: float, radius: float, tilt: float) -> np.ndarray:
+def coverage(shape: str, x: float, y: float, radius: float, tilt: float) -> np.ndarray:
     """The share of each pixel that a shape covers, (64, 64), centred on (x, y), tilt in radians."""
 
     def span(centre: float) -> tuple[slice, np.ndarray]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl import UserError
+from tinyvl.augment import RandomCrop, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,13 @@ class Percept:
 
 
 class ImageEncoder(nn.Module):
-    """A frozen timm model. Pictures come as uint8 (B, 3, H, W); it normalises them itself."""
+    """A frozen timm model. Pictures come as uint8 (B, 3, H, W); it normalises them itself.
+
+    Of videos (B, T, 3, H, W) it gives the mean over the frames (eP-ALM, Table 13).
+    """
+
+    modality = "image"
+    frames: int | None = None  # of a video; None: videos are not read
 
     def __init__(self, model: nn.Module, *, fit: str = "crop", levels: int | None = None):
         """Args:
@@ -51,26 +58,30 @@ class ImageEncoder(nn.Module):
         from timm.data import resolve_data_config
 
         self.model = model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        self.fit, self.levels = fit, levels
-        self.data_config = resolve_data_config(model=model)
-        if fit not in FITS:
-            raise UserError(f"--fit is one of {', '.join(FITS)}, not {fit!r}.", 2)
-        if fit != "crop":
-            self.data_config |= {"crop_mode": "squash", "crop_pct": 1.0}
-        self.size: int = self.data_config["input_size"][-1]
-        mean, std = (torch.tensor(self.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.levels = levels
+        self.prepare(resolve_data_config(model=model), fit)
         norm = getattr(model, "norm", None)
         self.final_norm = norm is not None and isinstance(norm, norm_types())
         self.width: int = model.num_features
-        self.learns = False  # whether something in it is trained
         info = getattr(model, "feature_info", None)
         stages = [stage["num_chs"] for stage in getattr(info, "info", info) or []]
         self.maps = info is not None and not hasattr(model, "cls_token")
         if self.maps and stages:
             stages[-1] = self.width
         self.widths: list[int] = stages[-(levels or 0) :]  # of the summaries
+
+    def prepare(self, data_config: dict[str, Any], fit: str) -> None:
+        """How pictures become what the model takes."""
+        if fit not in FITS:
+            raise UserError(f"--fit is one of {', '.join(FITS)}, not {fit!r}.", 2)
+        self.fit, self.data_config = fit, data_config
+        if fit != "crop":
+            self.data_config |= {"crop_mode": "squash", "crop_pct": 1.0}
+        self.size: int = self.data_config["input_size"][-1]
+        mean, std = (torch.tensor(self.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.learns = False  # whether something in it is trained
 
     def transform(self) -> "Callable[[Image], Tensor]":
         """A picklable function: RGB picture -> uint8 tensor (3, H, W)."""
@@ -80,10 +91,38 @@ class ImageEncoder(nn.Module):
         own = create_transform(**config, is_training=False, normalize=False)
         return Chain(small_jpeg, own) if self.fit == "jpeg" else own
 
+    def view(self, view: int = 0, seed: int = 0) -> "Callable":
+        """What makes a file into an input: as it is, or in one of its varied views."""
+        own = View(self.transform(), view, seed) if view else self.transform()
+        return self.clips(own, f"{seed}/{view}" if view else None)
+
+    def crop(self, epoch: int, seed: int, area: float) -> "Callable":
+        """The same, in a random view that is new in every epoch."""
+        return self.clips(RandomCrop(self.size, epoch, seed, area), f"{seed}/{epoch}/crop")
+
+    def clips(self, transform: "Callable[[Image], Tensor]", key: str | None) -> "Callable":
+        """The transform, of the frames of videos too where these are read."""
+        if self.frames is None:
+            return transform
+        from tinyvl.video import Clips
+
+        return Clips(transform, self.frames, still=self.modality == "image", key=key)
+
+    def probe(self) -> Tensor:
+        """A black input."""
+        frames = () if self.modality == "image" else (self.frames,)
+        return torch.zeros(1, *frames, 3, self.size, self.size, dtype=torch.uint8)
+
     def forward(self, images: Tensor) -> Percept:
-        """uint8 (B, 3, H, W) -> Percept, in the dtype of the encoder's weights."""
+        """uint8 (B, 3, H, W) or (B, T, 3, H, W) -> Percept, in the dtype of the weights."""
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return self._forward(images)
+            if images.ndim == 4:
+                return self._forward(images)
+            seen, shape = self._forward(images.flatten(0, 1)), images.shape[:2]
+            return Percept(
+                seen.tokens.unflatten(0, shape).mean(1),
+                [level.unflatten(0, shape).mean(1) for level in seen.summaries],
+            )
 
     def _forward(self, images: Tensor) -> Percept:
         dtype = next(self.model.parameters()).dtype

@@ -33,6 +33,7 @@ from tinyvl import (
 from tinyvl.data import Record
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.job import Run, bar
+from tinyvl.records import READABLE
 
 
 @dataclass
@@ -186,6 +187,14 @@ def pictures_only(records: list[Record]) -> None:
     other = next((record for record in records if record.modality != "image"), None)
     if other is not None:
         raise UserError(f"{other.path}: this is {other.modality}, and the model reads pictures.", 2)
+
+
+def readable(records: list[Record], modality: str) -> None:
+    """Whether a model of that modality can read all: pictures and videos alike, or sounds."""
+    other = next((r for r in records if r.modality not in READABLE[modality]), None)
+    if other is not None:
+        reads = {"audio": "sounds"}.get(modality, "pictures and videos")
+        raise UserError(f"{other.path}: this is {other.modality}, and the model reads {reads}.", 2)
 
 
 def swapped(records: list[Record]) -> list[str]:
@@ -356,6 +365,7 @@ def run(
     shuffle: bool = False,
     results: Path | None = None,
     features: Path | None = None,
+    frames: int | None = None,
 ) -> dict[str, Any]:
     """Captions (``kind`` "caption") or answers ("vqa") by a model, scored. -> the report.
 
@@ -365,6 +375,7 @@ def run(
         shuffle: give each picture's place to another one: how much does the model look?
         results: also write what the evaluation servers take to this file.
         features: a folder of `tinyvl features`, to read there what the encoder makes of pictures.
+        frames: of a video, in place of the model's own number.
 
     Raises:
         UserError: as the parts do; or nothing to predict.
@@ -381,7 +392,8 @@ def run(
             "predictions.",
             2,
         )
-    pictures_only(records)
+    modality = models.modality_of(models.read_config(models.checkpoint_folder(name, kind)))
+    readable(records, modality)
     if kind == "caption" and scored:
         metrics.plan_captions(**vars(scoring))  # before the long run
     shown = {record.id: record.path for record in records}
@@ -393,9 +405,11 @@ def run(
         checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
         features=str(features.absolute()) if features else None,
         precision=models.precision_name(place.precision), tinyvl=__version__,
+        **({} if frames is None else {"frames": frames}),
     )  # fmt: skip
     ids = {record.path: record.id for record in everything}
     model, store = load(name, place, kind, features, {path: ids[path] for path in shown.values()})
+    models.take_frames(model, frames)
     log = predictions.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:

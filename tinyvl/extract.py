@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, hub, media, models
-from tinyvl.encoders import ImageEncoder, Percept, load_image_encoder
+from tinyvl.encoders import Percept
+from tinyvl.encoders_av import Encoder, build_encoder
 from tinyvl.features import (
     DTYPES,
     MANIFEST,
@@ -38,24 +39,31 @@ BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
 
 
 def load_encoder(
-    name: str, fit: str, *, device: torch.device, precision: torch.dtype
-) -> tuple[dict[str, Any], ImageEncoder]:
+    name: str,
+    fit: str,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    media: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], Encoder]:
     """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
-    folder = hub.fetch(name, "vision")
+    told = media or {}
+    folder = hub.fetch(name, models.role_of("vision", told))
     config = json.loads((folder / "config.json").read_text())
     vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config, "fit": fit}
-    encoder = load_image_encoder(folder, fit=fit, device=device)
+    vision |= told
+    encoder = build_encoder(vision, folder).to(device)
     encoder.model.to(precision)  # pictures are still normalised in float32
     return vision, encoder
 
 
 def contents(
-    vision: dict[str, Any], encoder: ImageEncoder, *, what: str = "both", dtype: str = "fp16"
+    vision: dict[str, Any], encoder: Encoder, *, what: str = "both", dtype: str = "fp16"
 ) -> dict[str, Any]:
     """What decides the numbers in a cache: the head of its manifest and of all its shards.
 
     Args:
-        vision: name, sha256, config, fit, as in a checkpoint's ``config.json``.
+        vision: name, sha256, config, fit, ... as in a checkpoint's ``config.json``.
         what: "tokens", "summaries" or "both".
         dtype: in which they are kept, "fp16" or "bf16".
     """
@@ -63,8 +71,7 @@ def contents(
         raise UserError(f"--what is one of {', '.join(WHAT)}, not {what!r}.", 2)
     if dtype not in DTYPES:
         raise UserError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.", 2)
-    probe = torch.zeros(1, 3, encoder.size, encoder.size, dtype=torch.uint8)
-    parts = parts_of(percept(encoder, probe), what)
+    parts = parts_of(percept(encoder, encoder.probe()), what)
     head = {
         "format": 1,
         "encoder": vision,
@@ -85,13 +92,17 @@ def parts_of(percept: Percept, what: str) -> dict[str, Tensor]:
     return parts
 
 
-def precision_of(encoder: ImageEncoder) -> torch.dtype:
+def precision_of(encoder: Encoder) -> torch.dtype:
     return next(encoder.model.parameters()).dtype
 
 
-def percept(encoder: ImageEncoder, pictures: Tensor) -> Percept:
-    """uint8 pictures (B, 3, H, W) through the encoder; a batch that does not fit is halved."""
-    device, precision = encoder.mean.device, precision_of(encoder)
+def device_of(encoder: Encoder) -> torch.device:
+    return next(encoder.model.parameters()).device
+
+
+def percept(encoder: Encoder, pictures: Tensor) -> Percept:
+    """Decoded pictures (B, 3, H, W) through the encoder; a batch that does not fit is halved."""
+    device, precision = device_of(encoder), precision_of(encoder)
     half = precision != torch.float32
     try:
         with torch.no_grad(), torch.autocast(device.type, precision) if half else nullcontext():
@@ -110,7 +121,7 @@ def percept(encoder: ImageEncoder, pictures: Tensor) -> Percept:
 def encode(
     decoded: Iterator[tuple[str, Tensor | media.MediaError]],
     sizes: Iterable[int],
-    encoder: ImageEncoder,
+    encoder: Encoder,
     what: str,
     dtype: torch.dtype,
 ) -> Iterator[tuple[list[str | None], dict[str, Tensor]]]:
@@ -118,7 +129,7 @@ def encode(
 
     The results come one block late: a GPU computes the next one while they are copied and kept.
     """
-    device = encoder.mean.device
+    device = device_of(encoder)
     gpu = device.type == "cuda"
     late: tuple[list[str | None], dict[str, Tensor], Any] | None = None
     for size in sizes:
@@ -152,7 +163,7 @@ def settled(late: tuple[list[str | None], dict[str, Tensor], Any]) -> tuple[list
 def extract(
     folder: Path,
     pictures: Iterable[tuple[str, str]],
-    encoder: ImageEncoder,
+    encoder: Encoder,
     head: dict[str, Any],
     run: Run,
     *,
@@ -207,7 +218,7 @@ def extract(
         blocks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in chunks]
         decoded = media.decode_images(
             (entry.path for entry in todo),
-            transform or encoder.transform(),
+            transform or encoder.view(),
             target=encoder.size,
             workers=run.workers,
             lookahead=max(64, 2 * batch),

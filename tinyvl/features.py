@@ -211,7 +211,8 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
     """
     store = FeatureStore.open(folder)
     theirs = store.manifest["encoder"]
-    if any(theirs.get(key) != vision[key] for key in ("sha256", "fit", "config")):
+    keys = ("sha256", "fit", "config", "modality", "frames")
+    if any(theirs.get(key) != vision.get(key) for key in keys):
         raise UserError(
             f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
             f"{described(vision)}; extract features with that one.",
@@ -227,7 +228,9 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
 
 
 def described(vision: dict[str, Any]) -> str:
-    return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, fit {vision['fit']})"
+    told = {"fit": vision["fit"]} | {k: vision[k] for k in ("modality", "frames") if k in vision}
+    about = ", ".join(f"{key} {value}" for key, value in told.items())
+    return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, {about})"
 
 
 # ------------------------------------------------------------------------------- writing

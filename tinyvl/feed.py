@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, data, media
-from tinyvl.augment import RandomCrop, View
 from tinyvl.extract import contents, extract
 from tinyvl.features import FeatureStore
 from tinyvl.job import Interrupted, Job, Run, bar, say
@@ -40,13 +39,16 @@ def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
             records = [r for r in records if r.split in wanted]
         asked = job.task == "vqa"
         return [
-            r for r in records if r.image and (r.question and r.answers if asked else r.captions)
+            r
+            for r in records
+            if r.modality == job.modality and (r.question and r.answers if asked else r.captions)
         ]
 
     train, val = read(job.data, "train"), read(job.val or job.data, "val")
     if not train:
         what = "question and answer" if job.task == "vqa" else "caption"
-        raise UserError(f"{job.data}: no picture with a {what} to train on.", 2)
+        kind = {"image": "picture", "audio": "sound"}.get(job.modality, job.modality)
+        raise UserError(f"{job.data}: no {kind} with a {what} to train on.", 2)
     if not job.val and (not val or val == train):  # no validation part of its own
         train, val = data.hold_out(train, seed=job.seed)
     if job.limit and job.method == "lilt":
@@ -107,12 +109,13 @@ def groups_of(tokens: list[list[list[int]]], per_image: int) -> list[Group]:
 
 
 class Pictures:
-    """Pictures of a list of records, as uint8 tensors or as an encoder's tokens from a cache.
+    """Pictures (videos, sounds) of records, as tensors or as an encoder's tokens from a cache.
 
     Each has ``views`` views (`augment.View`), one after another by epoch; with ``crops`` a new
     random one in every epoch (`augment.RandomCrop`), never cached, as are pictures whose encoder
-    learns. The tokens are those of ``store``, or else of caches in the run's folder, a view each,
-    that are filled first and go on after a kill. The operating system keeps in memory what fits.
+    learns. What is varied of videos and sounds, their encoders say. The tokens are those of
+    ``store``, or else of caches in the run's folder, a view each, that are filled first and go on
+    after a kill. The operating system keeps in memory what fits.
     """
 
     def __init__(
@@ -126,15 +129,15 @@ class Pictures:
         store: FeatureStore | None = None,
         crops: bool = False,
     ):
-        self.paths = [r.image for r in records]
+        self.paths = [r.path for r in records]
         number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
         self.keys = [number[path] for path in self.paths]  # equal where pictures are the same
-        own, self.size = model.encoder.transform(), model.encoder.size
-        self.transforms = [View(own, view, seed) if view else own for view in range(views)]
+        self.encoder, self.size = model.encoder, model.encoder.size
+        self.transforms = [self.encoder.view(view, seed) for view in range(views)]
         self.run, self.seed, self.crops, self.bad = run, seed, crops, set()
         self.area, self.reads = model.crop_area, model.reads
         self.stores = [] if store is None else [store]
-        pictures = [(r.image, r.id) for r in records]
+        pictures = [(r.path, r.id) for r in records]
         if store is None and run.cache and not crops and model.fixed_pictures:
             head = contents({}, model.encoder, what=model.reads)
             for view, transform in enumerate(self.transforms):
@@ -176,7 +179,7 @@ class Pictures:
 
         transform, target = self.transforms[view], self.size
         if self.crops:
-            transform, target = RandomCrop(self.size, epoch, self.seed, self.area), None
+            transform, target = self.encoder.crop(epoch, self.seed, self.area), None
         found: list[Tensor | media.MediaError] = []
         for _, picture in media.decode_images(
             paths(), transform, target=target, workers=self.run.workers

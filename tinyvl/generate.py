@@ -75,9 +75,7 @@ def decoded(
         pictures = stored(store, model.reads, paths)
     else:
         encoder = model.encoder
-        pictures = media.decode_images(
-            paths, encoder.transform(), target=encoder.size, workers=workers
-        )
+        pictures = media.decode_images(paths, encoder.view(), target=encoder.size, workers=workers)
     with closing(pictures):  # ends the workers when this generator is closed
         if questions is None:
             yield from pictures
@@ -111,6 +109,13 @@ def run(model: Captioner, pictures: list[tuple], style: Style) -> list[tuple[str
     if style.sampling:  # what is drawn for a file depends on its path and the seed alone
         indices = [zlib.crc32(os.fsencode("\0".join([path, *rest]))) for path, _, *rest in pictures]
         settings["sampling"] = style.sampling | {"indices": indices}
+    shapes = [item[1].shape for item in pictures]
+    if len(set(shapes)) > 1:  # pictures beside videos
+        found: dict[int, tuple[str, float]] = {}
+        for shape in dict.fromkeys(shapes):
+            rows = [row for row, own in enumerate(shapes) if own == shape]
+            found |= zip(rows, run(model, [pictures[row] for row in rows], style), strict=True)
+        return [found[row] for row in range(len(pictures))]
     pixels = torch.stack([item[1] for item in pictures])
     try:
         if len(pictures[0]) == 3:

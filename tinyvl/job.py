@@ -38,12 +38,18 @@ class Job:
     samples: int = 5  # captions of a picture that "cider" compares
     views: int = 1  # of each picture, one after another by epoch; 1: the picture itself
     crops: bool = False  # a random crop of each picture, augmented, new in every epoch
+    media: dict[str, Any] = field(default_factory=dict)  # what is told to an encoder of others
     precision: str = "fp32"
 
     @property
     def task(self) -> str:
         """What the captions are: "caption", or "vqa" where they are questions with answers."""
         return self.options.get("task", "caption")
+
+    @property
+    def modality(self) -> str:
+        """What is captioned, or asked about: "image", "video" or "audio"."""
+        return self.media.get("modality", "image")
 
 
 @dataclass

@@ -201,7 +201,10 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def expand(
-    inputs: Iterable[str], stdin: TextIO | BinaryIO | None = None, null: bool = False
+    inputs: Iterable[str],
+    stdin: TextIO | BinaryIO | None = None,
+    null: bool = False,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
 ) -> Iterator[str]:
     """Turn what a user names into paths, lazily and in order.
 
@@ -215,9 +218,10 @@ def expand(
         inputs: files, folders, patterns and ``-``.
         stdin: what ``-`` reads, standard input by default; binary, or text that wraps binary.
         null: the names on ``stdin`` end with NUL instead of a newline.
+        suffixes: of the files that a folder gives: pictures, or videos or sounds instead.
 
     Raises:
-        MediaError: a folder has no pictures; raised last, when all other inputs have been given.
+        MediaError: a folder has none of these; raised last, when all other inputs have been given.
         UserError: standard input holds NUL bytes, but ``null`` is False.
     """
     empty = []
@@ -232,7 +236,7 @@ def expand(
             if not os.path.isdir(path):
                 yield path
                 continue
-            found = _images_below(path)
+            found = _files_below(path, suffixes)
             first = next(found, None)
             if first is None:
                 empty.append(path)
@@ -240,10 +244,11 @@ def expand(
                 yield first
                 yield from found
     if empty:
-        raise MediaError("; ".join(f"{path}: no images in this folder" for path in empty))
+        what = "images" if suffixes == IMAGE_SUFFIXES else "such files"
+        raise MediaError("; ".join(f"{path}: no {what} in this folder" for path in empty))
 
 
-def _images_below(folder: str) -> Iterator[str]:
+def _files_below(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
     todo = [(folder, True)]  # a stack: the next in order is last
     while todo:
         path, is_folder = todo.pop()
@@ -261,7 +266,9 @@ def _images_below(folder: str) -> Iterator[str]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 todo.append((entry.path, True))
-            elif is_image(entry.name) and (entry.is_file() or entry.is_symlink()):
+            elif os.path.splitext(entry.name)[1].lower() in suffixes and (
+                entry.is_file() or entry.is_symlink()
+            ):
                 todo.append((entry.path, False))
 
 
@@ -316,8 +323,9 @@ def decode_images(
     Args:
         paths: read at most ``lookahead + 1`` ahead of the results.
         transform: makes a ``uint8`` tensor ``(3, H, W)`` on the CPU; normalisation belongs on
-            the device. Deterministic: forked workers share one random state. It must pickle
-            where workers are spawned (anywhere but Linux).
+            the device. With a ``load(path, target)`` of its own it reads other files (videos,
+            sounds) and makes what it likes of them. Deterministic: forked workers share one
+            random state. It must pickle where workers are spawned (anywhere but Linux).
         target: the shortest side that ``transform`` needs, see ``load_image``.
         workers: 0 decodes in this process; None takes a worker per core, at most 8, and decodes
             the first four pictures in this process, so that a few pictures start none.
@@ -348,8 +356,9 @@ def _decode(
     path: str, transform: Callable[[Image.Image], Tensor], target: int | None
 ) -> np.ndarray | str:
     """The tensor as an array (small, so it goes through a pipe), or what went wrong."""
+    load = getattr(transform, "load", load_image)  # of videos and sounds its own
     try:
-        image = load_image(path, target)
+        image = load(path, target)
     except MediaError as error:
         return str(error)  # not the error itself: its traceback would keep the pixels alive
     try:

@@ -21,7 +21,7 @@ from tinyvl import UserError, files, hub, lilt
 from tinyvl.captioner import Captioner, Text
 from tinyvl.clipcap import ClipCap
 from tinyvl.decoder import Decoder
-from tinyvl.encoders import build_image_encoder, load_image_encoder
+from tinyvl.encoders_av import build_encoder
 from tinyvl.epalm import EPalm
 from tinyvl.itune import ITune
 from tinyvl.lilt import LilT
@@ -130,20 +130,36 @@ def backbones(config: dict) -> dict[str, dict]:
     return {side: config[side] for side in ROLES if side in config}
 
 
+def role_of(side: str, part: dict) -> str:
+    """The role in which `hub` fetches a backbone."""
+    return "audio" if part.get("modality") == "audio" else ROLES[side]
+
+
 def new_config(
-    method: str, language: str, vision: str, *, fit: str, prompt: str, options: dict[str, Any]
+    method: str,
+    language: str,
+    vision: str,
+    *,
+    fit: str,
+    prompt: str,
+    options: dict[str, Any],
+    media: dict[str, Any] | None = None,
 ) -> dict:
-    """The ``config.json`` of a model to be trained; fetches its backbones."""
+    """The ``config.json`` of a model to be trained; fetches its backbones.
+
+    ``media`` is what an encoder of videos or sounds is told, as in `encoders_av.build_encoder`.
+    """
     config: dict[str, Any] = {"format": 1, "method": method}
     for side, name in zip(towers(method), (language, vision), strict=True):
-        folder = hub.fetch(name, ROLES[side])
+        told = (media or {}) if ROLES[side] == "vision" else {}
+        folder = hub.fetch(name, role_of(side, told))
         config[side] = {
             "name": name,
             "sha256": hub.fingerprint(folder),
             "config": json.loads((folder / "config.json").read_text()),
         }
         if ROLES[side] == "vision":
-            config[side]["fit"] = fit
+            config[side] |= {"fit": fit, **told}
     if method != "lilt":
         config["prompt"] = prompt
     return config | {"options": options}
@@ -176,7 +192,7 @@ def build(
     for side, part in backbones(config).items():
         if side not in sides:
             continue
-        folders[side] = hub.fetch(part["name"], ROLES[side])
+        folders[side] = hub.fetch(part["name"], role_of(side, part))
         if part["sha256"] != hub.fingerprint(folders[side]):
             raise UserError(
                 f"{part['name']}: the weights here are not those this model was trained with "
@@ -192,10 +208,10 @@ def assemble(config: dict, folders: dict[str, Path] | None, precision: torch.dty
     method = METHODS[config["method"]]
     lm, vision, prompt = config["decoder"], config["vision"], config.get("prompt", "")
     if folders is None:
-        encoder = build_image_encoder(vision["config"], fit=vision["fit"], levels=method.levels)
+        encoder = build_encoder(vision, levels=method.levels)
         decoder, text, prompt = Decoder(decoder_config(lm["config"])), Text(None, 0, 0), ""
     else:
-        encoder = load_image_encoder(folders["vision"], fit=vision["fit"], levels=method.levels)
+        encoder = build_encoder(vision, folders["vision"], levels=method.levels)
         decoder = load_decoder(folders["decoder"], dtype=precision)
         text = read_text(folders["decoder"], lm["config"])
     return method(
@@ -218,7 +234,24 @@ def parts_of(config: dict) -> dict[str, Any]:
         "fit": vision["fit"],
         "prompt": config.get("prompt", ""),
         "options": config["options"],
+        "media": media_of(config),
     }
+
+
+def media_of(config: dict) -> dict[str, Any]:
+    """What an encoder of videos or sounds was told; nothing of one of pictures."""
+    vision = image_side(config)
+    return {key: vision[key] for key in ("modality", "frames", "masks") if key in vision}
+
+
+def modality_in(media: dict[str, Any]) -> str:
+    """The modality of an encoder that was told this: "image", "video" or "audio"."""
+    return media.get("modality", "image")
+
+
+def modality_of(config: dict) -> str:
+    """What a model of a ``config.json`` perceives."""
+    return modality_in(media_of(config))
 
 
 def place(model: Model, device: torch.device, precision: torch.dtype) -> Model:
@@ -272,13 +305,19 @@ def load_weights(model: Model, folder: Path) -> None:
     load_trainable(model, state, str(folder))
 
 
+def tag_of(config: dict) -> str:
+    """What a model that writes is for."""
+    what = "question-answering" if config["options"].get("task") == "vqa" else "captioning"
+    return f"{modality_of(config)}-{what}"
+
+
 def write_card(folder: Path, config: dict, summary: dict) -> None:
     """The model card: data, metrics, licences, the settings."""
     parts = backbones(config)
     lines = [
         "---",
         "library_name: tinyvl",
-        f"tags: [{'image-text-retrieval' if config['method'] == 'lilt' else 'image-captioning'}]",
+        f"tags: [{'image-text-retrieval' if config['method'] == 'lilt' else tag_of(config)}]",
         "---",
         f"# {config['method']} on {' with '.join(part['name'] for part in parts.values())}",
         "",
@@ -374,6 +413,15 @@ def load(
     return model
 
 
+def take_frames(model: Model, frames: int | None) -> None:
+    """Another number of frames of a video than the model was trained with."""
+    if frames is None:
+        return
+    if model.encoder.modality == "audio":
+        raise UserError("--frames is for videos, and this model reads sounds.", 2)
+    model.encoder.frames = frames
+
+
 def inspect(name: str) -> dict[str, Any]:
     """Parameter counts of a preset or a checkpoint, on the meta device: no weights, no network."""
     if name in PRESETS or name in (*SMALL, "small"):
@@ -385,8 +433,9 @@ def inspect(name: str) -> dict[str, Any]:
             language: {"name": row.language, "config": CONFIGS[row.language]},
             vision: {
                 "name": row.vision,
-                "config": {"architecture": architecture(row.vision)},
+                "config": CONFIGS.get(row.vision) or {"architecture": architecture(row.vision)},
                 "fit": row.fit,
+                **row.job.get("media", {}),
             },
             "options": row.options,
         }

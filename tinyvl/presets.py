@@ -140,6 +140,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "audio": {"batch": 32, "epochs": 30},
 }
 
+# What a kind of data is called in `RECIPES`, and what its encoder is told.
+AV_RECIPES = {
+    ("video", "vqa"): "video-qa", ("video", "caption"): "video-caption",
+    ("audio", "vqa"): "audio", ("audio", "caption"): "audio",
+}  # fmt: skip
+FRAMES = {"vqa": 8, "caption": 16}  # of a video
 
 # ClipCap's own: 5,000 steps of warm-up, then down to nothing (there in a line).
 CLIPCAP = Recipe(batch=40, epochs=10, rate=2e-5, warmup=0.035, weight_decay=0.0, clip=None)
@@ -147,14 +153,23 @@ CLIPCAP = Recipe(batch=40, epochs=10, rate=2e-5, warmup=0.035, weight_decay=0.0,
 
 def epalm(
     row: str, options: dict[str, Any], *, lm: str = "facebook/opt-2.7b", vision: str = VIT_B,
-    recipe: Recipe = EPALM,
+    recipe: Recipe = EPALM, modality: str = "image",
 ) -> Preset:  # fmt: skip
-    return Preset("epalm", lm, vision, f"eP-ALM, {row}", options, recipe, fit="squash")
+    # Of videos and sounds training sees new frames and masks in every epoch, as in the paper.
+    job = {} if modality == "image" else {"media": {"modality": modality}, "crops": True}
+    if modality != "image":
+        recipe = replace(recipe, **RECIPES[AV_RECIPES[modality, "caption"]])
+    return Preset("epalm", lm, vision, f"eP-ALM, {row}", options, recipe, fit="squash", job=job)
 
 
-def at_the_input(row: str, **options: Any) -> Preset:
+def at_the_input(row: str, vision: str = VIT_B, modality: str = "image", **options: Any) -> Preset:
     """A baseline of the paper's: the last [CLS] token before the text, through all layers."""
-    return epalm(row, {"soft": 0, "inject": [0, 1]} | options)
+    options = {"soft": 0, "inject": [0, 1]} | options
+    return epalm(row, options, vision=vision, modality=modality)
+
+
+TIMESFORMER = "facebook/timesformer-base-finetuned-k600"
+AST = "MIT/ast-finetuned-audioset-10-10-0.4593"
 
 
 PRESETS |= {
@@ -174,6 +189,9 @@ PRESETS |= {
     "limber": at_the_input("Table 1, B_LimBER"),
     "magma": at_the_input("Table 1, B_MAGMA", adapters=8),
     "magma-all": at_the_input("Figure 3, B_MAGMA*", adapters=8, tokens="all"),
+    "epalm-video": epalm("Tables 4, 5, 13 and 14", {}, vision=TIMESFORMER, modality="video"),
+    "frozenbilm": at_the_input("Table 4, B_FrozenBiLM", TIMESFORMER, "video", adapters=8),
+    "epalm-audio": epalm("Tables 6, 15 and 16", {}, vision=AST, modality="audio"),
     "clipcap": Preset("clipcap", "gpt2", CLIP_B16, "ClipCap with an MLP", recipe=CLIPCAP),
     "clipcap-transformer": Preset(
         "clipcap", "gpt2", CLIP_B16, "I-Tuning, Table 1: ClipCap",
@@ -189,6 +207,15 @@ SMALL: dict[str, Preset] = {
     "epalm": Preset(
         "epalm", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
         Recipe(batch=32, epochs=5, rate=1e-3), fit="jpeg",
+    ),
+    "epalm-video": Preset(  # the mean over the frames, as in Table 13
+        "epalm", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
+        Recipe(batch=32, epochs=5, rate=1e-3), fit="squash",
+        job={"media": {"modality": "video"}, "views": 4},
+    ),
+    "epalm-audio": Preset(
+        "epalm", "SmolLM2-135M", "Whisper-tiny.en", "ours", {},
+        Recipe(batch=32, epochs=20, rate=1e-3), job={"media": {"modality": "audio"}, "views": 4},
     ),
     "clipcap": Preset(
         "clipcap", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
@@ -206,10 +233,10 @@ SMALL: dict[str, Preset] = {
 }  # fmt: skip
 
 
-def preset(name: str | None, method: str) -> Preset:
+def preset(name: str | None, method: str, modality: str | None = None) -> Preset:
     """A preset of a method by name; None is the small recipe that runs everywhere."""
     if name in (None, "small"):
-        return SMALL[method]
+        return SMALL[method if modality in (None, "image") else f"{method}-{modality}"]
     own = [known for known, row in PRESETS.items() if row.method == method]
     if name not in own:
         raise UserError(f"No preset {name!r} of {method}; there are {', '.join(own)}.", 2)
@@ -236,6 +263,17 @@ def bert(layers: int, width: int, heads: int, vocabulary: int = 30522) -> dict:
 
 
 CONFIGS: dict[str, dict] = {
+    TIMESFORMER: {
+        "model_type": "timesformer", "image_size": 224, "patch_size": 16, "num_frames": 8,
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "attention_type": "divided_space_time",
+    },
+    AST: {
+        "model_type": "audio-spectrogram-transformer", "hidden_size": 768,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "patch_size": 16, "frequency_stride": 10, "time_stride": 10, "max_length": 1024,
+        "num_mel_bins": 128,
+    },
     "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
     "gpt2-large": GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},

@@ -32,6 +32,13 @@ SUFFIXES = {
         ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .aif .aiff .wma".split()  # noqa: SIM905
     ),
 }
+# What a model of each modality reads besides its own: a picture is a video of one frame, and the
+# sound of a video is a sound.
+READABLE = {
+    "image": ("image", "video"),
+    "video": ("video", "image"),
+    "audio": ("audio", "video"),
+}
 KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
 # Where a published format does not say what its files are called, a reader joins the names they
 # may have by this (no path holds it), the likeliest first; `locate` settles on one.

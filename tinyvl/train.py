@@ -54,6 +54,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
             fit=job.fit,
             prompt=job.prompt,
             options=job.options,
+            media=job.media,
         )
     config["training"] = settings | {"tinyvl": __version__}
     if state is not None:

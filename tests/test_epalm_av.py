@@ -1,0 +1,205 @@
+"""eP-ALM on videos and sounds, with random tiny backbones: train, save, load, ask, evaluate."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from test_encoders_av import AST, TIMESFORMER, write
+from tiny import write_decoder, write_vision
+from typer.testing import CliRunner
+
+from tinyvl import UserError, cli, draw_av, evaluate, feed, generate, models, presets, train
+from tinyvl.features import open_store
+
+CPU = torch.device("cpu")
+TINY_AST = AST | {"max_length": 100, "num_mel_bins": 32}
+
+
+def model_of(kind: type, config: dict):
+    settings = {k: v for k, v in config.items() if k != "model_type"}
+    return kind(kind.config_class(**settings))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("av")
+    texts = []
+    for name, make in (("video", draw_av.draw_videos), ("audio", draw_av.draw_sounds)):
+        for r in make(root / name, train=6, held_out=3):
+            texts += [r["captions"][0], f"{r['question']} Answer: {r['answers'][0]}"]
+    write(root / "timesformer", model_of(transformers.TimesformerModel, TIMESFORMER))
+    write(root / "ast", model_of(transformers.ASTModel, TINY_AST))
+    write_vision(root / "vit")
+    write_decoder(root / "lm", "opt", texts)
+    pictures = []
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (64, 64), colour).save(root / f"{i}.png")
+        pictures.append({"image": f"{i}.png", "question": "what colour is the star?",
+                         "answers": [colour], "split": "train"})  # fmt: skip
+    lines = "".join(json.dumps(line) + "\n" for line in pictures)
+    (root / "pictures.jsonl").write_text(lines)
+    return {path.name: path for path in root.iterdir()} | {"root": root}
+
+
+ENCODERS = {"video": "timesformer", "audio": "ast", "image": "timesformer"}
+
+
+def trained(world, out: Path, modality: str, task: str = "caption", vision=None, **changes) -> dict:
+    told = {"video": {"frames": 4}, "audio": {"masks": [8, 20]}, "image": {}}[modality]
+    media = {} if modality == "image" else {"modality": modality, **told}
+    data = world["pictures.jsonl"] if modality == "image" else world[modality]
+    job = train.Job(
+        **{
+            "method": "epalm", "data": str(data), "language": str(world["lm"]),
+            "vision": str(world[vision or ENCODERS[modality]]), "fit": "squash",
+            "options": {"task": task}, "recipe": presets.Recipe(batch=4, epochs=3, rate=1e-3),
+            "media": media, **changes,
+        }
+    )  # fmt: skip
+    return train.train(job, train.Run(out=out, device=CPU, quiet=True, workers=0))
+
+
+PLACE = evaluate.Place(CPU, torch.float32, workers=0, quiet=True)
+GREEDY = generate.Style(beams=1, max_tokens=6)
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_trained_saved_asked_and_measured(modality, world, tmp_path):
+    trained(world, tmp_path / "a", modality, "vqa", views=2)
+    config = models.read_config(tmp_path / "a")
+    assert models.modality_of(config) == modality
+    model = models.load(str(tmp_path / "a"), task="vqa", device=CPU)
+    assert model.encoder.modality == modality
+    assert {n.partition(".")[0] for n, _ in model.named_parameters() if model.kept(n)} == {
+        "connector", "soft",
+    }  # fmt: skip
+    source = evaluate.Source(str(world[modality]))
+    report = evaluate.run("vqa", str(tmp_path / "a"), source, style=GREEDY, place=PLACE)
+    assert report["items"] == 3
+    folder = world[modality] / {"video": "videos", "audio": "sounds"}[modality]
+    first = sorted(folder.iterdir())[0]
+    (tmp_path / f"bad{first.suffix}").write_bytes(b"no")
+    result = CliRunner().invoke(
+        cli.app,
+        ["ask", str(first), str(tmp_path / f"bad{first.suffix}"), str(tmp_path / "no"), "what is?",
+         "-m", str(tmp_path / "a"), "--json", "--device", "cpu", "--workers", "0"],
+    )  # fmt: skip
+    assert result.exit_code == 1
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert list(lines[0]) == ["path", "question", "answer", "score"]
+    assert "damaged" in lines[1]["error"]
+    assert "no such file" in lines[2]["error"]
+
+
+def test_a_folder_gives_its_videos_and_a_batch_does_not_matter(world, tmp_path):
+    trained(world, tmp_path / "a", "video")
+    model = models.load(str(tmp_path / "a"), device=CPU)
+    paths = [str(path) for path in sorted((world["video"] / "videos").iterdir())[:3]]
+    paths.insert(1, str(world["0.png"]))  # a picture among videos
+    style = generate.Style(beams=2, max_tokens=6)
+    together = list(generate.captions(model, paths, style=style, workers=0))
+    for path, found in zip(paths, together, strict=True):
+        ((_, text, score),) = generate.captions(model, [path], style=style, workers=0)
+        assert (path, text) == found[:2]
+        assert score == pytest.approx(found[2], abs=1e-4)
+    result = CliRunner().invoke(
+        cli.app,
+        ["caption", str(world["video"]), "-m", str(tmp_path / "a"), "--device", "cpu", "--beams",
+         "1", "--frames", "2", "--workers", "0"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 9
+
+
+@pytest.mark.parametrize("vision", ["timesformer", "vit"])
+def test_a_model_of_pictures_answers_about_videos(vision, world, tmp_path):
+    trained(world, tmp_path / "a", "image", "vqa", vision=vision)
+    source = evaluate.Source(str(world["video"]))
+    run = {"style": GREEDY, "place": PLACE}
+    report = evaluate.run("vqa", str(tmp_path / "a"), source, frames=4, **run)
+    assert report["items"] == 3
+    assert report["frames"] == 4
+    with pytest.raises(UserError, match="this is audio, and the model reads pictures and videos"):
+        evaluate.run("vqa", str(tmp_path / "a"), evaluate.Source(str(world["audio"])), **run)
+
+
+def inputs(world, modality: str, tmp_path, **options) -> list[torch.Tensor]:
+    """What three epochs see of the first record."""
+    told = {"modality": modality, "frames": 4, "masks": [8, 20]}
+    config = models.new_config(
+        "epalm", str(world["lm"]), str(world[ENCODERS[modality]]), fit="squash", prompt="",
+        options={}, media=told,
+    )  # fmt: skip
+    model = models.build(config, device=CPU, precision=torch.float32)
+    job = train.Job(
+        "epalm", str(world[modality]), "", "", "", {}, presets.Recipe(), media=told, **options
+    )
+    records, _ = feed.load_records(job)
+    run = train.Run(tmp_path, CPU, quiet=True, workers=0, cache=False)
+    seen = feed.Pictures(records, model, run, "train", job.views, job.seed, crops=job.crops)
+    return [next(seen.stream(iter([[0]]), epoch))[0] for epoch in range(3)]
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_what_an_epoch_sees_is_a_function_of_seed_and_epoch(modality, world, tmp_path):
+    plain = inputs(world, modality, tmp_path)
+    assert torch.equal(plain[0], plain[1])
+    crops = inputs(world, modality, tmp_path, crops=True)
+    assert crops[0].shape == plain[0].shape
+    assert not torch.equal(crops[0], crops[1])
+    again = inputs(world, modality, tmp_path, crops=True)
+    assert all(torch.equal(a, b) for a, b in zip(crops, again, strict=True))
+    assert not torch.equal(inputs(world, modality, tmp_path, crops=True, seed=1)[0], crops[0])
+    views = inputs(world, modality, tmp_path, views=2)
+    assert torch.equal(views[0], plain[0])  # the first view is what evaluation sees
+    assert torch.equal(views[0], views[2])
+    assert not torch.equal(views[0], views[1])
+
+
+def test_features_of_videos_are_read_by_models_of_the_same_frames(world, tmp_path):
+    arguments = ["features", str(world["video"]), "--modality", "video", "--frames", "4",
+                 "--vision", str(world["timesformer"]), "--fit", "squash", "--what", "summaries",
+                 "--out", str(tmp_path / "kept"), "--device", "cpu", "--quiet", "--workers",
+                 "0"]  # fmt: skip
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["extracted"] == 9
+    trained(world, tmp_path / "a", "video")
+    source = evaluate.Source(str(world["video"]))
+    run = {"style": GREEDY, "place": PLACE, "scoring": evaluate.Scoring(["BLEU-4"])}
+    one = evaluate.run("caption", str(tmp_path / "a"), source, out=tmp_path / "one", **run)
+    two = evaluate.run(
+        "caption", str(tmp_path / "a"), source, out=tmp_path / "two", features=tmp_path / "kept",
+        **run,
+    )  # fmt: skip
+    assert one["items"] == two["items"] == 3
+    vision = models.read_config(tmp_path / "a")["vision"]
+    with pytest.raises(UserError, match="frames 4"):
+        open_store(tmp_path / "kept", vision | {"frames": 8}, "summaries")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--modality", "smell"], "--modality is image, video or audio, not 'smell'"),
+        (["--frames", "4"], "--frames goes with --modality video"),
+        (["--modality", "video", "--time-mask", "4"], "go with --modality audio"),
+        (["--modality", "audio", "--data", "VIDEO"], "no sound with a caption to train on"),
+        (["--modality", "audio", "--data", "AUDIO", "--vision", "TS"], "not audio"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, words, world, tmp_path):
+    places = {"VIDEO": "video", "AUDIO": "audio", "TS": "timesformer"}
+    arguments = [str(world[places[a]]) if a in places else a for a in arguments]
+    if "--data" not in arguments:
+        arguments += ["--data", str(world["pictures.jsonl"])]
+    result = CliRunner().invoke(
+        cli.app,
+        ["train", "epalm", *arguments, "--lm", str(world["lm"]), "--out", str(tmp_path / "x")],
+    )
+    assert isinstance(result.exception, UserError)
+    assert words in str(result.exception)
+    assert result.exception.status == 2
