@@ -132,7 +132,7 @@ def ranks(
 
     Scores are dot products in double precision, rounded to single: which scores tie does not
     depend on ``block`` (images, texts), the largest part of the matrix that is ever in memory: on
-    a CPU as much as its cache holds, which is five times as fast as larger ones.
+    a CPU as much as its cache holds, which is three times as fast as larger ones.
     An image without captions has rank M.
     """
     if images.device.type == "mps":  # has no double precision
