@@ -17,7 +17,7 @@ COMMANDS = [line[2:] for line in README.splitlines() if line.startswith("$ ")]
 
 def test_there_are_the_two_commands():
     assert COMMANDS[0].startswith("pip install . && tinyvl samples")
-    assert COMMANDS[1] == "pip install '.[test]' && pytest"
+    assert COMMANDS[1] == "pip install '.[test]' && pytest -n 2 --dist loadfile"
 
 
 def test_the_first_command_and_the_shell_examples(tmp_path):
