@@ -131,13 +131,29 @@ def write_captioner(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def fit_decoder(folder: Path, family: str, texts: list[str], *, epochs: int) -> Path:
+def hinted(texts: list[str], labels: list[dict], seed: int = 0) -> list[str]:
+    """Texts, some of them behind what they speak of, in any order: "colour:red shape:star : ...".
+
+    A pretrained language model has learnt to follow what stands before a text. One that is fitted
+    to captions alone has not, and nothing that a frozen one attends to would tell it much.
+    """
+    import random
+
+    rng, out = random.Random(seed), []
+    for text, row in zip(texts, labels, strict=True):
+        hints = [f"{name}:{value}" for name, value in row.items() if value is not None]
+        rng.shuffle(hints)
+        out += [text, " ".join([*hints, ":", text])]
+    return out
+
+
+def fit_decoder(folder: Path, family: str, texts: list[str], *, epochs: int, **more: int) -> Path:
     """A tiny language model fitted to some texts: a few seconds."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shape = {"n_embd": 96} if family == "gpt2" else {"hidden_size": 96}
     shape |= {"word_embed_proj_dim": 96} if family == "opt" else {}
-    write_decoder(folder, family, texts, **shape)
+    write_decoder(folder, family, texts, **shape, **more)
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [[0, *row, 0] for row in tokenizer(texts)["input_ids"]]

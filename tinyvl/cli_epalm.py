@@ -233,6 +233,8 @@ def train_epalm(
     job = {name: value for name, value in row.job.items() if name != "media"}
     if preset is not None and kind != "image":
         job.setdefault("crops", True)  # as in the presets of its own
+    if features is not None:  # which have one view of each
+        job = {name: value for name, value in job.items() if name not in ("views", "crops")}
     row = replace(row, job=job)
     if not vqa and given(answer_only=answer_only, separator=separator):
         raise UserError("--answer-only and --separator go with --task vqa.", 2)
