@@ -78,7 +78,10 @@ def training(drawn, request, tmp_path_factory) -> Iterator[dict[str, Future]]:
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("opt", "llama"))],
+)
 def test_itune_captions_new_renders_exactly(family, drawn, training, tmp_path):
     folder, seconds = training[family].result()
     paths = list(drawn["test"])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, extract, features, feed, generate, models, train
+from tinyvl import UserError, encoders, extract, features, feed, generate, models, train
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.job import Interrupted, Run
 
@@ -329,7 +329,7 @@ def test_two_extractions_do_not_work_in_one_folder(pictures, vision, tmp_path):
 
 def test_a_batch_that_does_not_fit_is_halved(pictures, vision, tmp_path, monkeypatch):
     fill(tmp_path / "whole", pictures[:40], vision)
-    real, sizes = extract.ImageEncoder.forward, []
+    real, sizes = encoders.ImageEncoder.forward, []
 
     def tight(self, images):
         sizes.append(len(images))
@@ -337,7 +337,7 @@ def test_a_batch_that_does_not_fit_is_halved(pictures, vision, tmp_path, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, images)
 
-    monkeypatch.setattr(extract.ImageEncoder, "forward", tight)
+    monkeypatch.setattr(encoders.ImageEncoder, "forward", tight)
     fill(tmp_path / "parts", pictures[:40], vision)
     assert max(sizes) == 32
     whole, parts = (FeatureStore.open(tmp_path / n) for n in ("whole", "parts"))

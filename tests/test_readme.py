@@ -73,5 +73,6 @@ def test_every_option_named_exists():
         for parameter in command.params
         for option in parameter.opts
     }
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    ours = README.replace(COMMANDS[1], "")  # pytest's and pip's are not
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
     assert named <= known | {"--help"}

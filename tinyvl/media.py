@@ -18,9 +18,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -304,6 +304,7 @@ def _names(lines: list[bytes], null: bool) -> Iterator[str]:
 # one thread and never touches the device. Outside Linux, system libraries do not survive a fork.
 _CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 _IN_PROCESS = 4  # the first few pictures cost less than starting workers
+WAKE = 0.5  # seconds: the longest that this program waits without looking up
 _START = threading.Lock()  # one start at a time: no child may inherit another's half-made pipe
 
 
@@ -409,10 +410,12 @@ def _in_workers(
             idle.put(crew[-1])
         # A daemon, because nothing can interrupt it while it waits for a path.
         threading.Thread(target=read, daemon=True).start()
-        while (item := order.get()) is not None:
+        while (item := _get(order)) is not None:
             if isinstance(item, BaseException):
                 raise item
             path, future = item
+            while not future.done():
+                wait([future], timeout=WAKE)
             answer = future.result()
             slots.release()
             yield path, answer
@@ -424,6 +427,19 @@ def _in_workers(
         slots.release()  # the reader may wait for one; it then finds the shutdown
         for worker in crew:
             worker.bury()
+
+
+def _get(order: queue.SimpleQueue) -> Any:
+    """What comes next.
+
+    A Control-C that arrives in the instant before a thread begins to wait does not wake it, so
+    nothing here waits for long.
+    """
+    while True:
+        try:
+            return order.get(timeout=WAKE)
+        except queue.Empty:
+            continue
 
 
 class _Worker:
