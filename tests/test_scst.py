@@ -9,7 +9,8 @@ from test_train import losses_of as losses
 
 from tinyvl import UserError, cli_train, models, scst, train
 from tinyvl.caption_metrics import cider
-from tinyvl.scst import Cider, SelfCritical
+from tinyvl.cider import Cider
+from tinyvl.scst import SelfCritical
 
 WORDS = "a the dog cat runs sleeps on grass red two of with man ball"
 

@@ -6,9 +6,7 @@ the papers).
 """
 
 import contextlib
-import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -19,6 +17,7 @@ import numpy as np
 
 from tinyvl import UserError, hub, ptb
 from tinyvl import java as jvm
+from tinyvl.cider import Cider
 
 T = TypeVar("T")
 
@@ -277,41 +276,7 @@ def rouge(refs: Sequence[Sequence[str]], hyps: Sequence[str]) -> list[float]:
     return [scorer.calc_score([h], candidates) for candidates, h in zip(refs, hyps, strict=True)]
 
 
-SIGMA = 6.0  # of the penalty for another length
-
-
 def cider(refs: Sequence[Sequence[str]], hyps: Sequence[str]) -> np.ndarray:
-    """CIDEr-D x 10 of each tokenised hypothesis (Vedantam et al. 2015); frequencies from ``refs``.
-
-    pycocoevalcap's numbers in about half of its time. As there, a caption is as long as its
-    bigrams are many.
-    """
-
-    def ngrams(caption: str) -> list[Counter]:
-        words = caption.split()
-        return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in (1, 2, 3, 4)]
-
-    cooked = [[ngrams(candidate) for candidate in candidates] for candidates in refs]
-    images = Counter()
-    for candidates in cooked:
-        images.update(set().union(*(counts for candidate in candidates for counts in candidate)))
-    most = math.log(len(refs))  # the weight of an n-gram that no image has
-    weight = {ngram: most - math.log(count) for ngram, count in images.items()}
-
-    def vector(counted: list[Counter]) -> tuple[list[dict], list[float], int]:
-        """For each n the tf-idf weights and their norm; the length."""
-        values = [{g: c * weight.get(g, most) for g, c in part.items()} for part in counted]
-        return values, [math.hypot(*part.values()) for part in values], counted[1].total()
-
-    scores = []
-    for hypothesis, candidates in zip(hyps, cooked, strict=True):
-        ours, our_norms, our_length = vector(ngrams(hypothesis))
-        total = 0.0
-        for theirs, norms, length in map(vector, candidates):
-            penalty = math.exp(-((our_length - length) ** 2) / (2 * SIGMA**2))
-            for a, b, norm, other in zip(ours, theirs, our_norms, norms, strict=True):
-                product = sum(min(x, b[ngram]) * b[ngram] for ngram, x in a.items() if ngram in b)
-                if product:
-                    total += penalty * product / (norm * other)
-        scores.append(10 * total / 4 / len(candidates))
-    return np.array(scores)
+    """CIDEr-D x 10 of each tokenised hypothesis; frequencies from all of ``refs``."""
+    known = Cider(refs)
+    return np.array([known.score(i, hypothesis) for i, hypothesis in enumerate(hyps)])

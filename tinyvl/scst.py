@@ -13,70 +13,16 @@ in front of a") score as well as whole ones. Made for a captioner that cross-ent
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from tinyvl import decode, ptb
 from tinyvl.captioner import Batch, Captioner, collate
+from tinyvl.cider import Cider
 
-N = 4  # n-grams of up to so many words
-SIGMA = 6.0  # of the penalty of another length
 END = "</s>"
-
-
-class Cider:
-    """CIDEr-D (x 10) against references known ahead, whose n-gram weights are counted once.
-
-    Vedantam et al., https://arxiv.org/abs/1411.5726, in the numbers of pycocoevalcap; a test
-    compares.
-
-    Args:
-        references: of each picture the words of its captions, joined by spaces.
-    """
-
-    def __init__(self, references: Sequence[Sequence[str]]):
-        counts = [[ngrams(caption) for caption in captions] for captions in references]
-        self.frequency = Counter(n for captions in counts for n in set().union(*captions))
-        self.pictures = math.log(len(references)) if references else 0.0
-        self.references = [[self.vector(count) for count in captions] for captions in counts]
-
-    def vector(self, counts: Counter) -> tuple[dict, list[float], int]:
-        """Weights of the n-grams, their norm for each n, and the length."""
-        weights = {
-            n: count * (self.pictures - math.log(max(1, self.frequency[n])))
-            for n, count in counts.items()
-        }
-        squares = [0.0] * N
-        for n, weight in weights.items():
-            squares[len(n) - 1] += weight**2
-        length = sum(count for n, count in counts.items() if len(n) == 2)  # as pycocoevalcap has it
-        return weights, [math.sqrt(square) for square in squares], length
-
-    def score(self, picture: int, caption: str) -> float:
-        """Of a caption's words, joined by spaces, for one of the pictures."""
-        weights, norms, length = self.vector(ngrams(caption))
-        total = 0.0
-        for theirs, their_norms, their_length in self.references[picture]:
-            products = [0.0] * N
-            for n in weights.keys() & theirs.keys():
-                products[len(n) - 1] += min(weights[n], theirs[n]) * theirs[n]
-            cosines = (
-                product / (a * b) if a and b else product
-                for product, a, b in zip(products, norms, their_norms, strict=True)
-            )
-            total += sum(cosines) * math.exp(-((length - their_length) ** 2) / (2 * SIGMA**2))
-        return 10 * total / N / len(self.references[picture])
-
-
-def ngrams(caption: str) -> Counter:
-    """{n-gram: how often}, n = 1 to 4."""
-    words = caption.split()
-    return Counter(
-        tuple(words[i : i + n]) for n in range(1, N + 1) for i in range(len(words) - n + 1)
-    )
 
 
 class SelfCritical:

@@ -42,6 +42,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     check_features(job, run)
     state = open_run(settings, run)
     train_records, val_records = load_records(job)
+    val_records = val_records[:1000]  # enough to choose by
     torch.manual_seed(job.seed)
     if job.init:
         source = models.checkpoint_folder(job.init, models.task_of(job.method))
@@ -75,15 +76,15 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     if store is not None:
         store.check(model)
     with stopping(run):
-        feed = Feed(train_records, val_records[:1000], model, job, run, store)
+        feed = Feed(train_records, val_records, model, job, run, store)
         objective = model
         if job.objective == "cider":
-            train_side, val_side = (
-                (feed.pictures, train_records),
-                (feed.val_pictures, val_records[:1000]),
-            )
             objective = scst.SelfCritical(
-                model, captions_of(*train_side), captions_of(*val_side), job.samples, job.max_tokens
+                model,
+                captions_of(feed.pictures, train_records),
+                captions_of(feed.val_pictures, val_records),
+                job.samples,
+                job.max_tokens,
             )
         steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
         validate_every = run.validate_every or feed.steps_per_epoch
@@ -166,7 +167,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
 def captions_of(pictures: Pictures, records: list[Record]) -> dict[int, list[str]]:
     """{a picture's key: the captions of all its records}."""
     found: dict[int, list[str]] = {}
-    for key, record in zip(pictures.keys, records, strict=False):
+    for key, record in zip(pictures.keys, records, strict=True):
         found.setdefault(key, []).extend(record.captions)
     return found
 
