@@ -142,3 +142,10 @@ class Later(list):
 def test_an_unknown_objective():
     with pytest.raises(UserError, match="likelihood or cider, not 'bleu'"):
         cli_train.chosen("bleu")
+
+
+def test_options_that_would_do_nothing_are_refused():
+    with pytest.raises(UserError, match="--samples goes with"):
+        cli_train.train_itune(samples=3)
+    with pytest.raises(UserError, match="--per-image goes with"):
+        cli_train.train_itune(objective="cider", per_image=2)

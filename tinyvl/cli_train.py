@@ -163,6 +163,10 @@ def train_itune(
             )
         parts = taken_over(init, "itune")
         parts["options"] |= given(dropout=dropout)
+    if objective == "cider" and per_image is not None:
+        raise UserError("--per-image goes with --objective likelihood; cider has --samples.", 2)
+    if objective != "cider" and samples is not None:
+        raise UserError("--samples goes with --objective cider.", 2)
     recipe = given(
         epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay,
         average=average,
