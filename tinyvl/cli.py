@@ -22,26 +22,18 @@ from tinyvl import (
 )
 from tinyvl.cli_options import (
     Beams,
-    Device,
     Features,
     Frames,
     Json,
-    LateStopping,
-    LengthPenalty,
     Model,
     Null,
     OutFile,
-    Precision,
+    Place,
     ResumeFile,
-    Sample,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    Workers,
+    Search,
     checked,
+    grouped,
     load_model,
-    style,
 )
 
 app = typer.Typer(
@@ -76,6 +68,7 @@ def start(
 
 
 @app.command()
+@grouped
 def caption(
     inputs: Annotated[
         list[str] | None,
@@ -84,16 +77,11 @@ def caption(
             "sounds for a model trained on them."
         ),
     ] = None,
+    *,
     model: Model = "default",
     beams: Beams = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
-    length_penalty: LengthPenalty = 1.0,
-    late: LateStopping = False,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    search: Search,
     batch: Annotated[int, typer.Option(min=1, help="Pictures captioned together.")] = 16,
     as_json: Json = False,
     out: OutFile = None,
@@ -101,9 +89,7 @@ def caption(
     null: Null = False,
     frames: Frames = None,
     features: Features = None,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    place: Place,
 ) -> None:
     """Caption pictures, videos or sounds: a line each, path<TAB>caption where there are several.
 
@@ -116,7 +102,7 @@ def caption(
         inputs = ["-"]
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
-    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
+    how = search.style(beams, max_tokens)
     from tinyvl import generate, media, models
     from tinyvl.records import SUFFIXES
 
@@ -131,14 +117,16 @@ def caption(
 
         store = open_store(features, config["vision"], models.reads(config))
         paths = paths if inputs else iter([entry.path for entry in store.entries])
-    loaded = load_model(model, device, precision)
+    loaded = load_model(model, place)
     models.take_frames(loaded, frames)
     if store is not None:
         store.check(loaded)
     if out is not None:
         stream, done = generate.open_output(out, resume)
         paths = (path for path in paths if path not in done)
-    results = generate.captions(loaded, paths, style=how, batch=batch, workers=workers, store=store)
+    results = generate.captions(
+        loaded, paths, style=how, batch=batch, workers=place.workers, store=store
+    )
     status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
 

@@ -9,27 +9,20 @@ import typer
 from tinyvl import UserError
 from tinyvl.cli_options import (
     Beams,
-    Device,
     Features,
     Frames,
-    LateStopping,
-    LengthPenalty,
     Model,
     Null,
     OutFile,
-    Precision,
+    Place,
     ResumeFile,
-    Sample,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    Workers,
+    Search,
+    grouped,
     load_model,
-    style,
 )
 
 
+@grouped
 def ask(
     inputs: Annotated[
         list[str],
@@ -39,16 +32,11 @@ def ask(
             metavar="FILE... QUESTION",
         ),
     ],
+    *,
     model: Model = "default",
     beams: Beams = 3,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 10,
-    length_penalty: LengthPenalty = 1.0,
-    late: LateStopping = False,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    search: Search,
     batch: Annotated[int, typer.Option(min=1, help="Pictures asked about together.")] = 16,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON Lines: path, question, answer, score.")
@@ -58,9 +46,7 @@ def ask(
     null: Null = False,
     frames: Frames = None,
     features: Features = None,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    place: Place,
 ) -> None:
     """Ask a question about pictures, videos or sounds: a line each, path<TAB>answer for several.
 
@@ -78,7 +64,7 @@ def ask(
         raise UserError("The question, which comes last, is empty.", 2)
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
-    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
+    how = search.style(beams, max_tokens)
     from itertools import repeat
 
     from tinyvl import generate, media, models
@@ -93,7 +79,7 @@ def ask(
         from tinyvl.features import open_store
 
         store = open_store(features, config["vision"], models.reads(config))
-    loaded = load_model(model, device, precision, "vqa")
+    loaded = load_model(model, place, "vqa")
     models.take_frames(loaded, frames)
     if store is not None:
         store.check(loaded)
@@ -101,7 +87,7 @@ def ask(
         stream, done = generate.open_output(out, resume, field="answer", question=question)
         paths = (path for path in paths if path not in done)
     results = generate.captions(
-        loaded, paths, style=how, batch=batch, workers=workers, questions=repeat(question),
+        loaded, paths, style=how, batch=batch, workers=place.workers, questions=repeat(question),
         store=store,
     )  # fmt: skip
     bare = one and out is None

@@ -2,29 +2,25 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
     Beams,
-    Device,
     Features,
     Frames,
-    LateStopping,
-    LengthPenalty,
-    Precision,
+    Place,
     Prompts,
-    Sample,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    Workers,
-    style,
+    Search,
+    grouped,
 )
+
+if TYPE_CHECKING:
+    from tinyvl import evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,18 +38,8 @@ ModelData = Annotated[
         "reads. One argument is the data.",
     ),
 ]
-Split = Annotated[
-    str | None, typer.Option(help="Part of the data. Without: test if there is one, val, or all.")
-]
 Lang = Annotated[str, typer.Option(help="Language of the texts, where records say.")]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="Evaluate this many items, the same each time.")
-]
-Format = Annotated[str | None, typer.Option(help="Force the data's format.")]
-Images = Annotated[str | None, typer.Option(help="Folder of the pictures.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures in the model at once.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Out = Annotated[
     Path | None,
     typer.Option("-o", "--out", help="Folder to keep predictions.jsonl and report.json in."),
@@ -91,6 +77,43 @@ Shuffle = Annotated[
 ]
 
 
+@dataclass
+class Part:
+    """Which records of the data are evaluated."""
+
+    split: Annotated[
+        str | None,
+        typer.Option(help="Part of the data. Without: test if there is one, val, or all."),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate this many items, the same each time.")
+    ] = None
+    format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None
+
+    def source(
+        self, data: str, lang: str | None, answers_top: int | None = None
+    ) -> "evaluate.Source":
+        from tinyvl import evaluate
+
+        return evaluate.Source(
+            data, self.split, lang, self.limit, self.format, self.images, answers_top
+        )
+
+
+@dataclass
+class Running(Place):
+    """Where a model runs, and what is shown of it."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on a terminal too.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False
+
+    def place(self, batch: int) -> "evaluate.Place":
+        from tinyvl import evaluate
+
+        return evaluate.place(self.device, self.precision, batch, self.workers, self.quiet)
+
+
 def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[str, str]:
     """[MODEL] DATA; ``model`` False: the predictions are there, only DATA is wanted."""
     arguments = arguments or []
@@ -101,8 +124,10 @@ def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[
 
 
 @app.command()
+@grouped
 def caption(
     arguments: ModelData = None,
+    *,
     predictions: Predictions = None,
     compare: Compare = None,
     allow_missing: AllowMissing = False,
@@ -121,28 +146,15 @@ def caption(
         Path | None, typer.Option(help="Folder of Stanford CoreNLP 3.6.0's jars: SPICE too.")
     ] = None,
     shuffle: Shuffle = False,
-    split: Split = None,
     lang: Lang = "en",
-    limit: Limit = None,
-    format: Format = None,
-    images: Images = None,
+    part: Part,
     beams: Beams = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
-    length_penalty: LengthPenalty = 1.0,
-    late: LateStopping = False,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    search: Search,
     frames: Frames = None,
     features: Features = None,
     batch: Batch = 16,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    running: Running,
 ) -> None:
     """Caption a data set's pictures; score: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
@@ -156,11 +168,11 @@ def caption(
     made = check_files(
         predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
     )
-    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
+    how = search.style(beams, max_tokens)
     from tinyvl import evaluate, evaluate_files
 
     model, data = model_and_data(arguments, model=not made)
-    source = evaluate.Source(data, split, lang, limit, format, images)
+    source = part.source(data, lang)
     scoring = evaluate.Scoring(names, java, spice_jars)
     if made:
         report = evaluate_files.of_files(
@@ -171,14 +183,16 @@ def caption(
         report = evaluate.run(
             "caption", model, source, style=how, scoring=scoring, out=out, resume=resume,
             shuffle=shuffle, results=results, features=features, frames=frames,
-            place=evaluate.place(device, precision, batch, workers, quiet),
+            place=running.place(batch),
         )  # fmt: skip
-    show(report, as_json)
+    show(report, running.as_json)
 
 
 @app.command()
+@grouped
 def vqa(
     arguments: ModelData = None,
+    *,
     predictions: Predictions = None,
     compare: Compare = None,
     allow_missing: AllowMissing = False,
@@ -188,11 +202,8 @@ def vqa(
         Path | None, typer.Option(help="Also write a results file for the VQA server.")
     ] = None,
     shuffle: Shuffle = False,
-    split: Split = None,
     lang: Lang = "en",
-    limit: Limit = None,
-    format: Format = None,
-    images: Images = None,
+    part: Part,
     answers_top: Annotated[
         int | None,
         typer.Option(
@@ -203,21 +214,11 @@ def vqa(
     ] = None,
     beams: Beams = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 10,
-    length_penalty: LengthPenalty = 1.0,
-    late: LateStopping = False,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    search: Search,
     frames: Frames = None,
     features: Features = None,
     batch: Batch = 16,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    running: Running,
 ) -> None:
     """Answer a data set's questions; score: VQA v2's accuracy, strict, by type of question.
 
@@ -231,11 +232,11 @@ def vqa(
     made = check_files(
         predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
     )
-    how = style(beams, max_tokens, length_penalty, late, sample, temperature, top_k, top_p, seed)
+    how = search.style(beams, max_tokens)
     from tinyvl import evaluate, evaluate_files
 
     model, data = model_and_data(arguments, model=not made)
-    source = evaluate.Source(data, split, lang, limit, format, images, answers_top)
+    source = part.source(data, lang, answers_top)
     if made:
         report = evaluate_files.of_files(
             "vqa", predictions, compare, source, allow_missing=allow_missing, results=results
@@ -244,14 +245,16 @@ def vqa(
         report = evaluate.run(
             "vqa", model, source, style=how, out=out, resume=resume, shuffle=shuffle,
             results=results, features=features, frames=frames,
-            place=evaluate.place(device, precision, batch, workers, quiet),
+            place=running.place(batch),
         )  # fmt: skip
-    show(report, as_json)
+    show(report, running.as_json)
 
 
 @app.command()
+@grouped
 def retrieval(
     arguments: ModelData = None,
+    *,
     predictions: Kept = None,
     compare: Compare = None,
     out: Out = None,
@@ -262,17 +265,10 @@ def retrieval(
     protocol: Annotated[
         str, typer.Option(help="full; lilt: the 200 pictures of XTD10 of the paper's Table 2.")
     ] = "full",
-    split: Split = None,
-    limit: Limit = None,
-    format: Format = None,
-    images: Images = None,
+    part: Part,
     features: Features = None,
     batch: Batch = 32,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    running: Running,
 ) -> None:
     """Find captions by picture (TR) and pictures by caption (IR): recall at 1, 5, 10, and means.
 
@@ -281,26 +277,28 @@ def retrieval(
     """
     if protocol not in ("full", "lilt"):
         raise UserError(f"--protocol is full or lilt, not {protocol!r}.", 2)
-    if finished("retrieval", arguments, predictions, compare, out or features, as_json):
+    if finished("retrieval", arguments, predictions, compare, out or features, running.as_json):
         return
     model, data = model_and_data(arguments)
-    from tinyvl import evaluate, evaluate_dual
+    from tinyvl import evaluate_dual
 
     report = evaluate_dual.run_retrieval(
         model,
-        evaluate.Source(data, split, None, limit, format, images),
+        part.source(data, None),
         langs=[name.strip() for name in lang.split(",")] if lang else None,
         protocol=protocol,
         out=out,
         features=features,
-        place=evaluate.place(device, precision, batch, workers, quiet),
+        place=running.place(batch),
     )
-    show(report, as_json)
+    show(report, running.as_json)
 
 
 @app.command()
+@grouped
 def zeroshot(
     arguments: ModelData = None,
+    *,
     predictions: Kept = None,
     compare: Compare = None,
     out: Out = None,
@@ -319,17 +317,10 @@ def zeroshot(
             "--all-classes", help="Choose among all of --classes, not only those the data has."
         ),
     ] = False,
-    split: Split = None,
-    limit: Limit = None,
-    format: Format = None,
-    images: Images = None,
+    part: Part,
     features: Features = None,
     batch: Batch = 32,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    running: Running,
 ) -> None:
     """Classify pictures by the names of their classes: top-1 and top-5, and of each class in JSON.
 
@@ -340,23 +331,23 @@ def zeroshot(
         raise UserError("--all-classes is about the names of --classes FILE: give that too.", 2)
     if resume and out is None:
         raise UserError("--resume goes with -o DIR: it keeps the predictions that are there.", 2)
-    if finished("zeroshot", arguments, predictions, compare, out or features, as_json):
+    if finished("zeroshot", arguments, predictions, compare, out or features, running.as_json):
         return
     model, data = model_and_data(arguments)
-    from tinyvl import evaluate, evaluate_dual
+    from tinyvl import evaluate_dual
 
     report = evaluate_dual.run_zeroshot(
         model,
-        evaluate.Source(data, split, None, limit, format, images),
+        part.source(data, None),
         prompts=prompt,
         class_names=classes,
         all_classes=all_classes,
         out=out,
         resume=resume,
         features=features,
-        place=evaluate.place(device, precision, batch, workers, quiet),
+        place=running.place(batch),
     )
-    show(report, as_json)
+    show(report, running.as_json)
 
 
 def finished(

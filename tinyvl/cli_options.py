@@ -1,12 +1,19 @@
 """What the commands share: options of one name and meaning, and what reads them."""
 
+import inspect
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyvl import UserError
+
+if TYPE_CHECKING:
+    from tinyvl.generate import Style
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Checkpoint folder, hf://owner/name, or default.")
@@ -49,45 +56,75 @@ Prompts = Annotated[
     ),
 ]
 
-# How captions and answers are searched for.
 Beams = Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")]
-LengthPenalty = Annotated[
-    float, typer.Option(help="Beam scores are divided by length to this power.")
-]
-LateStopping = Annotated[
-    bool, typer.Option("--late-stopping", help="Search on after all beams have an end.")
-]
-Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")]
-Temperature = Annotated[float, typer.Option(help="With --sample: below 1 is safer.")]
-TopK = Annotated[int, typer.Option(min=0, help="With --sample: the k likeliest.")]
-TopP = Annotated[float, typer.Option(help="With --sample: the likeliest with this mass.")]
-Seed = Annotated[int, typer.Option(help="With --sample: the seed.")]
 
 
-def style(
-    beams: int,
-    max_tokens: int,
-    length_penalty: float,
-    late: bool,
-    sample: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-):
-    """The search that these options ask for: a `generate.Style`."""
-    if sample and temperature <= 0:
-        raise UserError(
-            "--temperature is above 0; for the likeliest caption leave out --sample.", 2
+def grouped(command: Callable) -> Callable:
+    """A command that takes a dataclass of options takes each of them on the command line."""
+    parameters, groups = [], {}
+    for parameter in inspect.signature(command).parameters.values():
+        if is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            own = inspect.signature(parameter.annotation).parameters.values()
+            parameters += [field.replace(kind=parameter.KEYWORD_ONLY) for field in own]
+        else:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def run(**given: Any) -> Any:
+        for name, group in groups.items():
+            given[name] = group(
+                **{field: given.pop(field) for field in inspect.signature(group).parameters}
+            )
+        return command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@dataclass
+class Place:
+    """Where a model runs."""
+
+    device: Device = None
+    precision: Precision = None
+    workers: Workers = None
+
+
+@dataclass
+class Search:
+    """How captions and answers are searched for."""
+
+    length_penalty: Annotated[
+        float, typer.Option(help="Beam scores are divided by length to this power.")
+    ] = 1.0
+    late_stopping: Annotated[
+        bool, typer.Option("--late-stopping", help="Search on after all beams have an end.")
+    ] = False
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")] = False
+    temperature: Annotated[float, typer.Option(help="With --sample: below 1 is safer.")] = 1.0
+    top_k: Annotated[int, typer.Option(min=0, help="With --sample: the k likeliest.")] = 0
+    top_p: Annotated[float, typer.Option(help="With --sample: the likeliest with this mass.")] = 1.0
+    seed: Annotated[int, typer.Option(help="With --sample: the seed.")] = 0
+
+    def style(self, beams: int, max_tokens: int) -> "Style":
+        """The search that these options ask for."""
+        if self.sample and self.temperature <= 0:
+            raise UserError(
+                "--temperature is above 0; for the likeliest caption leave out --sample.", 2
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError("--top-p is above 0 and at most 1.", 2)
+        from tinyvl import generate
+
+        sampling = None
+        if self.sample:
+            names = ("temperature", "top_k", "top_p", "seed")
+            sampling = {name: getattr(self, name) for name in names}
+        return generate.Style(
+            beams, max_tokens, self.length_penalty, not self.late_stopping, sampling
         )
-    if not 0 < top_p <= 1:
-        raise UserError("--top-p is above 0 and at most 1.", 2)
-    from tinyvl import generate
-
-    sampling = None
-    if sample:
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return generate.Style(beams, max_tokens, length_penalty, not late, sampling)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -108,12 +145,10 @@ def local(name: str) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else name
 
 
-def load_model(
-    name: str, device: str | None, precision: str | None, task: str = "caption", **more: Any
-):
+def load_model(name: str, place: Place, task: str = "caption", **more: Any):
     """The model of a name, where and how it shall run; ``more`` goes to `models.load`."""
     from tinyvl import models
 
-    target = models.choose_device(device)
-    dtype = models.choose_precision(precision, target)
+    target = models.choose_device(place.device)
+    dtype = models.choose_precision(place.precision, target)
     return models.load(name, task=task, device=target, precision=dtype, **more)

@@ -16,6 +16,7 @@ from tinyvl.cli_options import (
     Model,
     Null,
     OutFile,
+    Place,
     Precision,
     Prompts,
     ResumeFile,
@@ -43,7 +44,7 @@ SIDES = ("text", "image")
 def load_towers(
     name: str, device: str | None, precision: str | None, sides: Iterable[str] = SIDES
 ) -> Any:
-    return load_model(name, device, precision, task="retrieve", sides=sides)
+    return load_model(name, Place(device, precision), task="retrieve", sides=sides)
 
 
 def index(
