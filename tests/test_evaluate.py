@@ -404,6 +404,49 @@ def test_answers_are_scored_officially_strictly_and_by_type(questions, tmp_path)
             )
 
 
+def test_answers_top_keeps_questions_by_what_most_annotators_say(tmp_path):
+    said = {
+        "train": [["yes"] * 6 + ["no"] * 4, ["Yes."] * 10, ["a dog"] * 5 + ["yes"] * 5, ["cat"],
+                  ["the dog"], ["owl"]],
+        "test": [["no"] * 9 + ["yes"], ["dog"] * 4 + ["yes"] * 3 + ["puppy"] * 3, ["yes"],
+                 ["owl"] * 10, []],
+    }  # fmt: skip
+    entries = [
+        {"image": "images/0.png", "question": "what?", "answers": answers, "split": split,
+         "question_id": f"{split}{i}"}
+        for split, rows in said.items() for i, answers in enumerate(rows)
+    ]  # fmt: skip
+    path = write_data(tmp_path, entries)
+    everything, _ = evaluate.read(evaluate.Source(path), evaluate.task_of("vqa"))
+
+    def kept(top: int, split: str = "test") -> list[str]:
+        source = evaluate.Source(path, answers_top=top)
+        return [record.id for record in evaluate.choose(everything, source, split)]
+
+    assert kept(2) == ["test1", "test2"]  # of training: dog 2, yes 2, cat, owl
+    assert kept(1) == ["test1"]  # "dog" before "yes"
+    assert kept(3) == kept(2)  # "cat" before "owl"
+    assert kept(4) == ["test1", "test2", "test3"]  # "no" is no question's first answer
+    assert kept(2, "train") == ["train0", "train1", "train2", "train4"]
+    everything = [record for record in everything if record.split == "test"]
+    assert kept(1) == ["test1"]  # without a training part: of dog, no, owl, yes
+    everything = [record for record in everything if not record.answers]
+    with pytest.raises(UserError, match="raise --answers-top"):
+        kept(1)
+
+
+def test_a_report_on_frequent_answers_says_so(questions, tmp_path):
+    made = tmp_path / "answers.json"
+    made.write_text(json.dumps([{"question_id": 11, "answer": "3"}]))
+    source = replace(questions, answers_top=3)  # 3, dog, red
+    with pytest.raises(UserError, match="no prediction for 2 of 3"):
+        evaluate_files.score_files("vqa", [made], source)
+    report = evaluate_files.score_files("vqa", [made], source, allow_missing=True)
+    assert report["answers_top"] == 3
+    assert report["items"] == 1
+    assert report["metrics"]["strict_accuracy"] == 1
+
+
 class Answering(torch.nn.Module):
     """Answers with the number of the picture (by its red) and of the question's words."""
 

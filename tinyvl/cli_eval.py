@@ -208,8 +208,9 @@ def vqa(
         int | None,
         typer.Option(
             min=1,
-            help="Only questions with one of the N most frequent answers of the training part (of "
-            "all, where there is none): 1000 for eP-ALM's Table 5.",
+            help="Only questions whose answer (of several the annotators' first choice) is one of "
+            "the N most frequent of the training part, or of all where there is none: 1000 for "
+            "eP-ALM's Table 5.",
         ),
     ] = None,
     beams: Beams = 5,

@@ -46,7 +46,7 @@ class Source:
     limit: int | None = None  # this many items, drawn evenly, the same each time
     format: str | None = None
     images: str | None = None
-    answers_top: int | None = None  # questions with one of the training part's N first answers
+    answers_top: int | None = None  # only questions that `answerable` keeps
 
 
 @dataclass
@@ -120,18 +120,21 @@ def read(
 
 
 def answerable(records: list[Record], everything: list[Record], top: int) -> list[Record]:
-    """The questions with an answer among the ``top`` most frequent ones.
+    """The questions whose answer is among the ``top`` most frequent ones.
 
-    Those of the training part, where there is one, else of all. Ties are broken by the alphabet.
+    A question's answer is what most of its annotators say, of equals the first, normalised. The
+    frequent ones are those of the training part, where there is one, else of all; ties are broken
+    by the alphabet.
     """
+
+    def answer(record: Record) -> str | None:
+        said = Counter(map(metrics.normalise_answer, record.answers)).most_common(1)
+        return said[0][0] if said else None
+
     known = [record for record in everything if record.split == "train"] or everything
-    counts = Counter(metrics.normalise_answer(a) for record in known for a in record.answers)
-    frequent = set(sorted(counts, key=lambda answer: (-counts[answer], answer))[:top])
-    return [
-        record
-        for record in records
-        if any(metrics.normalise_answer(answer) in frequent for answer in record.answers)
-    ]
+    counts = Counter(answer(record) for record in known if record.answers)
+    frequent = set(sorted(counts, key=lambda text: (-counts[text], text))[:top])
+    return [record for record in records if answer(record) in frequent]
 
 
 def choose(records: list[Record], source: Source, split: str | None) -> list[Record]:
@@ -145,7 +148,9 @@ def choose(records: list[Record], source: Source, split: str | None) -> list[Rec
     if source.answers_top is not None:
         records = answerable(records, everything, source.answers_top)
         if not records:
-            raise UserError(f"{source.path}: no question has such an answer; raise --answers-top.")
+            raise UserError(
+                f"{source.path}: no question has such an answer; raise --answers-top.", 2
+            )
     if source.limit is not None:
         order = data.epoch_order(len(records), 0, 0)[: source.limit]
         records = [records[i] for i in sorted(order)]
@@ -318,6 +323,8 @@ def described(
     """What decides a result: the head of the report, and what a resumed run must share."""
     path = str(Path(source.path).expanduser().absolute())
     head = {"task": task, "model": name, "data": path, "split": split, "lang": source.lang, **how}
+    if source.answers_top is not None:
+        head["answers_top"] = source.answers_top
     return json.loads(json.dumps(head))
 
 
