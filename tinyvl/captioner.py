@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyvl import decode
+from tinyvl import UserError, decode
 from tinyvl.data import tidy
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
@@ -111,10 +111,29 @@ class Captioner(nn.Module, ABC):
     fixed_pictures = True  # the encoder is frozen: it makes the same of a picture in every epoch
     whole_steps = False  # the loss is a sum over captions: their order in a step is free
 
-    def __init__(self, encoder: ImageEncoder | None, decoder: Decoder, text: Text, prompt: str):
+    def __init__(
+        self,
+        encoder: ImageEncoder | None,
+        decoder: Decoder,
+        text: Text,
+        prompt: str,
+        length: int = 0,
+    ):
+        """``length`` is that of a prefix which takes positions before the sequence.
+
+        Raises:
+            UserError: prefix and prompt leave no room for a word and the end.
+        """
         super().__init__()
-        self.encoder, self.decoder, self.text = encoder, decoder, text
+        self.encoder, self.decoder, self.text, self.length = encoder, decoder, text, length
         self.prompt = text.encode([prompt])[0] if prompt else []
+        if self.room < 2:
+            before = f"a prefix of {length} and " if length else ""
+            raise UserError(
+                f"This decoder's {decoder.config.max_positions} positions have no room for text "
+                f"behind {before}a prompt of {len(self.prompt)} tokens.",
+                2,
+            )
         self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
 
     def trainable(self, name: str) -> bool:
@@ -206,7 +225,7 @@ class Captioner(nn.Module, ABC):
     @property
     def room(self) -> int:
         """How many tokens, the end included, the decoder can place behind the prompt."""
-        return self.decoder.config.max_positions - 1 - len(self.prompt)
+        return self.decoder.config.max_positions - self.length - 1 - len(self.prompt)
 
     @property
     def device(self) -> torch.device:

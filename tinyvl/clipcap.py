@@ -87,8 +87,8 @@ class ClipCap(Captioner):
         mapping: "mlp" or "transformer", which has ``layers`` and ``heads``.
         length: of the prefix.
         """
-        super().__init__(encoder, decoder, text, prompt)
-        width, vision_width, self.length = decoder.config.embed_size, encoder.widths[-1], length
+        super().__init__(encoder, decoder, text, prompt, length)
+        width, vision_width = decoder.config.embed_size, encoder.widths[-1]
         if mapping not in MAPPINGS:
             raise UserError(f"--mapping is one of {', '.join(MAPPINGS)}, not {mapping!r}.", 2)
         if mapping == "mlp":
@@ -117,7 +117,3 @@ class ClipCap(Captioner):
         first: int = 0,
     ) -> Tensor:
         return self.decoder(x, mask, cache=cache, prefix=visual, first=first, start=self.length)
-
-    @property
-    def room(self) -> int:
-        return super().room - self.length
