@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
         ours(theirs, mapping="resampler")
     with pytest.raises(UserError, match=f"--heads 7 does not divide the decoder's width {WIDTH}"):
         ours(theirs, mapping="transformer", heads=7)
-    with pytest.raises(UserError, match="40 positions .* behind a prefix of 38 and a prompt of 0"):
+    with pytest.raises(UserError, match=r"40 positions .* behind a prefix of 38 and a prompt of 0"):
         ours(theirs, length=38)
     with pytest.raises(UserError, match="no room for text behind a prompt of 38 tokens"):
         epalm(theirs, prompt="3 " * 38)

@@ -79,7 +79,7 @@ def caption(
     ] = None,
     *,
     model: Model = "default",
-    beams: Beams = 5,
+    beams: Beams = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
     search: Search,
     batch: Annotated[int, typer.Option(min=1, help="Pictures captioned together.")] = 16,

@@ -8,7 +8,6 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
-    Beams,
     Features,
     Frames,
     Model,
@@ -34,7 +33,9 @@ def ask(
     ],
     *,
     model: Model = "default",
-    beams: Beams = 3,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Beams of the search; 1 is greedy. (default: 3)")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 10,
     search: Search,
     batch: Annotated[int, typer.Option(min=1, help="Pictures asked about together.")] = 16,
@@ -64,7 +65,7 @@ def ask(
         raise UserError("The question, which comes last, is empty.", 2)
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
-    how = search.style(beams, max_tokens)
+    how = search.style(beams, max_tokens, usual=3)
     from itertools import repeat
 
     from tinyvl import generate, media, models

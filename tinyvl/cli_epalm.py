@@ -39,7 +39,7 @@ from tinyvl.cli_train import (
     taken_over,
 )
 
-FinalRate = Annotated[float | None, typer.Option(help="Where the schedule ends.")]
+FinalRate = Annotated[float | None, typer.Option(min=0, help="Where the schedule ends.")]
 Limit = Annotated[
     str | None,
     typer.Option(help="Train on so many records, drawn by the seed: 512, 1% or 10%."),
@@ -151,10 +151,11 @@ def train_epalm(
     rate: Rate = None,
     final_rate: FinalRate = None,
     soft_rate: Annotated[
-        float | None, typer.Option(help="A fixed rate of soft and deep prompts; 0: the schedule.")
+        float | None,
+        typer.Option(min=0, help="A fixed rate of soft and deep prompts; 0: the schedule."),
     ] = None,
     adapter_rate: Annotated[
-        float | None, typer.Option(help="A fixed rate of adapters; 0: the schedule.")
+        float | None, typer.Option(min=0, help="A fixed rate of adapters; 0: the schedule.")
     ] = None,
     warmup: Warmup = None,
     weight_decay: WeightDecay = None,
@@ -188,11 +189,10 @@ def train_epalm(
     """eP-ALM: an encoder's [CLS] tokens in one slot of a frozen decoder's last layers.
 
     As it stands it trains on a small drawn set in minutes, on any machine. Prints the summary as
-    JSON. Tables: 1 the presets; 2 --recipe few-shot --limit 512, 1% or 10%; 3 and 5 `tinyvl eval
-    vqa` on another set; 9 and 14 --extract and --inject; 10 --recipe long; 11 --preset epalm-cc3m;
-    12 --unfreeze vision,lm; 13 --vision and --frames; 15 --deep, or --adapters 8 --soft 0
-    --shared; 16 --time-mask and --frequency-mask; Figures 4 and 5 --lm
-    facebook/opt-125m to facebook/opt-6.7b and --vision.
+    JSON. The paper's rows, with --preset: table 1 the presets; 2 --recipe few-shot and --limit; 3,
+    5 and 8 `tinyvl eval vqa`; 9 and 14 --extract and --inject; 10 --recipe long; 11 epalm-cc3m; 12
+    --unfreeze; 13 --vision and --frames; 15 --deep and --adapters; 16 --time-mask and
+    --frequency-mask; figures 3 to 5 --lm and --vision. The README has each row's command.
     """
     from tinyvl import models, presets
 
@@ -236,8 +236,18 @@ def train_epalm(
     if features is not None:  # which have one view of each
         job = {name: value for name, value in job.items() if name not in ("views", "crops")}
     row = replace(row, job=job)
+    fresh = job.get("crops") if crops is None else crops
+    several = (job.get("views", 1) if views is None else views) > 1
+    if given(t=time_mask, f=frequency_mask) and not fresh and not several:
+        raise UserError("--time-mask and --frequency-mask are laid in --crops and --views.", 2)
     if not vqa and given(answer_only=answer_only, separator=separator):
         raise UserError("--answer-only and --separator go with --task vqa.", 2)
+    if vqa and per_image is not None:
+        raise UserError("--per-image goes with --task caption: a question is read once.", 2)
+    if not parts["options"].get("soft", 10) and given(mlp=mlp, deep=deep, rate=soft_rate):
+        raise UserError("--mlp, --deep and --soft-rate are about a soft prompt: give --soft 10.", 2)
+    if not parts["options"].get("adapters") and adapter_rate is not None:
+        raise UserError("--adapter-rate goes with --adapters.", 2)
     if recipe is not None and recipe not in presets.RECIPES:
         raise UserError(f"--recipe is one of {', '.join(presets.RECIPES)}, not {recipe!r}.", 2)
     fixed = dict(row.recipe.fixed)
@@ -340,6 +350,8 @@ def train_clipcap(
 
     row = models.preset(preset, "clipcap")
     own = given(mapping=mapping, length=length, layers=layers, heads=heads)
+    if (row.options | own).get("mapping") != "transformer" and given(layers=layers, heads=heads):
+        raise UserError("--layers and --heads go with --mapping transformer.", 2)
     parts = {
         "language": local(lm or row.language),
         "vision": local(vision or row.vision),

@@ -56,7 +56,9 @@ Prompts = Annotated[
     ),
 ]
 
-Beams = Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")]
+Beams = Annotated[
+    int | None, typer.Option(min=1, help="Beams of the search; 1 is greedy. (default: 5)")
+]
 
 
 def grouped(command: Callable) -> Callable:
@@ -97,33 +99,52 @@ class Search:
     """How captions and answers are searched for."""
 
     length_penalty: Annotated[
-        float, typer.Option(help="Beam scores are divided by length to this power.")
-    ] = 1.0
+        float | None,
+        typer.Option(help="Beam scores are divided by length to this power. (default: 1)"),
+    ] = None
     late_stopping: Annotated[
         bool, typer.Option("--late-stopping", help="Search on after all beams have an end.")
     ] = False
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")] = False
-    temperature: Annotated[float, typer.Option(help="With --sample: below 1 is safer.")] = 1.0
-    top_k: Annotated[int, typer.Option(min=0, help="With --sample: the k likeliest.")] = 0
-    top_p: Annotated[float, typer.Option(help="With --sample: the likeliest with this mass.")] = 1.0
-    seed: Annotated[int, typer.Option(help="With --sample: the seed.")] = 0
+    temperature: Annotated[
+        float | None, typer.Option(help="With --sample: below 1 is safer. (default: 1)")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(min=0, help="With --sample: the k likeliest.")] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="With --sample: the likeliest with this mass.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="With --sample: the seed. (default: 0)")] = None
 
-    def style(self, beams: int, max_tokens: int) -> "Style":
-        """The search that these options ask for."""
-        if self.sample and self.temperature <= 0:
+    def style(self, beams: int | None, max_tokens: int, *, usual: int = 5) -> "Style":
+        """The search that these options ask for, with ``usual`` beams if none are.
+
+        Raises:
+            UserError: options out of range, of sampling without --sample, of searching with it.
+        """
+        drawn = given(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
+        )
+        late = self.late_stopping or None
+        searched = given(beams=beams, length_penalty=self.length_penalty, late_stopping=late)
+        if idle := searched if self.sample else drawn:
+            option = "--" + next(iter(idle)).replace("_", "-")
+            out = "is for searching: leave it or --sample out"
+            raise UserError(f"{option} {out if self.sample else 'goes with --sample'}.", 2)
+        drawn = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0} | drawn
+        if drawn["temperature"] <= 0:
             raise UserError(
                 "--temperature is above 0; for the likeliest caption leave out --sample.", 2
             )
-        if not 0 < self.top_p <= 1:
+        if not 0 < drawn["top_p"] <= 1:
             raise UserError("--top-p is above 0 and at most 1.", 2)
         from tinyvl import generate
 
-        sampling = None
-        if self.sample:
-            names = ("temperature", "top_k", "top_p", "seed")
-            sampling = {name: getattr(self, name) for name in names}
         return generate.Style(
-            beams, max_tokens, self.length_penalty, not self.late_stopping, sampling
+            beams or usual,
+            max_tokens,
+            1.0 if self.length_penalty is None else self.length_penalty,
+            not self.late_stopping,
+            drawn if self.sample else None,
         )
 
 

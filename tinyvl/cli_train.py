@@ -35,9 +35,9 @@ Init = Annotated[str | None, typer.Option(help="Checkpoint to fine-tune (after V
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Epochs = Annotated[float | None, typer.Option(min=0, help="Passes over the captions.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Captions per optimizer step.")]
-Rate = Annotated[float | None, typer.Option(help="AdamW's learning rate after warm-up.")]
+Rate = Annotated[float | None, typer.Option(min=0, help="AdamW's learning rate after warm-up.")]
 Warmup = Annotated[float | None, typer.Option(min=0, max=1, help="As a share of all steps.")]
-WeightDecay = Annotated[float | None, typer.Option(help="AdamW's weight decay.")]
+WeightDecay = Annotated[float | None, typer.Option(min=0, help="AdamW's weight decay.")]
 Average = Annotated[
     float | None,
     typer.Option(
@@ -420,6 +420,8 @@ def launch(
 
     from tinyvl import models, train
 
+    if changes.get("crops") and changes.get("views", 1) > 1:
+        raise UserError("--crops are new in every epoch, --views a few: give one of them.", 2)
     target = models.choose_device(device)
     dtype = models.choose_precision(precision, target)
     if data is None:

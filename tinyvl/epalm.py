@@ -145,6 +145,10 @@ class EPalm(Captioner):
         )
         self.soft = SoftPrompt(soft, c.embed_size, mlp) if soft and not deep else None
         self.deep = SoftPrompt(c.layers * soft, c.hidden_size, mlp) if soft and deep else None
+        if adapters and adapters > c.hidden_size:
+            raise UserError(
+                f"--adapters {adapters} leaves nothing of a width of {c.hidden_size}.", 2
+            )
         self.adapters = nn.ModuleDict(
             {
                 str(i): nn.ModuleList(Adapter(c.hidden_size, adapters) for _ in range(2))
