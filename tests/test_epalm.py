@@ -330,6 +330,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
         ours(theirs, tokens="all", extract=[0, 1])
     with pytest.raises(UserError, match="--unfreeze is vision, lm"):
         ours(theirs, unfreeze=["decoder"])
+    with pytest.raises(UserError, match="--adapters 49 leaves nothing of a width of 48"):
+        ours(theirs, adapters=49)
     raw = theirs.config.to_dict()
     state = {k: v.clone() for k, v in theirs.state_dict().items()}
     decoder = build_decoder(raw["model_type"], state, decoder_config(raw), torch.float32, "test")
@@ -403,6 +405,15 @@ def test_an_answer_does_not_depend_on_the_batch_and_has_no_spare_rows():
             assert text == together[i][0]
             assert score == pytest.approx(together[i][1], abs=1e-4)
             assert not {"58", "59"} & set(text.split())
+
+
+@pytest.mark.parametrize("how", [{"beams": 4}, {"beams": 1}, {"sampling": {"seed": 0}}])
+def test_slot_and_prompt_are_made_once_for_a_picture(how):
+    model, made = answering(), []
+    for module in (*model.connector, model.soft):
+        module.register_forward_hook(lambda module, read, out: made.append(module))
+    model.answer(torch.randn(3, sum(WIDTHS)), ["3 4", "5", "6"], max_tokens=6, **how)
+    assert made == [*model.connector, model.soft]
 
 
 def test_a_model_does_what_it_was_trained_for():

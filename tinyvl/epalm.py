@@ -137,7 +137,7 @@ class EPalm(Captioner):
         if shared and len(set(widths)) > 1:
             raise UserError(
                 f"The encoder's levels differ in width ({', '.join(map(str, widths))}), so they "
-                "cannot share one connection; leave out --shared.",
+                "cannot share one connection; give --separate.",
                 2,
             )
         self.connector = nn.ModuleList(
