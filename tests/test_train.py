@@ -213,6 +213,8 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(world, tmp_pat
         train.train(job(world, epochs=1), run(tmp_path / "out"))
     with pytest.raises(UserError, match="seed"):
         train.train(job(world, epochs=1, seed=5), run(tmp_path / "out", resume=True))
+    with pytest.raises(UserError, match=r"with recipe.epochs = 1, not 2; resume"):
+        train.train(job(world, epochs=2), run(tmp_path / "out", resume=True))
     assert files(tmp_path / "out") == before
 
 

@@ -295,8 +295,12 @@ def open_run(settings: dict[str, Any], run: Run) -> dict[str, Any] | None:
     changed = [k for k in settings if settings[k] != before.get(k)]
     if changed:
         k = changed[0]
+        old, new = before.get(k), settings[k]
+        if isinstance(old, dict) and isinstance(new, dict):  # a recipe, options
+            name = next(n for n in {**new, **old} if old.get(n) != new.get(n))
+            k, old, new = f"{k}.{name}", old.get(name), new.get(name)
         raise UserError(
-            f"{run.out}: this run was started with {k} = {before.get(k)!r}, not {settings[k]!r}; "
+            f"{run.out}: this run was started with {k} = {old!r}, not {new!r}; "
             "resume it with the same settings, or choose another --out.",
             2,
         )
