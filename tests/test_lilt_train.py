@@ -271,6 +271,9 @@ def test_a_limit_counts_pairs():
         assert sum(len(r.captions) for r in kept) == limit
         assert all(c.startswith(f"{r.id} ") for r in kept for c in r.captions)
         assert kept == feed.limit_pairs(records, limit, seed=3)
+    assert sum(len(r.captions) for r in feed.limit_pairs(records, "10%", seed=3)) == round(
+        sum(len(r.captions) for r in records) / 10
+    )
     assert len(feed.limit_pairs(records, 1000, seed=3)) == 40
 
 

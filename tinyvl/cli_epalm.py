@@ -1,49 +1,13 @@
 """`tinyvl train epalm` and `tinyvl train clipcap`."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Features, Precision, Workers, checked, given, local
-from tinyvl.cli_train import (
-    LM,
-    Batch,
-    Checkpointing,
-    Data,
-    Epochs,
-    Fit,
-    Format,
-    Images,
-    Init,
-    Lang,
-    MaxTokens,
-    MicroBatch,
-    NoCache,
-    PerImage,
-    Prompt,
-    Quiet,
-    Rate,
-    Resume,
-    SaveEvery,
-    Seed,
-    Val,
-    ValidateEvery,
-    Views,
-    Vision,
-    Warmup,
-    WeightDecay,
-    launch,
-    taken_over,
-)
-
-FinalRate = Annotated[float | None, typer.Option(min=0, help="Where the schedule ends.")]
-Limit = Annotated[
-    str | None,
-    typer.Option(help="Train on so many records, drawn by the seed: 512, 1% or 10%."),
-]
+from tinyvl.cli_options import checked, given, grouped, local
+from tinyvl.cli_train import LM, Prompt, Training, Vision, launch, taken_over
 
 # Tables 9 and 14 in ranges from 0, the end not included. The authors' code ends one layer early
 # (11:23 of OPT-350M's 24 layers, 19:31 of OPT-2.7B's 32).
@@ -58,7 +22,9 @@ INJECT = (
 )
 
 
+@grouped
 def train_epalm(
+    *,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -73,11 +39,6 @@ def train_epalm(
     modality: Annotated[
         str | None,
         typer.Option(help="image, video or audio. (default: the preset's, or image)"),
-    ] = None,
-    data: Data = None,
-    val: Val = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. (default: runs/epalm)")
     ] = None,
     lm: LM = None,
     vision: Annotated[
@@ -102,8 +63,6 @@ def train_epalm(
     frequency_mask: Annotated[
         int | None, typer.Option(min=0, help="Widest mask of its mel bins: 24.")
     ] = None,
-    init: Init = None,
-    resume: Resume = False,
     shared: Annotated[
         bool | None, typer.Option("--shared/--separate", help="One connection, or a level each.")
     ] = None,
@@ -145,11 +104,6 @@ def train_epalm(
             "video-qa, video-caption, video-zero-shot, audio."
         ),
     ] = None,
-    epochs: Epochs = None,
-    batch: Batch = None,
-    micro_batch: MicroBatch = 64,
-    rate: Rate = None,
-    final_rate: FinalRate = None,
     soft_rate: Annotated[
         float | None,
         typer.Option(min=0, help="A fixed rate of soft and deep prompts; 0: the schedule."),
@@ -157,9 +111,6 @@ def train_epalm(
     adapter_rate: Annotated[
         float | None, typer.Option(min=0, help="A fixed rate of adapters; 0: the schedule.")
     ] = None,
-    warmup: Warmup = None,
-    weight_decay: WeightDecay = None,
-    fit: Fit = None,
     crops: Annotated[
         bool | None,
         typer.Option(
@@ -168,23 +119,7 @@ def train_epalm(
             "RandAugment, of videos at random moments, of sounds random masks; or all as it is.",
         ),
     ] = None,
-    views: Views = None,
-    images: Images = None,
-    format: Format = None,
-    lang: Lang = "en",
-    limit: Limit = None,
-    max_tokens: MaxTokens = None,
-    per_image: PerImage = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    validate_every: ValidateEvery = None,
-    checkpointing: Checkpointing = False,
-    no_cache: NoCache = False,
-    features: Features = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    training: Training,
 ) -> None:
     """eP-ALM: an encoder's [CLS] tokens in one slot of a frozen decoder's last layers.
 
@@ -208,21 +143,21 @@ def train_epalm(
     parts = {
         "language": local(lm or row.language),
         "vision": local(vision or row.vision),
-        "fit": fit or row.fit,
+        "fit": training.fit or row.fit,
         "prompt": prompt or "",
         "options": row.options | own | asked,
         "media": row.job.get("media", {}),
     }
     if modality is not None and modality != models.modality_in(parts["media"]):
         parts["media"] = {"modality": modality} if modality != "image" else {}
-    if init is not None:  # the task may change: from captions to questions, say
-        if own or given(lm=lm, vision=vision, fit=fit, prompt=prompt, modality=modality):
+    if training.init is not None:  # the task may change: from captions to questions, say
+        if own or given(lm=lm, vision=vision, fit=training.fit, prompt=prompt, modality=modality):
             raise UserError(
                 "--init brings its own backbones and what is trained of them: leave such options "
                 "out.",
                 2,
             )
-        parts = taken_over(init, "epalm")
+        parts = taken_over(training.init, "epalm")
         parts["options"] = parts["options"] | asked
     vqa = parts["options"].get("task") == "vqa"
     kind = models.modality_in(parts["media"])
@@ -233,16 +168,16 @@ def train_epalm(
     job = {name: value for name, value in row.job.items() if name != "media"}
     if preset is not None and kind != "image":
         job.setdefault("crops", True)  # as in the presets of its own
-    if features is not None:  # which have one view of each
+    if training.features is not None:  # which have one view of each
         job = {name: value for name, value in job.items() if name not in ("views", "crops")}
     row = replace(row, job=job)
     fresh = job.get("crops") if crops is None else crops
-    several = (job.get("views", 1) if views is None else views) > 1
+    several = (training.views or job.get("views", 1)) > 1
     if given(t=time_mask, f=frequency_mask) and not fresh and not several:
         raise UserError("--time-mask and --frequency-mask are laid in --crops and --views.", 2)
     if not vqa and given(answer_only=answer_only, separator=separator):
         raise UserError("--answer-only and --separator go with --task vqa.", 2)
-    if vqa and per_image is not None:
+    if vqa and training.per_image is not None:
         raise UserError("--per-image goes with --task caption: a question is read once.", 2)
     if not parts["options"].get("soft", 10) and given(mlp=mlp, deep=deep, rate=soft_rate):
         raise UserError("--mlp, --deep and --soft-rate are about a soft prompt: give --soft 10.", 2)
@@ -258,21 +193,11 @@ def train_epalm(
                 fixed[name] = value
     if parts["options"].get("unfreeze"):
         fixed |= {"encoder": 1e-7, "decoder": 1e-7}
-    changes = presets.RECIPES.get(recipe, {}) | given(
-        epochs=epochs, batch=batch, rate=rate, final_rate=final_rate, warmup=warmup,
-        weight_decay=weight_decay,
-    )  # fmt: skip
-    if rate is not None and rate < {"first_rate": row.recipe.first_rate, **changes}["first_rate"]:
+    changes = {"fixed": fixed, **presets.RECIPES.get(recipe, {})}
+    first = changes.get("first_rate", row.recipe.first_rate)
+    if training.rate is not None and training.rate < first:
         changes["first_rate"] = 0.0
-    launch(
-        row, parts, changes | {"fixed": fixed},
-        given(max_tokens=max_tokens, per_image=per_image, views=views, crops=crops),
-        data=data, val=val, images=images, format=format, lang=lang, init=init,
-        limit=limit_of(limit), seed=seed, device=device, precision=precision, out=out,
-        micro=micro_batch, checkpointing=checkpointing, cache=not no_cache, features=features,
-        resume=resume, save_every=save_every, validate_every=validate_every, workers=workers,
-        quiet=quiet,
-    )  # fmt: skip
+    launch(row, parts, training, given(crops=crops), changes)
 
 
 def told(
@@ -297,49 +222,20 @@ def told(
     return {}
 
 
+@grouped
 def train_clipcap(
+    *,
     preset: Annotated[
         str | None, typer.Option(help="clipcap or clipcap-transformer; options override it.")
     ] = None,
-    data: Data = None,
-    val: Val = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. (default: runs/clipcap)")
-    ] = None,
     lm: LM = None,
     vision: Vision = None,
-    init: Init = None,
-    resume: Resume = False,
     mapping: Annotated[str | None, typer.Option(help="mlp or transformer.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Of the prefix.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Of the transformer.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Of the transformer.")] = None,
     prompt: Prompt = None,
-    epochs: Epochs = None,
-    batch: Batch = None,
-    micro_batch: MicroBatch = 64,
-    rate: Rate = None,
-    final_rate: FinalRate = None,
-    warmup: Warmup = None,
-    weight_decay: WeightDecay = None,
-    fit: Fit = None,
-    views: Views = None,
-    images: Images = None,
-    format: Format = None,
-    lang: Lang = "en",
-    limit: Limit = None,
-    max_tokens: MaxTokens = None,
-    per_image: PerImage = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    validate_every: ValidateEvery = None,
-    checkpointing: Checkpointing = False,
-    no_cache: NoCache = False,
-    features: Features = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    training: Training,
 ) -> None:
     """ClipCap: a picture's vector mapped to a prefix of a frozen decoder.
 
@@ -355,26 +251,15 @@ def train_clipcap(
     parts = {
         "language": local(lm or row.language),
         "vision": local(vision or row.vision),
-        "fit": fit or row.fit,
+        "fit": training.fit or row.fit,
         "prompt": prompt or "",
         "options": row.options | own,
     }
-    if init is not None:
-        if own or given(lm=lm, vision=vision, fit=fit, prompt=prompt):
+    if training.init is not None:
+        if own or given(lm=lm, vision=vision, fit=training.fit, prompt=prompt):
             raise UserError("--init brings its own backbones and mapping: leave them out.", 2)
-        parts = taken_over(init, "clipcap")
-    recipe = given(
-        epochs=epochs, batch=batch, rate=rate, final_rate=final_rate, warmup=warmup,
-        weight_decay=weight_decay,
-    )  # fmt: skip
-    launch(
-        row, parts, recipe, given(max_tokens=max_tokens, per_image=per_image, views=views),
-        data=data, val=val, images=images, format=format, lang=lang, init=init,
-        limit=limit_of(limit), seed=seed, device=device, precision=precision, out=out,
-        micro=micro_batch, checkpointing=checkpointing, cache=not no_cache, features=features,
-        resume=resume, save_every=save_every, validate_every=validate_every, workers=workers,
-        quiet=quiet,
-    )  # fmt: skip
+        parts = taken_over(training.init, "clipcap")
+    launch(row, parts, training)
 
 
 def range_of(name: str, text: str | None) -> list[int] | None:
@@ -385,18 +270,3 @@ def range_of(name: str, text: str | None) -> list[int] | None:
     if not (first.isdigit() and end.isdigit()):
         raise UserError(f"--{name} is FIRST:END, e.g. 6:12, not {text!r}.", 2)
     return [int(first), int(end)]
-
-
-def limit_of(text: str | None) -> Any:
-    """ "512" -> 512; "1%" stays."""
-    if text is None:
-        return None
-    if text.isdigit() and int(text):
-        return int(text)
-    try:
-        share = float(text.removesuffix("%")) if text.endswith("%") else -1
-    except ValueError:
-        share = -1
-    if not 0 < share <= 100:
-        raise UserError(f"--limit is a number, or a percentage like 1%, not {text!r}.", 2)
-    return text

@@ -10,6 +10,7 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
+    CAPTION_PENALTY,
     Beams,
     Features,
     Frames,
@@ -168,7 +169,7 @@ def caption(
     made = check_files(
         predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
     )
-    how = search.style(beams, max_tokens)
+    how = search.style(beams, max_tokens, penalty=CAPTION_PENALTY)
     from tinyvl import evaluate, evaluate_files
 
     model, data = model_and_data(arguments, model=not made)

@@ -2,13 +2,14 @@
 
 import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Device, Features, Precision, Workers, given, local
+from tinyvl.cli_options import Device, Features, Precision, Workers, given, grouped, local
 
 if TYPE_CHECKING:
     from tinyvl.presets import Preset
@@ -16,92 +17,111 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Train a method's modules on your data.")
 
 
-# What the methods share.
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="JSON Lines, Karpathy or COCO JSON, Flickr token file, image folder. "
-        "(default: a small set that tinyvl draws)"
-    ),
-]
-Val = Annotated[
-    str | None, typer.Option(help="Validation data. (default: the data's own, or 2 % of it)")
-]
 LM = Annotated[str | None, typer.Option(help="Frozen language model: a name or folder.")]
 Vision = Annotated[str | None, typer.Option(help="Frozen timm encoder: a name or folder.")]
 Prompt = Annotated[str | None, typer.Option(help="Text before every caption or question.")]
-MicroBatch = Annotated[int, typer.Option(min=1, help="Captions in memory at once.")]
-Init = Annotated[str | None, typer.Option(help="Checkpoint to fine-tune (after VLP, say).")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Epochs = Annotated[float | None, typer.Option(min=0, help="Passes over the captions.")]
-Batch = Annotated[int | None, typer.Option(min=1, help="Captions per optimizer step.")]
-Rate = Annotated[float | None, typer.Option(min=0, help="AdamW's learning rate after warm-up.")]
-Warmup = Annotated[float | None, typer.Option(min=0, max=1, help="As a share of all steps.")]
-WeightDecay = Annotated[float | None, typer.Option(min=0, help="AdamW's weight decay.")]
-Average = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=0.99999,
-        help="Decay of a moving average of the weights, which is what is saved; 0: none.",
-    ),
-]
-Objective = Annotated[
-    str | None,
-    typer.Option(
-        help="likelihood, or cider: self-critical training on the model's own captions, after "
-        "likelihood (--init)."
-    ),
-]
-Samples = Annotated[
-    int | None, typer.Option(min=2, help="With --objective cider: captions drawn of a picture.")
-]
-Fit = Annotated[
-    str | None,
-    typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
-]
-Images = Annotated[str | None, typer.Option(help="Folder of the pictures.")]
-Format = Annotated[str | None, typer.Option(help="Force the data's format.")]
-Lang = Annotated[str, typer.Option(help="Language of the captions, where records say.")]
-PerImage = Annotated[
-    int | None, typer.Option(min=1, help="Captions of a picture that share a micro-batch.")
-]
-Views = Annotated[
-    int | None,
-    typer.Option(min=1, help="Varied views of each picture, one after another by epoch."),
-]
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longer captions are cut.")]
-Seed = Annotated[int, typer.Option(help="Initialisation and order.")]
-SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saved states.")]
-ValidateEvery = Annotated[int | None, typer.Option(min=1, help="Steps. (default: an epoch)")]
-Checkpointing = Annotated[
-    bool, typer.Option("--checkpointing", help="Recompute layers: less memory, slower.")
-]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Encode pictures anew in each epoch.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+@dataclass
+class Training:
+    """The options of every method: the data, the schedule, and how the run is carried out."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON Lines, Karpathy or COCO JSON, Flickr token file, image folder. "
+            "(default: a small set that tinyvl draws)"
+        ),
+    ] = None
+    val: Annotated[
+        str | None, typer.Option(help="Validation data. (default: the data's own, or 2 % of it)")
+    ] = None
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None
+    format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None
+    lang: Annotated[str, typer.Option(help="Language of the captions, where records say.")] = "en"
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on so many records (LilT: pairs), drawn by the seed: 512, 1% or 10%."
+        ),
+    ] = None
+    fit: Annotated[
+        str | None,
+        typer.Option(help="crop: the encoder's own; squash: the whole; jpeg: made small."),
+    ] = None
+    views: Annotated[
+        int | None,
+        typer.Option(min=1, help="Varied views of each picture, one after another by epoch."),
+    ] = None
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longer captions are cut.")] = None
+    per_image: Annotated[
+        int | None, typer.Option(min=1, help="Captions of a picture that share a micro-batch.")
+    ] = None
+    epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the captions.")] = None
+    batch: Annotated[int | None, typer.Option(min=1, help="Captions per optimizer step.")] = None
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Captions in memory at once. (default: 64; of LilT 2500 where all that is learnt "
+            "reads what is kept of the towers)",
+        ),
+    ] = None
+    rate: Annotated[
+        float | None, typer.Option(min=0, help="AdamW's learning rate after warm-up.")
+    ] = None
+    final_rate: Annotated[float | None, typer.Option(min=0, help="Where the schedule ends.")] = None
+    warmup: Annotated[float | None, typer.Option(min=0, max=1, help="As a share of all steps.")] = (
+        None
+    )
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="AdamW's weight decay.")] = None
+    average: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.99999,
+            help="Decay of a moving average of the weights, which is what is saved; 0: none.",
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Initialisation and order.")] = 0
+    init: Annotated[str | None, typer.Option(help="Checkpoint to fine-tune (after VLP, say).")] = (
+        None
+    )
+    out: Annotated[Path | None, typer.Option(help="Checkpoint folder. (default: runs/METHOD)")] = (
+        None
+    )
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100
+    validate_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps. (default: an epoch)")
+    ] = None
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute layers: less memory, slower.")
+    ] = False
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Encode pictures anew in each epoch.")
+    ] = False
+    features: Features = None
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False
+    device: Device = None
+    precision: Precision = None
+    workers: Workers = None
+
+    def recipe(self) -> dict[str, Any]:
+        """What was asked for of a `presets.Recipe`."""
+        names = ("epochs", "batch", "rate", "final_rate", "warmup", "weight_decay", "average")
+        return given(**{name: getattr(self, name) for name in names})
 
 
 @app.command("itune")
+@grouped
 def train_itune(
+    *,
     preset: Annotated[
         str | None, typer.Option(help="A paper's row, e.g. itune-base; options override it.")
     ] = None,
-    data: Data = None,
-    val: Val = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. (default: runs/itune)")
-    ] = None,
     lm: LM = None,
     vision: Vision = None,
-    init: Init = None,
-    resume: Resume = False,
-    epochs: Epochs = None,
-    batch: Batch = None,
-    micro_batch: MicroBatch = 64,
-    rate: Rate = None,
-    warmup: Warmup = None,
-    weight_decay: WeightDecay = None,
-    average: Average = None,
     bottleneck: Annotated[
         int | None, typer.Option(min=1, help="r. (default: half the width)")
     ] = None,
@@ -114,26 +134,18 @@ def train_itune(
         typer.Option(min=0, max=0.9, help="Of image tokens and what modules read, in training."),
     ] = None,
     prompt: Prompt = None,
-    fit: Fit = None,
-    images: Images = None,
-    format: Format = None,
-    lang: Lang = "en",
-    limit: Annotated[int | None, typer.Option(min=1, help="Train on this many pictures.")] = None,
-    max_tokens: MaxTokens = None,
-    per_image: PerImage = None,
-    views: Views = None,
-    objective: Objective = None,
-    samples: Samples = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    validate_every: ValidateEvery = None,
-    checkpointing: Checkpointing = False,
-    no_cache: NoCache = False,
-    features: Features = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="likelihood, or cider: self-critical training on the model's own captions, after "
+            "likelihood (--init)."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=2, help="With --objective cider: captions drawn of a picture."),
+    ] = None,
+    training: Training,
 ) -> None:
     """I-Tuning: cross-attention modules beside the feed-forwards of a frozen decoder.
 
@@ -150,38 +162,26 @@ def train_itune(
     parts = {
         "language": local(lm or row.language),
         "vision": local(vision or row.vision),
-        "fit": fit or row.fit,
+        "fit": training.fit or row.fit,
         "prompt": prompt or "",
         "options": options,
     }
-    if init is not None:
-        if given(lm=lm, vision=vision, fit=fit, prompt=prompt, b=bottleneck, d=drop, s=scale):
+    if training.init is not None:
+        if given(
+            lm=lm, vision=vision, fit=training.fit, prompt=prompt, b=bottleneck, d=drop, s=scale
+        ):
             raise UserError(
                 "--init brings its own --lm, --vision, --fit, --prompt, --bottleneck, --drop and "
                 "--scale: leave them out.",
                 2,
             )
-        parts = taken_over(init, "itune")
+        parts = taken_over(training.init, "itune")
         parts["options"] |= given(dropout=dropout)
-    if objective == "cider" and per_image is not None:
+    if objective == "cider" and training.per_image is not None:
         raise UserError("--per-image goes with --objective likelihood; cider has --samples.", 2)
     if objective != "cider" and samples is not None:
         raise UserError("--samples goes with --objective cider.", 2)
-    recipe = given(
-        epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay,
-        average=average,
-    )  # fmt: skip
-    launch(
-        row, parts, recipe,
-        given(
-            max_tokens=max_tokens, per_image=per_image, views=views,
-            objective=chosen(objective), samples=samples,
-        ),
-        data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
-        seed=seed, device=device, precision=precision, out=out, micro=micro_batch,
-        checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
-        save_every=save_every, validate_every=validate_every, workers=workers, quiet=quiet,
-    )  # fmt: skip
+    launch(row, parts, training, given(objective=chosen(objective), samples=samples))
 
 
 ADAPTER = "none, layerwise (in every layer) or deep (one more layer)."
@@ -192,21 +192,16 @@ POOL = "token (the first) or mean."
 
 
 @app.command("lilt")
+@grouped
 def train_lilt(
+    *,
     preset: Annotated[
         str | None, typer.Option(help="A paper's row, e.g. lilt-lwa-base; options override it.")
-    ] = None,
-    data: Data = None,
-    val: Val = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. (default: runs/lilt)")
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="Text encoder of the BERT family: a name or folder.")
     ] = None,
     vision: Annotated[str | None, typer.Option(help="timm encoder: a name or folder.")] = None,
-    init: Init = None,
-    resume: Resume = False,
     text_adapter: Annotated[str | None, typer.Option(help=ADAPTER)] = None,
     image_adapter: Annotated[str | None, typer.Option(help=ADAPTER)] = None,
     text_unlock: Annotated[str | None, typer.Option(help=UNLOCK)] = None,
@@ -250,42 +245,11 @@ def train_lilt(
             help="A random crop with RandAugment, new in every epoch, or the picture as it is.",
         ),
     ] = None,
-    views: Views = None,
-    fit: Fit = None,
     clean: Annotated[
         bool | None,
         typer.Option("--clean/--raw", help="Lower-case captions without punctuation, or as are."),
     ] = None,
-    epochs: Epochs = None,
-    batch: Batch = None,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Captions in memory at once; the batch is the same. (default: 64, or 2500 where "
-            "all that is learnt reads what is kept of the towers)",
-        ),
-    ] = None,
-    rate: Rate = None,
-    warmup: Warmup = None,
-    weight_decay: WeightDecay = None,
-    average: Average = None,
-    images: Images = None,
-    format: Format = None,
-    lang: Lang = "en",
-    limit: Annotated[int | None, typer.Option(min=1, help="Train on this many pairs.")] = None,
-    max_tokens: MaxTokens = None,
-    per_image: PerImage = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 100,
-    validate_every: ValidateEvery = None,
-    checkpointing: Checkpointing = False,
-    no_cache: NoCache = False,
-    features: Features = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    training: Training,
 ) -> None:
     """LilT: align an image encoder and a text encoder, training little of either.
 
@@ -328,37 +292,26 @@ def train_lilt(
     parts = {
         "language": local(text or row.language),
         "vision": local(vision or row.vision),
-        "fit": fit or row.fit,
+        "fit": training.fit or row.fit,
         "options": options,
     }
-    if init is not None:
-        if given(text=text, vision=vision, fit=fit) or more or any(sides.values()):
+    if training.init is not None:
+        if given(text=text, vision=vision, fit=training.fit) or more or any(sides.values()):
             raise UserError(
                 "--init brings its own encoders and what is trained of them: leave such options "
                 "out.",
                 2,
             )
-        parts = taken_over(init, "lilt")
-    if micro_batch is None:
+        parts = taken_over(training.init, "lilt")
+    if training.micro_batch is None:
         learns = any(
             parts["options"].get(side, {}).get(what, "none") != "none"
             for side in sides
             for what in ("unlock", "adapter")
         )
-        fresh = no_cache or (row.job.get("crops") if crops is None else crops)
-        micro_batch = 64 if learns or fresh else 2500
-    recipe = given(
-        epochs=epochs, batch=batch, rate=rate, warmup=warmup, weight_decay=weight_decay,
-        average=average,
-    )  # fmt: skip
-    launch(
-        row, parts, recipe,
-        given(max_tokens=max_tokens, per_image=per_image, views=views, crops=crops),
-        data=data, val=val, images=images, format=format, lang=lang, init=init, limit=limit,
-        seed=seed, device=device, precision=precision, out=out, micro=micro_batch,
-        checkpointing=checkpointing, cache=not no_cache, features=features, resume=resume,
-        save_every=save_every, validate_every=validate_every, workers=workers, quiet=quiet,
-    )  # fmt: skip
+        fresh = training.no_cache or (row.job.get("crops") if crops is None else crops)
+        training.micro_batch = 64 if learns or fresh else 2500
+    launch(row, parts, training, given(crops=crops))
 
 
 def chosen(objective: str | None) -> str | None:
@@ -386,6 +339,21 @@ def locked(pattern: str) -> tuple[list[int], list[int]]:
     return [number, -1], [0, -1 - number]
 
 
+def limit_of(text: str | None) -> Any:
+    """ "512" -> 512; "1%" stays."""
+    if text is None:
+        return None
+    if text.isdigit() and int(text):
+        return int(text)
+    try:
+        share = float(text.removesuffix("%")) if text.endswith("%") else -1
+    except ValueError:
+        share = -1
+    if not 0 < share <= 100:
+        raise UserError(f"--limit is a number, or a percentage like 1%, not {text!r}.", 2)
+    return text
+
+
 def taken_over(init: str, method: str) -> dict[str, Any]:
     """The parts of a checkpoint that a run of the same method starts from."""
     from tinyvl import models
@@ -399,31 +367,26 @@ def taken_over(init: str, method: str) -> dict[str, Any]:
 def launch(
     row: "Preset",
     parts: dict[str, Any],
-    recipe: dict[str, Any],
-    changes: dict[str, Any],
-    *,
-    data: str | None,
-    val: str | None,
-    images: str | None,
-    format: str | None,
-    lang: str,
-    init: str | None,
-    limit: int | str | None,
-    seed: int,
-    device: str | None,
-    precision: str | None,
-    out: Path | None,
-    **run: Any,
+    training: Training,
+    changes: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> None:
-    """Trains what the options say and prints the summary; what is left over goes to `train.Run`."""
-    from dataclasses import replace
+    """Trains what the options say and prints the summary.
 
+    ``changes`` are made to the preset's `job.Job`, ``recipe`` to its `presets.Recipe`; what the
+    command line says of either comes last.
+    """
     from tinyvl import models, train
 
-    if changes.get("crops") and changes.get("views", 1) > 1:
+    changes = row.job | (changes or {})
+    changes |= given(
+        max_tokens=training.max_tokens, per_image=training.per_image, views=training.views
+    )
+    if changes.get("crops") and (training.views or 1) > 1:
         raise UserError("--crops are new in every epoch, --views a few: give one of them.", 2)
-    target = models.choose_device(device)
-    dtype = models.choose_precision(precision, target)
+    target = models.choose_device(training.device)
+    dtype = models.choose_precision(training.precision, target)
+    data = training.data
     if data is None:
         from tinyvl import draw
 
@@ -432,16 +395,28 @@ def launch(
         method=row.method,
         data=os.path.abspath(data),
         **parts,
-        recipe=replace(row.recipe, **recipe),
-        val=val and os.path.abspath(val),
-        images=images and os.path.abspath(images),
-        lang=lang,
-        format=format,
-        init=init and local(init),
-        limit=limit,
-        seed=seed,
+        recipe=replace(row.recipe, **(recipe or {}) | training.recipe()),
+        val=training.val and os.path.abspath(training.val),
+        images=training.images and os.path.abspath(training.images),
+        lang=training.lang,
+        format=training.format,
+        init=training.init and local(training.init),
+        limit=limit_of(training.limit),
+        seed=training.seed,
         precision=models.precision_name(dtype),
-        **(row.job | changes),
+        **changes,
     )
-    out = out or Path("runs") / row.method
-    print(json.dumps(train.train(job, train.Run(out=out, device=target, **run))))
+    run = train.Run(
+        out=training.out or Path("runs") / row.method,
+        device=target,
+        micro=training.micro_batch or 64,
+        checkpointing=training.checkpointing,
+        cache=not training.no_cache,
+        features=training.features,
+        resume=training.resume,
+        save_every=training.save_every,
+        validate_every=training.validate_every,
+        workers=training.workers,
+        quiet=training.quiet,
+    )
+    print(json.dumps(train.train(job, run)))

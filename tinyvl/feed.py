@@ -66,11 +66,11 @@ def share(limit: int | str, number: int) -> int:
     return max(1, round(float(limit.removesuffix("%")) / 100 * number))
 
 
-def limit_pairs(records: list[data.Record], limit: int, seed: int) -> list[data.Record]:
-    """That many pairs of a picture and a caption, drawn from all; the other captions go."""
+def limit_pairs(records: list[data.Record], limit: int | str, seed: int) -> list[data.Record]:
+    """That many pairs of a picture and a caption (or "1%"), drawn from all; other captions go."""
     pairs = [(r, c) for r, record in enumerate(records) for c in range(len(record.captions))]
     kept: dict[int, list[str]] = {}
-    for i in sorted(data.epoch_order(len(pairs), seed, 0)[:limit]):
+    for i in sorted(data.epoch_order(len(pairs), seed, 0)[: share(limit, len(pairs))]):
         record, caption = pairs[i]
         kept.setdefault(record, []).append(records[record].captions[caption])
     return [replace(records[r], captions=captions) for r, captions in kept.items()]
