@@ -178,6 +178,17 @@ def test_what_is_known_is_not_embedded_again(tmp_path, photos):
     assert embedded() == 0
 
 
+def test_the_summary_counts_each_picture_once(tmp_path, photos):
+    refresh(tmp_path / "i", photos)
+    (photos / "a" / "0.png").rename(photos / "renamed.png")
+    (photos / "a" / "3.png").rename(photos / "b" / "1.png")  # over another one
+    shutil.copy(photos / "c" / "2.png", photos / "copy.png")
+    (photos / "c" / "5.png").unlink()
+    paint(photos / "c" / "8.png", 99)
+    changes = refresh(tmp_path / "i", photos)
+    assert str(changes) == "1 embedded, 3 moved or copied, 25 unchanged, 1 gone"
+
+
 def fresh(tmp_path: Path, data: Path) -> dict:
     new = tmp_path / "fresh"
     shutil.rmtree(new, ignore_errors=True)
@@ -489,7 +500,7 @@ def test_8000_photos_killed_half_way_and_changed(tmp_path):
     for old in sorted(photos.iterdir())[4000:4010]:
         old.rename(photos / f"renamed {old.name}")
     done = subprocess.run(command(home), check=True, capture_output=True, text=True)
-    assert f"{home}: 10 embedded, 10 moved or copied, 7,980 unchanged, 20 gone" in done.stderr
+    assert f"{home}: 10 embedded, 10 moved or copied, 7,980 unchanged, 10 gone" in done.stderr
     subprocess.run(command(tmp_path / "fresh"), check=True)
     assert contents(home) == contents(tmp_path / "fresh")
     assert len(Index(home).images.vectors) == 8000

@@ -263,9 +263,7 @@ def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tup
 def sweep(folder: Path, generation: int) -> None:
     """Removes other generations, and what ended or killed runs left."""
     for file in folder.iterdir():
-        found = re.fullmatch(
-            r"\.?(?:images|captions)\.(\d+|part)\.(?:f32|jsonl)(\.\d+)?", file.name
-        )
+        found = FILES.fullmatch(file.name)
         if found and (found[1] != str(generation) or found[2]):
             try:
                 file.unlink()
