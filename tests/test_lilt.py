@@ -201,6 +201,8 @@ def test_what_is_unlocked(folders):
     assert some == {n for n in norms if ".0." not in n and "embeddings" not in n}
     some = names(unlock="layernorm", layers=[0, 1])[1]
     assert some == {n for n in norms if ".2." not in n and not n.startswith("encoder.model.norm")}
+    with pytest.raises(UserError, match="unlocked: name that too"):
+        build(folders, text={"layers": [0, 1]})
     everything, adapted = names(unlock="bitfit", adapter="layerwise")
     assert adapted == {n for n in everything if n.endswith("bias") or ".adapter." in n}
 
