@@ -165,7 +165,7 @@ class Update:
         self.changes = Changes()
         self.old = {name: index.open_table(folder, about, name) for name in TABLES}
         self.parts = {name: Part(folder, name, model.width) for name in TABLES}
-        self.before = {name: list(table.rows()) for name, table in self.old.items()}
+        self.before = {name: table.rows() for name, table in self.old.items()}
 
     def run(self) -> Changes:
         rows = {"images": self.pictures()}
