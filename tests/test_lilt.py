@@ -1,6 +1,7 @@
 """LilT: parameter counts, towers, adapters, loss and gradients against slow references."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,21 @@ def test_parameter_counts_are_the_papers(name, count, percent, monkeypatch):
     assert found["trainable_parameters"] == count
     if percent is not None:
         assert found["trainable_percent"] == pytest.approx(percent, abs=0.0051)
-    assert found["recipe"]["batch"] == 512
+
+
+def test_every_preset_has_the_papers_recipe():
+    """Section 2.4, and the authors' code: lengths of captions, 1,000 steps of warm-up."""
+    expected = {
+        "batch": 512, "epochs": 15, "rate": 1e-4, "final_rate": 1e-5, "weight_decay": 0.02,
+        "clip": None, "first_rate": 0.0, "average": 0.0, "fixed": {},
+    }  # fmt: skip
+    for row in models.PRESETS.values():
+        if row.method == "lilt":
+            recipe = asdict(row.recipe)
+            assert recipe.pop("warmup") * 15 * 591_753 / 512 == pytest.approx(1000, rel=0.01)
+            assert recipe == expected
+            assert (row.options["size"], row.options["clean"]) == (256, True)
+            assert row.job == {"crops": True, "per_image": 1, "max_tokens": 25}
 
 
 def test_every_preset_of_lilt_is_there():
