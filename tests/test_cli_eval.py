@@ -311,6 +311,7 @@ def test_tables_on_a_terminal(capsys):
     drawn = capsys.readouterr().out
     for text in ("d.jsonl", "0.2500", "chance", "0.0200", "de", "0.1250", "1000 rows", "lilt"):
         assert text in drawn, text
+    assert drawn.count("0.0200") == 2  # beside the metrics, and below the languages
     assert "999" not in drawn
     assert max(map(len, drawn.splitlines())) <= 80
     interval = {"value": 0.1, "low": -0.05, "high": 0.2}

@@ -433,6 +433,8 @@ def test_all_classes_of_a_file(tmp_path):
         ("a\tant\nb\tbee\n", ".txt", "no name for the class 'x'"),
         ("ant\nbee\n", ".txt", "2 names, and 'x'"),
         ("{", ".json", "is not JSON"),
+        ("3", ".json", "neither a list"),
+        ('{"x": []}', ".json", "neither a list"),
     ],
 )
 def test_class_name_files_that_do_not_fit(tmp_path, content, suffix, said):
@@ -446,6 +448,9 @@ def test_prompts(tmp_path):
     several = classes.templates(["clip", "{}"])
     assert len(several) == 8
     assert all(prompt.count("{}") == 1 for prompt in several)
+    (tmp_path / "blank.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="it has none"):
+        classes.templates([str(tmp_path / "blank.txt")])
     for wrong in ("a photo", "{} and {}", str(tmp_path / "none.txt")):
         with pytest.raises(UserError, match="needs one"):
             classes.templates([wrong])

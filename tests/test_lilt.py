@@ -1,6 +1,7 @@
 """LilT: parameter counts, towers, adapters, loss and gradients against slow references."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,10 @@ CAPTIONS = [
         ("lilt-da-base", 14_646_273, 7.00),  # 6.99 in the paper
         ("lilt-lwa-noln", 14_595_585, 6.97),
         ("lilt-lwa-base", 14_672_385, 7.01),
+        ("lilt-lwa-bitfit", 14_800_641, 7.07),  # 7.09 in the paper
         ("lilt-da-bitfit", 14_775_297, 7.06),
         ("lit", 109_285_377, 56.01),
+        ("lit-reversed", 86_238_465, 44.20),  # 43.99 in the paper
         ("lit-lwa", 116_424_705, 57.57),
         ("clip-base", 195_130_113, 100),
         ("lilt-da-large", 25_920_001, None),
@@ -58,7 +61,21 @@ def test_parameter_counts_are_the_papers(name, count, percent, monkeypatch):
     assert found["trainable_parameters"] == count
     if percent is not None:
         assert found["trainable_percent"] == pytest.approx(percent, abs=0.0051)
-    assert found["recipe"]["batch"] == 512
+
+
+def test_every_preset_has_the_papers_recipe():
+    """Section 2.4, and the authors' code: lengths of captions, 1,000 steps of warm-up."""
+    expected = {
+        "batch": 512, "epochs": 15, "rate": 1e-4, "final_rate": 1e-5, "weight_decay": 0.02,
+        "clip": None, "first_rate": 0.0, "average": 0.0, "fixed": {},
+    }  # fmt: skip
+    for row in models.PRESETS.values():
+        if row.method == "lilt":
+            recipe = asdict(row.recipe)
+            assert recipe.pop("warmup") * 15 * 591_753 / 512 == pytest.approx(1000, rel=0.01)
+            assert recipe == expected
+            assert (row.options["size"], row.options["clean"]) == (256, True)
+            assert row.job == {"crops": True, "per_image": 1, "max_tokens": 25}
 
 
 def test_every_preset_of_lilt_is_there():
@@ -201,6 +218,8 @@ def test_what_is_unlocked(folders):
     assert some == {n for n in norms if ".0." not in n and "embeddings" not in n}
     some = names(unlock="layernorm", layers=[0, 1])[1]
     assert some == {n for n in norms if ".2." not in n and not n.startswith("encoder.model.norm")}
+    with pytest.raises(UserError, match="unlocked: name that too"):
+        build(folders, text={"layers": [0, 1]})
     everything, adapted = names(unlock="bitfit", adapter="layerwise")
     assert adapted == {n for n in everything if n.endswith("bias") or ".adapter." in n}
 

@@ -110,6 +110,16 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["config.json"]
 
 
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(pipe, "all of it")
+    assert os.read(reader, 100) == b"all of it"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
 def test_inspect_needs_neither_weights_nor_network(checkpoint, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("no network")

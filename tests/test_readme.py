@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import shell
 
-from tinyvl import hub, models
+from tinyvl import hub, models, train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = [line[2:] for line in README.splitlines() if line.startswith("$ ")]
@@ -76,3 +77,29 @@ def test_every_option_named_exists():
     ours = README.replace(COMMANDS[1], "")  # pytest's and pip's are not
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
     assert named <= known | {"--help"}
+
+
+def test_the_rows_of_lilt_are_commands(monkeypatch):
+    """Each is parsed to its end; together they are the presets, and the experiments of figures."""
+    jobs = []
+    monkeypatch.setattr(train, "train", lambda job, run: jobs.append(job) or {})
+    section = README.split("### Rows of the papers: LilT")[1].split("\n## ")[0]
+    cells = [line.split("|")[3] for line in section.splitlines() if line.startswith("| ")][1:]
+    named = {name for name, row in models.PRESETS.items() if row.method == "lilt"}
+    for command in re.findall("`([^`]+)`", "".join(cells)):
+        named.discard(command.removeprefix("--preset "))
+        if command.startswith("--preset"):
+            done = shell.run("train", "lilt", "--data", "d", "--device", "cpu", *command.split())
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert not named
+    a, b = (job.options for job in jobs if "layers" in job.options["text"])  # Figure 5
+    assert (a["text"]["layers"], a["image"]["layers"]) == ([0, -5], [4, -1])
+    assert (b["text"]["layers"], b["image"]["layers"]) == ([4, -1], [0, -5])
+    towers = {(job.language, job.vision) for job in jobs}  # Figures 7 and 8
+    bert, deit = models.PRESETS["clip-base"].language, models.PRESETS["clip-base"].vision
+    for text in ("bert-base-uncased", "prajjwal1/bert-tiny"):
+        assert (text, deit) in towers
+    for image in ("vit_base_patch16_224.dino", "deit_tiny_patch16_224"):
+        assert (bert, image) in towers
+    assert any(job.options.get("random_init") for job in jobs)
+    assert {5000, 50000} <= {job.limit for job in jobs}

@@ -135,8 +135,7 @@ def contents(folder: Path) -> dict:
     assert {file.name for file in folder.iterdir()} == names | {"index.json", "lock"}
     tables = {"images": found.images, "captions": found.captions}
     return {
-        name: (list(table.rows()), np.asarray(table.vectors).tobytes())
-        for name, table in tables.items()
+        name: (table.rows(), np.asarray(table.vectors).tobytes()) for name, table in tables.items()
     }
 
 
@@ -144,7 +143,7 @@ def test_an_index_holds_the_vectors_of_its_pictures(tmp_path, photos):
     changes = refresh(tmp_path / "i", photos)
     assert (changes.embedded, str(changes)) == (30, "30 embedded")
     found, model = Index(tmp_path / "i"), Dual()
-    rows = list(found.images.rows())
+    rows = found.images.rows()
     paths = [row.path for row in rows]
     assert paths == sorted(f"{'abc'[i % 3]}/{i}.png" for i in range(30))
     for row, vector in zip(rows, found.images.vectors, strict=True):
@@ -176,6 +175,17 @@ def test_what_is_known_is_not_embedded_again(tmp_path, photos):
     assert embedded() == 1
     (photos / "c" / "2.png").unlink()
     assert embedded() == 0
+
+
+def test_the_summary_counts_each_picture_once(tmp_path, photos):
+    refresh(tmp_path / "i", photos)
+    (photos / "a" / "0.png").rename(photos / "renamed.png")
+    (photos / "a" / "3.png").rename(photos / "b" / "1.png")  # over another one
+    shutil.copy(photos / "c" / "2.png", photos / "copy.png")
+    (photos / "c" / "5.png").unlink()
+    paint(photos / "c" / "8.png", 99)
+    changes = refresh(tmp_path / "i", photos)
+    assert str(changes) == "1 embedded, 3 moved or copied, 25 unchanged, 1 gone"
 
 
 def fresh(tmp_path: Path, data: Path) -> dict:
@@ -223,7 +233,7 @@ def test_any_history_ends_as_a_new_index(tmp_path, photos, seed, monkeypatch, ca
         def killed(part, rows, vectors):
             if next(calls) == count:
                 part.matrix.write(vectors.tobytes()[: torn * 13])
-                part.list.write(rows[0].line().encode()[:torn])
+                part.list.write(rows[0].line().encode()[:torn] + b"\n" * (torn % 2))
                 part.matrix.flush(), part.list.flush()
                 raise Killed
             append(part, rows, vectors)
@@ -343,7 +353,7 @@ def test_captions_of_a_data_set(tmp_path, data):
     changes = refresh(tmp_path / "i", data)
     assert (changes.embedded, changes.captions) == (2, 3)
     found = Index(tmp_path / "i")
-    rows = list(found.captions.rows())
+    rows = found.captions.rows()
     assert [(row.caption, row.path) for row in rows] == [
         ("a blue cat", "photos/a/0.png"),
         ("a red dog", "photos/a/0.png"),
@@ -361,7 +371,7 @@ def test_captions_of_a_data_set(tmp_path, data):
 def test_captions_beside_the_pictures_of_a_folder(tmp_path, photos):
     (photos / "a" / "3.txt").write_text("a white cat\n\n a dog \n")
     refresh(tmp_path / "i", photos)
-    rows = list(Index(tmp_path / "i").captions.rows())
+    rows = Index(tmp_path / "i").captions.rows()
     assert [(row.caption, row.path) for row in rows] == [
         ("a dog", "a/3.png"), ("a white cat", "a/3.png")
     ]  # fmt: skip
@@ -398,13 +408,27 @@ def test_mistakes_cost_one_sentence(tmp_path, photos):
         Index(photos / "a" / "0.png")
     with pytest.raises(UserError, match="cannot be written"):
         refresh(photos / "a" / "0.png", photos)
+    lines = (home / "images.1.jsonl").read_bytes()
+    for damage in (lines[:500], lines[:-60], b"[]\n" * 30, None):
+        if damage is None:
+            (home / "images.1.jsonl").unlink()
+        else:
+            (home / "images.1.jsonl").write_bytes(damage)
+        for use in (lambda: Index(home).images.pick([29]), lambda: refresh(home, photos)):
+            with pytest.raises(UserError, match="damaged"):
+                use()
+    (home / "images.1.jsonl").write_bytes(lines)
     os.truncate(home / "images.1.f32", 40)
-    with pytest.raises(UserError, match="damaged"):
-        Index(home)
+    for use in (lambda: Index(home), lambda: refresh(home, photos)):
+        with pytest.raises(UserError, match="damaged"):
+            use()
     about = json.loads((home / "index.json").read_text())
     (home / "index.json").write_text(json.dumps(about | {"format": 2}))
     with pytest.raises(UserError, match="later tinyvl"):
         Index(home)
+    (home / "index.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="cannot be read"):
+        refresh(home, photos)
     (home / "index.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         Index(home)
@@ -431,7 +455,7 @@ def test_one_writer_at_a_time(tmp_path, photos):
 def test_a_reader_keeps_what_it_opened_while_a_writer_replaces_it(tmp_path, photos, monkeypatch):
     refresh(tmp_path / "i", photos)
     old = Index(tmp_path / "i")
-    before = old.images.vectors.copy()
+    before, rows = old.images.vectors.copy(), old.images.rows()
     opened = index.open_table
 
     def slow(folder, about, name):  # the writer ends between index.json and the tables
@@ -444,6 +468,7 @@ def test_a_reader_keeps_what_it_opened_while_a_writer_replaces_it(tmp_path, phot
     new = Index(tmp_path / "i")
     assert (len(new.images.vectors), new.about["generation"]) == (29, 2)
     np.testing.assert_array_equal(old.images.vectors, before)
+    assert old.images.rows() == rows
 
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "pairs" / "images"
@@ -489,7 +514,7 @@ def test_8000_photos_killed_half_way_and_changed(tmp_path):
     for old in sorted(photos.iterdir())[4000:4010]:
         old.rename(photos / f"renamed {old.name}")
     done = subprocess.run(command(home), check=True, capture_output=True, text=True)
-    assert f"{home}: 10 embedded, 10 moved or copied, 7,980 unchanged, 20 gone" in done.stderr
+    assert f"{home}: 10 embedded, 10 moved or copied, 7,980 unchanged, 10 gone" in done.stderr
     subprocess.run(command(tmp_path / "fresh"), check=True)
     assert contents(home) == contents(tmp_path / "fresh")
     assert len(Index(home).images.vectors) == 8000

@@ -32,6 +32,8 @@ def templates(given: list[str] | None) -> list[str]:
             found += [line for _, line in text_lines(Path(prompt).expanduser())]
         else:
             found.append(prompt)
+    if not found:
+        raise UserError(f"{given[0]}: a file of prompts, but it has none.", 2)
     if wrong := next((prompt for prompt in found if prompt.count("{}") != 1), None):
         raise UserError(f"The prompt {wrong!r} needs one {{}} where the class name goes.", 2)
     return found
@@ -93,10 +95,15 @@ def read_names(file: Path) -> tuple[list[dict[str, str]], list[str]]:
         if isinstance(document, list):
             return [], [str(name) for name in document]
         tables: list[dict[str, str]] = [{}, {}]
-        for label, name in document.items():  # "0": ["n01440764", "tench"], or "0": "tench"
-            *synset, words = name if isinstance(name, list) else [name]
-            for table, key in zip(tables, (label, *synset), strict=False):
-                table[str(key)] = str(words)
+        try:
+            for label, name in document.items():  # "0": ["n01440764", "tench"], or "0": "tench"
+                *synset, words = name if isinstance(name, list) else [name]
+                for table, key in zip(tables, (label, *synset), strict=False):
+                    table[str(key)] = str(words)
+        except (AttributeError, ValueError):
+            raise UserError(
+                f"{file}: neither a list of names nor a name for each label.", 2
+            ) from None
         return [table for table in tables if table], []
     lines = [line for _, line in text_lines(file)]
     pairs = [re.fullmatch(rf"([^\t]+)\t\s*(.+)|({SYNSET})[ ,]\s*(.+)", line) for line in lines]

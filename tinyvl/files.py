@@ -24,8 +24,16 @@ def write_tensors(file: Path, tensors: "dict[str, torch.Tensor]", metadata: dict
 
 
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
+    """``write`` fills a file beside it, which then takes its place; a device is written to.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        if file.exists() and not file.is_file():  # /dev/stdout would become a file
+            write(file)
+            return
         part.touch()
         mode = part.stat().st_mode
         write(part)

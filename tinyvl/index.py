@@ -25,13 +25,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from tinyvl import UserError, files
 
 TABLES = ("images", "captions")
+FIELDS = {"model", "fingerprint", "width", "source", "root", "generation", *TABLES}
 COPY = 8192  # rows copied at once
 FILES = re.compile(r"\.?(?:images|captions)\.(\d+|part)\.(?:f32|jsonl)(\.\d+)?")
 
@@ -69,23 +70,39 @@ def one_line(text: str) -> str:
 class Table:
     """A generation of an index's images or captions."""
 
-    list: Path
+    list: BinaryIO | None  # open, so that it can be read after a new generation has replaced it
     vectors: np.ndarray  # (rows, width) float32, mapped
 
-    def rows(self) -> Iterator[Row]:
-        if len(self.vectors):
-            with self.list.open(encoding="ascii") as file:
-                for line in file:
-                    yield Row(**json.loads(line))
+    def rows(self) -> list[Row]:
+        return list(self.pick(range(len(self.vectors))).values())
 
     def pick(self, numbers: Iterable[int]) -> dict[int, Row]:
-        """Some of the rows: one pass over the list, which parses no others."""
+        """Some of the rows: one pass over the list, which parses no others.
+
+        Raises:
+            UserError: the list is damaged.
+        """
         wanted = set(map(int, numbers))
         if not wanted:
             return {}
-        with self.list.open("rb") as file:
-            lines = itertools.islice(file, max(wanted) + 1)
-            return {i: Row(**json.loads(line)) for i, line in enumerate(lines) if i in wanted}
+        with sound(Path(self.list.name).parent):
+            self.list.seek(0)
+            lines = itertools.islice(self.list, max(wanted) + 1)
+            rows = {i: Row(**json.loads(line)) for i, line in enumerate(lines) if i in wanted}
+            if len(rows) < len(wanted):
+                raise ValueError(f"{self.list.name} is cut short")
+        return rows
+
+
+@contextmanager
+def sound(folder: Path) -> Iterator[None]:
+    """While an index is read, what does not fit together is told as damage."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: this index is damaged ({error}); delete it and index anew."
+        ) from error
 
 
 def mapped(file: Path, rows: int, width: int) -> np.ndarray:
@@ -114,11 +131,9 @@ class Index:
             try:
                 self.images, self.captions = (open_table(folder, self.about, n) for n in TABLES)
                 return
-            except (OSError, ValueError) as error:
+            except UserError:
                 if attempt:
-                    raise UserError(
-                        f"{folder}: this index is damaged ({error}); delete it and index anew."
-                    ) from error
+                    raise
 
     @property
     def root(self) -> str:
@@ -128,10 +143,9 @@ class Index:
 
 def open_table(folder: Path, about: dict[str, Any], name: str) -> Table:
     stem, count = f"{name}.{about['generation']}", about[name]
-    if count:
-        (folder / f"{stem}.jsonl").stat()
-    vectors = mapped(folder / f"{stem}.f32", count, about["width"])
-    return Table(folder / f"{stem}.jsonl", vectors)
+    with sound(folder):
+        lines = (folder / f"{stem}.jsonl").open("rb") if count else None
+        return Table(lines, mapped(folder / f"{stem}.f32", count, about["width"]))
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
@@ -139,6 +153,8 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     try:
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         known = about["format"] == 1
+        if known and (missing := FIELDS - about.keys()):
+            raise ValueError(f"it lacks {min(missing)}")
     except FileNotFoundError:
         return None
     except NotADirectoryError:
@@ -212,7 +228,10 @@ class Part:
         for line in self.list:
             if not line.endswith(b"\n") or len(self.rows) == room:
                 break  # the kill cut it off, or its vector
-            self.rows.append(Row(**json.loads(line)))
+            try:
+                self.rows.append(Row(**json.loads(line)))
+            except (ValueError, TypeError):
+                break  # so did a power cut
             whole += len(line)
         self.list.truncate(whole)
         self.matrix.truncate(len(self.rows) * 4 * width)
@@ -263,9 +282,7 @@ def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tup
 def sweep(folder: Path, generation: int) -> None:
     """Removes other generations, and what ended or killed runs left."""
     for file in folder.iterdir():
-        found = re.fullmatch(
-            r"\.?(?:images|captions)\.(\d+|part)\.(?:f32|jsonl)(\.\d+)?", file.name
-        )
+        found = FILES.fullmatch(file.name)
         if found and (found[1] != str(generation) or found[2]):
             try:
                 file.unlink()

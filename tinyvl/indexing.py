@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -165,7 +165,7 @@ class Update:
         self.changes = Changes()
         self.old = {name: index.open_table(folder, about, name) for name in TABLES}
         self.parts = {name: Part(folder, name, model.width) for name in TABLES}
-        self.before = {name: list(table.rows()) for name, table in self.old.items()}
+        self.before = {name: table.rows() for name, table in self.old.items()}
 
     def run(self) -> Changes:
         rows = {"images": self.pictures()}
@@ -252,10 +252,11 @@ class Update:
                 self.failed(row.path, broken[row.digest])
         rows = [row for row in rows if row.digest not in broken]
         changes, paths = self.changes, self.source.captions.keys()
-        same = (row.path in last and row.digest == last[row.path].digest for row in rows)
-        changes.unchanged = sum(same)
-        changes.moved = len(rows) - changes.unchanged - changes.embedded
-        changes.gone = len({row.path for row in self.before["images"]} - paths)
+        new = [row for row in rows if row.path not in last or row.digest != last[row.path].digest]
+        changes.unchanged = len(rows) - len(new)
+        changes.moved = len(new) - changes.embedded
+        left = Counter(row.digest for row in self.before["images"] if row.path not in paths)
+        changes.gone = (left - Counter(row.digest for row in new)).total()  # but what was moved
         return sorted(rows, key=lambda row: row.place)
 
     def failed(self, path: str, why: str | None) -> None:

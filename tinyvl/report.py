@@ -44,6 +44,8 @@ def draw(report: dict[str, Any]) -> None:
             name: [str(part["items"]), *(cell(part.get(metric)) for metric in metrics)]
             for name, part in parts.items()
         }
+        if kind == "language" and "chance" in report:  # LilT's Table 2
+            rows["chance"] = ["", *(cell(report["chance"][metric]) for metric in metrics)]
         title = f"by {kind.replace('_', ' ')}"
         if len(rows) <= ROWS:
             console.print(title)

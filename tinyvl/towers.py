@@ -44,6 +44,12 @@ class Tuning:
         for name, known in (("adapter", ADAPTERS), ("unlock", UNLOCKS)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is one of {', '.join(known)}.", 2)
+        if self.layers and self.unlock == "none":
+            raise UserError(
+                "Layers are chosen of what is unlocked: name that too, as by --text-unlock "
+                "layernorm or --image-unlock layernorm.",
+                2,
+            )
 
 
 # ---------------------------------------------------------------------------------- what is added
