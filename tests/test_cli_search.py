@@ -27,7 +27,7 @@ def loads() -> list[tuple]:
 def tinyvl(monkeypatch, loads):
     """The command line in this process, with the little dual encoder."""
 
-    def load(name, device, precision, sides=("text", "image")):
+    def load(name, place, sides=("text", "image")):
         loads.append(tuple(sides))
         return Dual("two" if name == "two" else "one")
 
@@ -186,6 +186,19 @@ def test_a_list_of_paths_on_standard_input(tinyvl, photos):
     assert tinyvl("index", "-", "-o", "i", stdin="photos/red.png\n").err == (
         "i: 1 unchanged, 2 gone\n"
     )
+
+
+def test_a_data_set_is_indexed_from_where_its_pictures_are(tinyvl, photos):
+    Path("sets").mkdir()
+    record = {"image": "green.png", "captions": ["green"]}
+    Path("sets/x.txt").write_text(json.dumps(record) + "\n")
+    told = ["--format", "jsonl", "--images", photos]
+    done = tinyvl("index", "sets/x.txt", "-o", "home", *told)
+    assert done.err.endswith("home: 1 embedded, 1 captions embedded\n")
+    assert tinyvl("retrieve", "--index", "home", "--query", "green").out.endswith("green.png\n")
+    done = tinyvl("index", photos, "--format", "jsonl")
+    assert done.status == 2
+    assert "go with a data set" in done.err
 
 
 def test_a_bad_file_costs_status_1_and_the_rest_is_indexed(tinyvl, photos):

@@ -11,16 +11,14 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
-    Device,
     Json,
     Model,
     Null,
     OutFile,
     Place,
-    Precision,
     Prompts,
     ResumeFile,
-    Workers,
+    grouped,
     load_model,
     local,
 )
@@ -41,13 +39,13 @@ HIDDEN = ".tinyvl"  # the index of a folder, in that folder
 SIDES = ("text", "image")
 
 
-def load_towers(
-    name: str, device: str | None, precision: str | None, sides: Iterable[str] = SIDES
-) -> Any:
-    return load_model(name, Place(device, precision), task="retrieve", sides=sides)
+def load_towers(name: str, place: Place, sides: Iterable[str] = SIDES) -> Any:
+    return load_model(name, place, task="retrieve", sides=sides)
 
 
+@grouped
 def index(
+    *,
     data: Annotated[
         str, typer.Argument(help="A folder, a data set, or - for paths on standard input.")
     ] = ".",
@@ -56,11 +54,11 @@ def index(
         typer.Option("-o", "--out", help="The index's folder. (default: .tinyvl in the folder)"),
     ] = None,
     model: AnyModel = None,
+    format: Annotated[str | None, typer.Option(help="Force the data set's format.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the data set's pictures.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
     null: Null = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    place: Place,
 ) -> None:
     """Embed pictures, and their captions if they have any, to be searched: prints the index.
 
@@ -72,9 +70,8 @@ def index(
             raise UserError("Name the index's folder with -o INDEX.", 2)
         out = Path(data) / HIDDEN
     status, _ = bring_up_to_date(
-        data, out, model, null=null, batch=batch, device=device, precision=precision,
-        workers=workers,
-    )  # fmt: skip
+        data, out, model, place, null=null, batch=batch, format=format, images=images
+    )
     print(out)
     raise typer.Exit(status)
 
@@ -83,33 +80,33 @@ def bring_up_to_date(
     data: str,
     out: Path,
     model: str | None,
+    place: Place,
     *,
-    device: str | None,
-    precision: str | None,
-    workers: int | None = None,
     batch: int = 16,
-    null: bool = False,
     say: Callable[[int], str] | None = None,
+    **reading: Any,
 ) -> tuple[int, Any]:
-    """-> the exit status, and the model."""
+    """-> the exit status, and the model; ``reading`` goes to `indexing.read_source`."""
     from tinyvl.index import read_about
     from tinyvl.indexing import read_source, update
 
     about = read_about(out) or {}
-    source = read_source(data, null)
+    source = read_source(data, **reading)
     if say:
         print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
     name = local(model or about.get("model", "default"))
-    loaded = load_towers(name, device, precision)
+    loaded = load_towers(name, place)
     try:
-        changes = update(out, source, loaded, name=name, batch=batch, workers=workers)
+        changes = update(out, source, loaded, name=name, batch=batch, workers=place.workers)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on from here", 130) from None
     print(f"{out}: {changes}", file=sys.stderr)
     return int(changes.unreadable > 0), loaded
 
 
+@grouped
 def retrieve(
+    *,
     folder: Annotated[
         str | None,
         typer.Argument(help="A folder to search; indexed first if need be. (default: this one)"),
@@ -141,8 +138,7 @@ def retrieve(
         bool, typer.Option("-0", "--null", help="Only the results, a NUL after each: for xargs -0.")
     ] = False,
     model: AnyModel = None,
-    device: Device = None,
-    precision: Precision = None,
+    place: Place,
 ) -> None:
     """Find pictures by words or by a picture: a path a line, best first.
 
@@ -168,7 +164,7 @@ def retrieve(
     adds, subtracts = [term(t) for t in plus or []], [term(t) for t in minus or []]
     status, loaded, home = 0, None, index or Path(folder or ".") / HIDDEN
     if index is None and not finished(home):
-        status, loaded = make_first(folder or ".", home, model, device, precision)
+        status, loaded = make_first(folder or ".", home, model, place)
     found = Index(home)
     if not captions and not len(found.images.vectors):
         raise UserError(f"{home}: this index holds no pictures.")
@@ -180,7 +176,7 @@ def retrieve(
         words = bool(texts) or not all(t.picture for t in terms)
         pictures = bool(images) or any(t.picture for t in terms)
         sides = [side for side, used in zip(SIDES, (words, pictures), strict=True) if used]
-        loaded = load_towers(name, device, precision, sides)
+        loaded = load_towers(name, place, sides)
         check_model(home, found.about, loaded, name)
     settings = {
         "k": k, "threshold": threshold, "captions": captions,
@@ -212,14 +208,12 @@ def finished(home: Path) -> bool:
     return bool((read_about(home) or {}).get("generation"))
 
 
-def make_first(
-    folder: str, home: Path, model: str | None, device: str | None, precision: str | None
-) -> tuple[int, Any]:
+def make_first(folder: str, home: Path, model: str | None, place: Place) -> tuple[int, Any]:
     def say(count: int) -> str:
         there = "unfinished" if (home / "index.json").exists() else "no"
         return f"{folder}: {there} index yet; embedding {count:,} pictures into {home}"
 
-    return bring_up_to_date(folder, home, model, device=device, precision=precision, say=say)
+    return bring_up_to_date(folder, home, model, place, say=say)
 
 
 def shown(found: "Index", folder: str | None) -> Callable[[str], str]:
@@ -249,7 +243,9 @@ def groups(texts: list[str], images: list["Query"]) -> Iterator[list["Query"]]:
         yield from gathered(lines, 256)
 
 
+@grouped
 def classify(
+    *,
     inputs: Annotated[
         list[str] | None,
         typer.Argument(help="Pictures, folders, globs, or - for paths on stdin (as a pipe is)."),
@@ -265,9 +261,7 @@ def classify(
     out: OutFile = None,
     resume: ResumeFile = False,
     null: Null = False,
-    device: Device = None,
-    precision: Precision = None,
-    workers: Workers = None,
+    place: Place,
 ) -> None:
     """Say which label fits a picture: path<TAB>label<TAB>probability (no path for one picture)."""
     if not inputs:
@@ -288,11 +282,11 @@ def classify(
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
     paths = media.expand(inputs, sys.stdin, null=null)
     stream, done = sys.stdout, set()
-    loaded = load_towers(model, device, precision)
+    loaded = load_towers(model, place)
     classes = class_embeddings(loaded.embed_texts, names, prompts)
     if out is not None:
         lines = min(top, len(names))
         stream, done = open_output(out, resume, field="label", tabs=2, lines=lines)
         paths = (path for path in paths if path not in done)
-    results = classify(loaded, paths, names, classes, top=top, batch=batch, workers=workers)
+    results = classify(loaded, paths, names, classes, top=top, batch=batch, workers=place.workers)
     raise typer.Exit(write(results, stream, as_json=as_json, bare=one and out is None))

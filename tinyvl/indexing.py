@@ -40,13 +40,21 @@ class Source:
         return os.path.join(self.root, path)
 
 
-def read_source(name: str, null: bool = False) -> Source:
+def read_source(
+    name: str, null: bool = False, format: str | None = None, images: str | None = None
+) -> Source:
     """A folder's pictures (captions from ``x.txt`` beside ``x.jpg``), a data set, or ``-``.
+
+    Args:
+        null: the paths behind ``-`` end with NUL.
+        format: of the data set; with ``images``, their folder, as in `data.read`.
 
     Raises:
         UserError: as `data.read`, or there are no pictures. The index is then left as it is: a
             disk that is not mounted looks like an empty folder.
     """
+    if (format or images) and (name == "-" or os.path.isdir(name)):
+        raise UserError("--format and --images go with a data set, not with bare pictures.", 2)
     if name == "-":
         source = Source("-", "")
         for path in media.expand(["-"], null=null):
@@ -60,7 +68,7 @@ def read_source(name: str, null: bool = False) -> Source:
         file = os.path.abspath(os.path.expanduser(name))
         root = os.path.dirname(file)
         source = Source(file, root)
-        for record in data.read(file):
+        for record in data.read(file, format=format, images=images):
             if record.image:
                 path = record.image.removeprefix(os.path.join(root, ""))
                 source.captions.setdefault(path, []).extend(record.captions)
