@@ -21,7 +21,6 @@ from tinyvl import (
     cli_train,
 )
 from tinyvl.cli_options import (
-    CAPTION_PENALTY,
     Beams,
     Features,
     Frames,
@@ -103,7 +102,7 @@ def caption(
         inputs = ["-"]
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
-    how = search.style(beams, max_tokens, penalty=CAPTION_PENALTY)
+    how = search.style(beams, max_tokens)
     from tinyvl import generate, media, models
     from tinyvl.records import SUFFIXES
 

@@ -10,7 +10,6 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
-    CAPTION_PENALTY,
     Beams,
     Features,
     Frames,
@@ -169,7 +168,7 @@ def caption(
     made = check_files(
         predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
     )
-    how = search.style(beams, max_tokens, penalty=CAPTION_PENALTY)
+    how = search.style(beams, max_tokens)
     from tinyvl import evaluate, evaluate_files
 
     model, data = model_and_data(arguments, model=not made)

@@ -113,9 +113,7 @@ def percept(encoder: Encoder, pictures: Tensor) -> Percept:
                 "One picture does not fit in this device's memory; use --device cpu."
             ) from None
     torch.cuda.empty_cache()
-    a, b = (percept(encoder, part) for part in pictures.chunk(2))
-    levels = zip(a.summaries, b.summaries, strict=True)
-    return Percept(torch.cat([a.tokens, b.tokens]), [torch.cat(pair) for pair in levels])
+    return Percept.join([percept(encoder, part) for part in pictures.chunk(2)])
 
 
 def encode(
