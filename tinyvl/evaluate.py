@@ -32,7 +32,7 @@ from tinyvl import (
 )
 from tinyvl.data import Record
 from tinyvl.features import FeatureStore, open_store
-from tinyvl.job import Run, bar
+from tinyvl.job import Run, bar, keep_memory
 from tinyvl.records import READABLE
 
 
@@ -93,6 +93,7 @@ def place(
     device: str | None, precision: str | None, batch: int, workers: int | None, quiet: bool
 ) -> Place:
     """A `Place` from what the command line says."""
+    keep_memory()
     target = models.choose_device(device)
     dtype = models.choose_precision(precision, target)
     return Place(target, dtype, batch, workers, quiet)
