@@ -75,9 +75,8 @@ def grouped(command: Callable) -> Callable:
     @wraps(command)
     def run(**given: Any) -> Any:
         for name, group in groups.items():
-            given[name] = group(
-                **{field: given.pop(field) for field in inspect.signature(group).parameters}
-            )
+            own = inspect.signature(group).parameters
+            given[name] = group(**{field: given.pop(field) for field in own if field in given})
         return command(**given)
 
     run.__signature__ = inspect.Signature(parameters)
