@@ -1,6 +1,7 @@
 """Pictures into a feature cache: decoded in worker processes while the encoder computes."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -214,12 +215,14 @@ def extract(
         rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row) // BLOCK * BLOCK)
         chunks = [todo[i : i + rows] for i in range(0, len(todo), rows)]
         blocks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in chunks]
+        gpu = device_of(encoder).type == "cuda"
         decoded = media.decode_images(
             (entry.path for entry in todo),
             transform or encoder.view(),
             target=encoder.size,
             workers=run.workers,
-            lookahead=max(64, 2 * batch),
+            # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
+            lookahead=max(64, 2 * batch) if gpu else os.cpu_count() or 1,
         )
         sizes = (len(block) for chunk in blocks for block in chunk)
         encoded = encode(decoded, sizes, encoder, head["what"], DTYPES[head["dtype"]])
