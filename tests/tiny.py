@@ -195,8 +195,10 @@ def fit_following_decoder(
     shuffle = random.Random(0).shuffle
     for _ in range(epochs):
         shuffle(rows)
-        near = [sorted(rows[i : i + 512], key=lambda r: len(r[1])) for i in range(0, len(rows), 512)]
-        batches = [part[i : i + batch] for part in near for i in range(0, len(part), batch)]
+        batches = []
+        for first in range(0, len(rows), 8 * batch):
+            near = sorted(rows[first : first + 8 * batch], key=lambda row: len(row[1]))
+            batches += [near[i : i + batch] for i in range(0, len(near), batch)]
         batches = [part for part in batches if len(part) == batch]  # of like length
         shuffle(batches)
         for part in batches:
