@@ -25,7 +25,7 @@ from tiny import DRAWN_VIT, fit_encoder, fit_following_decoder, told, write_visi
 from tinyvl import data, draw, draw_av
 from tinyvl.encoders_av import build_encoder
 
-PICTURES, CLIPS, RENDERS, HELD_OUT = 6000, 800, 3200, 120
+PICTURES, CLIPS, RENDERS, HELD_OUT = 6000, 1600, 3200, 120
 VIT = DRAWN_VIT | {"embed_dim": 96, "num_heads": 6}
 TIMESFORMER = {
     "model_type": "timesformer", "image_size": 32, "patch_size": 8, "num_frames": 2,
@@ -134,7 +134,7 @@ def clips(tmp_path_factory) -> dict:
     lm = fit_following_decoder(root / "lm", "opt", pairs, epochs=4, **DECODER)
     print(f"decoder: {time.process_time() - begun:.0f} s")
     return {
-        "modality": "video", "root": root, "lm": str(lm), "epochs": "12",
+        "modality": "video", "root": root, "lm": str(lm), "epochs": "8",
         "more": ["--fit", "squash", "--frames", "2"],
     }  # fmt: skip
 
