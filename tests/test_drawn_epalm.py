@@ -6,6 +6,7 @@ to follow labels that stand before a text as words. Both are frozen then, and wh
 connection for each level, a soft prompt and adapters (the paper's eP-ALM with adapters).
 
 Combinations of shape and colour that training never shows are reported and not asked for.
+Minutes each, so run by hand: pytest -s -m slow tests/test_drawn_epalm.py
 """
 
 import json
@@ -25,6 +26,7 @@ from tiny import DRAWN_VIT, fit_encoder, fit_following_decoder, told, write_visi
 from tinyvl import data, draw, draw_av
 from tinyvl.encoders_av import build_encoder
 
+pytestmark = pytest.mark.slow
 PICTURES, CLIPS, RENDERS, HELD_OUT = 6000, 1600, 3200, 120
 VIT = DRAWN_VIT | {"embed_dim": 96, "num_heads": 6}
 TIMESFORMER = {
