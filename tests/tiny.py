@@ -172,6 +172,64 @@ def fit_decoder(folder: Path, family: str, texts: list[str], *, epochs: int, **m
     return folder
 
 
+def fit_following_decoder(
+    folder: Path, family: str, pairs: list[tuple[str, str]], *, epochs: int, **shape: int
+) -> Path:
+    """A tiny language model fitted to follow what stands before a text: pairs of that and the text.
+
+    The loss is on the text alone: hints come in a random order, which nothing could tell.
+    """
+    import random
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_decoder(folder, family, [" ".join(pair) for pair in pairs], **shape)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before, behind = (tokenizer(list(side))["input_ids"] for side in zip(*pairs, strict=True))
+    rows = [(1 + len(a), [0, *a, *b, 0]) for a, b in zip(before, behind, strict=True)]
+    batch, rate = 64, 3e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    steps = epochs * (len(rows) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
+    shuffle = random.Random(0).shuffle
+    for _ in range(epochs):
+        shuffle(rows)
+        batches = []
+        for first in range(0, len(rows), 8 * batch):
+            near = sorted(rows[first : first + 8 * batch], key=lambda row: len(row[1]))
+            batches += [near[i : i + batch] for i in range(0, len(near), batch)]
+        batches = [part for part in batches if len(part) == batch]  # of like length
+        shuffle(batches)
+        for part in batches:
+            width = max(len(ids) for _, ids in part)
+            x = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in part])
+            y = x.clone()
+            for row, (start, ids) in enumerate(part):
+                y[row, :start], y[row, len(ids) :] = -100, -100
+            model(x, labels=y).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def told(labels: list[dict], texts: list[tuple[str, str]], seed: int = 0) -> list[tuple[str, str]]:
+    """For `fit_following_decoder`: (lead, text) behind the labels; each fourth also by itself."""
+    import random
+
+    rng, out = random.Random(seed), []
+    for i, (row, (lead, text)) in enumerate(zip(labels, texts, strict=True)):
+        hints = [f"{name}:{value}" for name, value in row.items() if value is not None]
+        rng.shuffle(hints)
+        out.append((" ".join([*hints, ":", lead]), text))
+        if i % 4 == 0:
+            out.append((lead, text))
+    return out
+
+
 def fit_bilingual_bert(folder: Path, pairs: list[tuple[str, str]], *, epochs: int) -> Path:
     """A tiny BERT whose mean over the tokens is near for two texts that translate each other.
 
@@ -286,10 +344,12 @@ def fit_drawn_vit(train: int, held_out: int, *, epochs: int):
 
 def fit_encoder(
     vision: dict, inputs: torch.Tensor, labels: list[dict], train: int, *, epochs: int,
-    rate: float = 2e-3,
+    rate: float = 2e-3, readout: bool = False, start: torch.nn.Module | None = None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:  # fmt: skip
     """A tiny encoder fitted to labels that are read linearly from its last two summaries.
 
+    With ``readout`` also from all its tokens, which then learn in a few epochs what their summary
+    learns late. ``start``: a model to go on from.
     -> (its model, of the inputs behind the first ``train`` whether all labels are right).
     """
     from torch.nn import functional as F
@@ -298,21 +358,28 @@ def fit_encoder(
 
     torch.manual_seed(0)
     encoder = build_encoder(vision)
+    if start is not None:
+        encoder.model.load_state_dict(start.state_dict())
     encoder.learns = True
     encoder.model.requires_grad_(True)
     values = {name: sorted({str(row[name]) for row in labels}) for name in labels[0]}
     y = torch.tensor([[values[name].index(str(row[name])) for name in values] for row in labels])
     sizes = [len(known) for known in values.values()]
     heads = torch.nn.ModuleList(torch.nn.Linear(encoder.widths[-1], sum(sizes)) for _ in range(2))
+    extra = Readout(sizes, encoder.width) if readout else None
     parameters = [*encoder.parameters(), *heads.parameters()]
+    parameters += extra.parameters() if readout else []
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     batch = 64
     steps = epochs * (train // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
 
     def logits(x: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        levels = encoder(x).summaries[-2:]
-        return [head(x).split(sizes, 1) for head, x in zip(heads, levels, strict=True)]
+        """Of the readout, if there is one, and of the last two summaries."""
+        seen = encoder(x)
+        levels = zip(heads, seen.summaries[-2:], strict=True)
+        found = [head(level).split(sizes, 1) for head, level in levels]
+        return [extra(seen.tokens), *found] if readout else found
 
     for _ in range(epochs):
         for rows in torch.randperm(train)[: train // batch * batch].split(batch):

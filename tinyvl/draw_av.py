@@ -155,8 +155,8 @@ def render_video(motion: Motion, seed: int, index: int) -> np.ndarray:
     canvas = np.array(ground) + rng.uniform(-6, 6, 3) + mottle[..., None]
     paint = np.array(COLOURS[motion.colour]) + rng.uniform(-10, 10, 3)
     first, last = np.array(MOVES[motion.move], dtype=float)
-    middle = SIDE / 2 + rng.uniform(-6, 6, 2)
-    radius, tilt = rng.uniform(9, 13), rng.uniform(-0.06, 0.06)
+    middle = SIDE / 2 + rng.uniform(-2, 2, 2)
+    radius, tilt = rng.uniform(11, 13), rng.uniform(-0.06, 0.06)
     frames = []
     for number in range(FRAMES):
         x, y = middle + first + (last - first) * number / (FRAMES - 1)
