@@ -31,3 +31,13 @@ def run(*args: object, stdin: str = "", tty: bool = False) -> subprocess.Complet
         sys.stdout.flush()
     out, err = (os.fsdecode(stream.getvalue()) for stream in streams)
     return subprocess.CompletedProcess(arguments, exit.value.code or 0, out, err)
+
+
+def apart(*args: str) -> str:
+    """``tinyvl ARGS`` in a process of its own, on one thread: what it wrote to standard output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyvl.cli", *args],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout

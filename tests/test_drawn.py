@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shell import apart as tinyvl
 from tiny import DRAWN_VIT, fit_decoder, fit_drawn_vit, write_vision
 
 from tinyvl import data, draw
@@ -38,15 +39,6 @@ def drawn(tmp_path_factory) -> Iterator[dict]:
         "unseen": [scene.unseen for scene in scenes],
     }
     torch.set_num_threads(threads)
-
-
-def tinyvl(*args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tinyvl.cli", *args],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 RECIPES = {"gpt2": ("18", "1.5e-3"), "opt": ("24", "1e-3"), "llama": ("18", "1.5e-3")}

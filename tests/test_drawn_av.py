@@ -4,14 +4,12 @@ All from the command line, on one core, captions and questions, on new renders.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
+from shell import apart as tinyvl
 from tiny import fit_decoder, fit_encoder, hinted
 
 from tinyvl import data, draw_av
@@ -50,15 +48,6 @@ def world(tmp_path_factory) -> Iterator[dict]:
         "data": str(root / "data"), "lm": str(lm), "vision": str(root / "vision"), "root": root,
     }  # fmt: skip
     torch.set_num_threads(threads)
-
-
-def tinyvl(*args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tinyvl.cli", *args],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("task", ["caption", "vqa"])

@@ -11,8 +11,6 @@ Minutes each, so run by hand: pytest -s -m slow tests/test_drawn_epalm.py
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shell import apart as tinyvl
 from tiny import DRAWN_VIT, fit_encoder, fit_following_decoder, told, write_vision
 
 from tinyvl import data, draw, draw_av
@@ -144,15 +143,6 @@ def clips(tmp_path_factory) -> dict:
         "modality": "video", "root": root, "lm": str(lm),
         "more": ["--fit", "squash", "--frames", "2", "--epochs", "8", "--rate", "1e-2"],
     }  # fmt: skip
-
-
-def tinyvl(*args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tinyvl.cli", *args],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 UNBOUND = "the tiny decoder answers 72 % about two objects even with their labels before it"

@@ -10,12 +10,10 @@ shows are among these; their own recall is printed apart.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import shell
 import torch
 from tiny import DRAWN_VIT, fit_bilingual_bert, fit_drawn_vit, write_vision
 
@@ -23,12 +21,7 @@ from tinyvl import draw
 
 
 def tinyvl(*args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tinyvl.cli", *args, "--device", "cpu", "--workers", "0"],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return shell.apart(*args, "--device", "cpu", "--workers", "0")
 
 
 @pytest.fixture
