@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import checked, given, grouped, local
-from tinyvl.cli_train import LM, Prompt, Training, Vision, launch, taken_over
+from tinyvl.cli_options import checked, given, grouped
+from tinyvl.cli_train import LM, Prompt, Training, Vision, launch, starting
 
 # Tables 9 and 14 in ranges from 0, the end not included. The authors' code ends one layer early
 # (11:23 of OPT-350M's 24 layers, 19:31 of OPT-2.7B's 32).
@@ -140,25 +140,16 @@ def train_epalm(
         unfreeze=unfreeze and unfreeze.split(","),
     )  # fmt: skip
     asked = given(task=task, answer_only=answer_only, separator=separator)
-    parts = {
-        "language": local(lm or row.language),
-        "vision": local(vision or row.vision),
-        "fit": training.fit or row.fit,
-        "prompt": prompt or "",
-        "options": row.options | own | asked,
-        "media": row.job.get("media", {}),
-    }
-    if modality is not None and modality != models.modality_in(parts["media"]):
-        parts["media"] = {"modality": modality} if modality != "image" else {}
-    if training.init is not None:  # the task may change: from captions to questions, say
-        if own or given(lm=lm, vision=vision, fit=training.fit, prompt=prompt, modality=modality):
-            raise UserError(
-                "--init brings its own backbones and what is trained of them: leave such options "
-                "out.",
-                2,
-            )
-        parts = taken_over(training.init, "epalm")
-        parts["options"] = parts["options"] | asked
+    parts = starting(
+        row, training, row.options | own, lm=lm, vision=vision, prompt=prompt, modality=modality,
+        **own,
+    )  # fmt: skip
+    parts["options"] |= asked  # of --init, too: from captions to questions, say
+    if training.init is None:
+        media = row.job.get("media", {})
+        if modality is not None and modality != models.modality_in(media):
+            media = {"modality": modality} if modality != "image" else {}
+        parts["media"] = media
     vqa = parts["options"].get("task") == "vqa"
     kind = models.modality_in(parts["media"])
     masks = (time_mask, frequency_mask)
@@ -248,17 +239,7 @@ def train_clipcap(
     own = given(mapping=mapping, length=length, layers=layers, heads=heads)
     if (row.options | own).get("mapping") != "transformer" and given(layers=layers, heads=heads):
         raise UserError("--layers and --heads go with --mapping transformer.", 2)
-    parts = {
-        "language": local(lm or row.language),
-        "vision": local(vision or row.vision),
-        "fit": training.fit or row.fit,
-        "prompt": prompt or "",
-        "options": row.options | own,
-    }
-    if training.init is not None:
-        if own or given(lm=lm, vision=vision, fit=training.fit, prompt=prompt):
-            raise UserError("--init brings its own backbones and mapping: leave them out.", 2)
-        parts = taken_over(training.init, "clipcap")
+    parts = starting(row, training, row.options | own, lm=lm, vision=vision, prompt=prompt, **own)
     launch(row, parts, training)
 
 

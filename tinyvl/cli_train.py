@@ -156,27 +156,14 @@ def train_itune(
     from tinyvl import models
 
     row = models.preset(preset, "itune")
-    options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale, dropout=dropout)
+    options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale)
     if lm is not None and drop is None:
         options.pop("drop", None)  # a preset's layers are counted for its own decoder
-    parts = {
-        "language": local(lm or row.language),
-        "vision": local(vision or row.vision),
-        "fit": training.fit or row.fit,
-        "prompt": prompt or "",
-        "options": options,
-    }
-    if training.init is not None:
-        if given(
-            lm=lm, vision=vision, fit=training.fit, prompt=prompt, b=bottleneck, d=drop, s=scale
-        ):
-            raise UserError(
-                "--init brings its own --lm, --vision, --fit, --prompt, --bottleneck, --drop and "
-                "--scale: leave them out.",
-                2,
-            )
-        parts = taken_over(training.init, "itune")
-        parts["options"] |= given(dropout=dropout)
+    parts = starting(
+        row, training, options, lm=lm, vision=vision, prompt=prompt, bottleneck=bottleneck,
+        drop=drop, scale=scale,
+    )  # fmt: skip
+    parts["options"] |= given(dropout=dropout)
     if objective == "cider" and training.per_image is not None:
         raise UserError("--per-image goes with --objective likelihood; cider has --samples.", 2)
     if objective != "cider" and samples is not None:
@@ -289,20 +276,8 @@ def train_lilt(
     options = row.options | more
     for side, changes in sides.items():
         options[side] = row.options.get(side, {}) | changes
-    parts = {
-        "language": local(text or row.language),
-        "vision": local(vision or row.vision),
-        "fit": training.fit or row.fit,
-        "options": options,
-    }
-    if training.init is not None:
-        if given(text=text, vision=vision, fit=training.fit) or more or any(sides.values()):
-            raise UserError(
-                "--init brings its own encoders and what is trained of them: leave such options "
-                "out.",
-                2,
-            )
-        parts = taken_over(training.init, "lilt")
+    own = {f"{side}_{name}": value for side in sides for name, value in sides[side].items()}
+    parts = starting(row, training, options, text=text, vision=vision, **own, **more)
     if training.micro_batch is None:
         learns = any(
             parts["options"].get(side, {}).get(what, "none") != "none"
@@ -354,13 +329,36 @@ def limit_of(text: str | None) -> Any:
     return text
 
 
-def taken_over(init: str, method: str) -> dict[str, Any]:
-    """The parts of a checkpoint that a run of the same method starts from."""
+def starting(
+    row: "Preset", training: Training, options: dict[str, Any], **brought: Any
+) -> dict[str, Any]:
+    """The parts of a `job.Job`: the preset's with what was asked for, or those of --init.
+
+    Args:
+        options: the method's, for a run without --init.
+        brought: what comes with --init, so that it may not be asked for beside it; of these
+            ``lm`` or ``text``, ``vision`` and ``prompt`` are parts themselves.
+
+    Raises:
+        UserError: one of them is, or --init is a model of another method.
+    """
     from tinyvl import models
 
-    config = models.read_config(models.checkpoint_folder(init, models.task_of(method)))
-    if config.get("method") != method:
-        raise UserError(f"{init}: a model of another method than {method}.", 2)
+    brought = given(fit=training.fit, **brought)
+    if training.init is None:
+        return {
+            "language": local(brought.get("lm") or brought.get("text") or row.language),
+            "vision": local(brought.get("vision") or row.vision),
+            "fit": training.fit or row.fit,
+            "prompt": brought.get("prompt", ""),
+            "options": options,
+        }
+    if brought:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in brought)
+        raise UserError(f"--init brings its own {names}: leave that out.", 2)
+    config = models.read_config(models.checkpoint_folder(training.init, models.task_of(row.method)))
+    if config.get("method") != row.method:
+        raise UserError(f"{training.init}: a model of another method than {row.method}.", 2)
     return models.parts_of(config)
 
 
