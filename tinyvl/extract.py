@@ -24,6 +24,7 @@ from tinyvl.features import (
     Index,
     locked,
     read_shards,
+    room,
     stat,
     write_manifest,
     write_shard,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WHAT = ("tokens", "summaries", "both")
-SHARD_BYTES = 2**26  # of a shard: about three times that is held in memory
+SHARD_BYTES = 2**26  # of a shard: twice that is held in memory
 SHARD_ROWS = 512  # a kill costs at most a shard, so that it is soon done where rows are small too
 BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
 
@@ -222,22 +223,28 @@ def extract(
             target=encoder.size,
             workers=run.workers,
             # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
-            lookahead=max(64, 2 * batch) if gpu else os.cpu_count() or 1,
+            lookahead=max(64, 2 * batch) if gpu else 4 * (os.cpu_count() or 1),
         )
         sizes = (len(block) for chunk in blocks for block in chunk)
         encoded = encode(decoded, sizes, encoder, head["what"], DTYPES[head["dtype"]])
         writing: Future | None = None
+        # One is filled while the other is written: on a CPU new memory for each shard costs a
+        # twentieth of the time. And all of torch's work stays in this thread: in another it would
+        # start OpenMP threads of its own, and with more of these than cores the encoder would be
+        # a fifth slower from then on.
+        pages = [room(head, min(rows, len(todo))) for _ in range(2)]
         with (
             closing(decoded),
             ThreadPoolExecutor(1) as writer,
             bar(title, len(todo), run) as advance,
         ):
             for number, chunk in enumerate(blocks, start=len(shards)):
-                kept_parts = []
+                page, filled = pages[number % 2], 0
                 for block in chunk:
                     errors, parts = next(encoded)
-                    if parts:
-                        kept_parts.append(parts)
+                    for name, part in parts.items():
+                        page[name][filled : filled + len(part)] = part
+                    filled += errors.count(None)
                     for entry, error in zip(block, errors, strict=True):
                         if error:
                             entry.error = error
@@ -249,7 +256,8 @@ def extract(
                 if writing:
                     writing.result()
                 entries = [entry for block in chunk for entry in block]
-                writing = writer.submit(write_shard, folder, number, head, entries, kept_parts)
+                shard = {name: tensor[:filled] for name, tensor in page.items()}
+                writing = writer.submit(write_shard, folder, number, head, entries, shard)
             if writing:
                 writing.result()
         if todo or not (folder / MANIFEST).exists():

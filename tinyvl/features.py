@@ -240,18 +240,20 @@ def shard_name(number: int) -> str:
     return f"{number:05}.safetensors"
 
 
+def room(head: dict[str, Any], rows: int) -> dict[str, Tensor]:
+    """Memory for the tensors of a shard of so many rows."""
+    dtype = DTYPES[head["dtype"]]
+    return {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in head["tensors"].items()}
+
+
 def write_shard(
     folder: Path,
     number: int,
     head: dict[str, Any],
     entries: list[Entry],
-    blocks: list[dict[str, Tensor]],
+    tensors: dict[str, Tensor],
 ) -> None:
-    """One file, in one stroke: the blocks' tensors; the head and the entries in its header."""
-    tensors = {}
-    for name, shape in head["tensors"].items():
-        rows = [block[name] for block in blocks]
-        tensors[name] = torch.cat(rows or [torch.empty(0, *shape, dtype=DTYPES[head["dtype"]])])
+    """One file, in one stroke: the tensors; the head and the entries in its header."""
     records = [astuple(entry)[:5] for entry in entries]
     # One key only: of several, safetensors writes the order in which a hash map has them.
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
