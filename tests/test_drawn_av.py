@@ -6,11 +6,12 @@ All from the command line, on one core, captions and questions, on new renders.
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import pytest
 import torch
 from shell import apart as tinyvl
-from tiny import fit_decoder, fit_encoder, hinted
+from tiny import SEEING, fit_encoder, fit_seeing_decoder
 
 from tinyvl import data, draw_av
 from tinyvl.encoders_av import build_encoder
@@ -39,11 +40,16 @@ def world(tmp_path_factory) -> Iterator[dict]:
     model, right = fit_encoder(vision, inputs, labels, TRAIN, epochs=18)
     assert right.float().mean() >= 0.98  # the encoder can tell what captions say
     model.save_pretrained(root / "vision")
-    train = [record for record in records if record["split"] == "train"]
-    texts = [record["captions"][0] for record in train]
-    texts += [f"{record['question']} Answer: {record['answers'][0]}" for record in train]
-    texts = hinted(texts, labels[: len(train)] * 2)
-    lm = fit_decoder(root / "lm", "opt", texts, epochs=4, num_hidden_layers=4)
+    signals = [
+        draw_av.Signal(*row)
+        for row in draw_av.every(draw_av.KINDS, draw_av.PITCHES, draw_av.BENDS, draw_av.TIMES)
+    ]
+    items = []
+    for signal in signals * 60:
+        items.append((asdict(signal), "", signal.caption()))
+        for question, answer in signal.questions():
+            items.append((asdict(signal), f"{question} Answer:", answer))
+    lm = fit_seeing_decoder(root / "lm", "opt", items, **SEEING)
     yield {
         "data": str(root / "data"), "lm": str(lm), "vision": str(root / "vision"), "root": root,
     }  # fmt: skip
@@ -53,12 +59,13 @@ def world(tmp_path_factory) -> Iterator[dict]:
 @pytest.mark.parametrize("task", ["caption", "vqa"])
 def test_new_renders_are_captioned_and_answered_exactly(task, world):
     out = world["root"] / task
+    more = ["--answer-only"] if task == "vqa" else []
     begun = time.monotonic()
     tinyvl(
         "train", "epalm", "--modality", "audio", "--task", task, "--data", world["data"],
         "--lm", world["lm"], "--vision", world["vision"], "--out", str(out),
-        "--inject", "0:4", "--epochs", "12", "--rate", "1e-2", "--batch", "32", "--views", "1",
-        "--device", "cpu",
+        "--inject", "0:2", "--extract", "1:3", "--epochs", "12", "--rate", "5e-3", "--batch", "32",
+        "--views", "1", "--device", "cpu", *more,
     )  # fmt: skip
     print(f"trained in {time.monotonic() - begun:.0f} s")
     records = data.read(world["data"], split="test")

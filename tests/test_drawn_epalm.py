@@ -2,15 +2,15 @@
 
 All from the command line, on one core, captions and questions, on renders that nothing has seen.
 The backbones are fitted apart from each other: the encoder to the labels of renders, the decoder
-to follow labels that stand before a text as words. Both are frozen then, and what is trained is a
-connection for each level, a soft prompt and adapters (the paper's eP-ALM with adapters).
+to texts about labels that stand before them as one vector. Both are frozen then; what is trained
+is the paper's eP-ALM: a connection for each level, and a soft prompt.
 
 Combinations of shape and colour that training never shows are reported and not asked for.
-Minutes each, so run by hand: pytest -s -m slow tests/test_drawn_epalm.py
 """
 
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,12 +20,11 @@ import pytest
 import torch
 from PIL import Image
 from shell import apart as tinyvl
-from tiny import DRAWN_VIT, fit_encoder, fit_following_decoder, told, write_vision
+from tiny import DRAWN_VIT, SEEING, fit_encoder, fit_seeing_decoder, write_vision
 
 from tinyvl import data, draw, draw_av
 from tinyvl.encoders_av import build_encoder
 
-pytestmark = pytest.mark.slow
 PICTURES, CLIPS, RENDERS, HELD_OUT = 6000, 1600, 3200, 240
 VIT = DRAWN_VIT | {"embed_dim": 96, "num_heads": 6}
 TIMESFORMER = {
@@ -33,12 +32,9 @@ TIMESFORMER = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-DECODER = {
-    "hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 192, "num_hidden_layers": 4,
-}  # fmt: skip
 TRAINING = [
-    "--inject", "0:4", "--extract", "1:3", "--adapters", "2", "--batch", "64",
-    "--views", "1", "--device", "cpu", "--workers", "0",
+    "--inject", "0:2", "--extract", "1:3", "--batch", "64", "--views", "1", "--device", "cpu",
+    "--workers", "0",
 ]  # fmt: skip
 
 
@@ -50,37 +46,75 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def labels_of(*things: draw.Thing) -> dict[str, str | None]:
+    """What is true of each shape: an encoder that says "red, blue, star, ring" has not seen
+    which is which, and whoever reads its summary cannot tell."""
+    row = dict.fromkeys(f"{shape} {name}" for shape in draw.SHAPES for name in ("is", "size"))
+    for thing in things:
+        row |= {f"{thing.shape} is": thing.colour, f"{thing.shape} size": thing.size}
+    return row
+
+
+def crowds(count: int) -> Iterator[tuple[dict, str, str]]:
+    """Questions about up to six objects: here nobody can guess which colour is which shape's."""
+    rng = random.Random(0)
+    for _ in range(count):
+        several = rng.choice([2, 3, 4, 6])
+        shapes, colours = rng.sample(draw.SHAPES, several), rng.sample([*draw.COLOURS], several)
+        things = [
+            draw.Thing(*x, rng.choice([*draw.SIZES])) for x in zip(shapes, colours, strict=True)
+        ]
+        question, answer = draw.Scene(things[0], None, "left", "grey").question(
+            "en", rng.randrange(3)
+        )
+        yield labels_of(*things), f"{question} Answer:", answer
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> dict:
     root, begun = tmp_path_factory.mktemp("pictures"), time.process_time()
-    draw.draw_images(root / "data", train=PICTURES, held_out=HELD_OUT, seed=0)
+    records = draw.draw_images(root / "data", train=PICTURES, held_out=HELD_OUT, seed=0)
     scenes = [scene for scene, _ in draw.scenes(PICTURES, HELD_OUT, seed=0)]
     images = np.stack([draw.render(scene, 0, i) for i, scene in enumerate(scenes)])
-    inputs, labels = torch.from_numpy(images).permute(0, 3, 1, 2), [s.labels() for s in scenes]
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def labels(scene: draw.Scene) -> dict[str, str | None]:
+        return scene.labels() | labels_of(*filter(None, (scene.first, scene.second)))
+
     write_vision(root / "vision", model_args=VIT)
     config = json.loads((root / "vision/config.json").read_text())
     model, right = fit_encoder(
-        {"config": config, "fit": "crop"}, inputs, labels, PICTURES, epochs=10, rate=3e-3,
-        readout=True,
+        {"config": config, "fit": "crop"}, inputs, list(map(labels, scenes)), PICTURES, epochs=12,
+        rate=3e-3, readout=True,
     )  # fmt: skip
     write_vision(root / "vision", model_args=VIT, state=model.state_dict())
     seen = torch.tensor([not scene.unseen for scene in scenes[PICTURES:]])
     print(f"encoder: {right[seen].float().mean():.3f} right, {time.process_time() - begun:.0f} s")
-    assert right[seen].float().mean() >= 0.98  # the encoder can tell what captions say
-    some, begun = scenes[:3000], time.process_time()
-    texts = [("", scene.caption()) for scene in some]
-    for turn in range(2):
-        asked = [scene.question("en", 3 * i + turn) for i, scene in enumerate(some)]
-        texts += [(f"{question} Answer:", answer) for question, answer in asked]
-    pairs = told(labels[:3000] * 3, texts)
-    lm = fit_following_decoder(root / "lm", "opt", pairs, epochs=4, **DECODER)
+    assert right[seen].float().mean() >= 0.95  # the encoder can tell what captions say
+    begun, items = time.process_time(), list(crowds(64_000))
+    for i, (scene, _) in enumerate(draw.scenes(12_000, 0, seed=1)):
+        question, answer = scene.question("en", i)
+        items.append((labels(scene), "", scene.caption()))
+        items.append((labels(scene), f"{question} Answer:", answer))
+    lm = fit_seeing_decoder(root / "lm", "opt", items, **SEEING)
     print(f"decoder: {time.process_time() - begun:.0f} s")
+    train = [r for r in records if r["lang"] == "en" and r["split"] == "train"]
+    asked = root / "asked.jsonl"  # eight questions about each picture
+    asked.write_text(
+        "".join(
+            json.dumps(
+                {"image": f"data/{record['image']}", "question": question, "answers": [answer]}
+            )
+            + "\n"
+            for record, scene in zip(train, scenes, strict=False)
+            for question, answer in (scene.question("en", number) for number in range(8))
+        )
+    )
     return {
-        "modality": "image",
-        "root": root,
-        "lm": str(lm),
-        "more": ["--epochs", "8", "--rate", "5e-3"],
-    }
+        "modality": "image", "root": root, "lm": str(lm),
+        "caption": [str(root / "data"), "--epochs", "4", "--rate", "5e-3"],
+        "vqa": [str(asked), "--epochs", "1.5", "--rate", "5e-3", "--answer-only"],
+    }  # fmt: skip
 
 
 def where(motion: draw_av.Motion, number: int) -> dict[str, int]:
@@ -131,41 +165,34 @@ def clips(tmp_path_factory) -> dict:
     )  # fmt: skip
     right = right[1::2].float().mean()
     print(f"encoder: {right:.3f} right, {time.process_time() - begun:.0f} s")
-    assert right >= 0.97  # the encoder can tell what captions say
+    assert right >= 0.95  # the encoder can tell what captions say
     model.save_pretrained(root / "vision")
-    train, begun = records[:CLIPS], time.process_time()
-    texts = [("", record["captions"][0]) for record in train]
-    texts += [(f"{record['question']} Answer:", record["answers"][0]) for record in train]
-    pairs = told(labels[:CLIPS] * 2, texts)
-    lm = fit_following_decoder(root / "lm", "opt", pairs, epochs=4, **DECODER)
+    begun = time.process_time()
+    items = []
+    for motion in [draw_av.Motion(*row) for row in known] * 20:
+        items.append((asdict(motion), "", motion.caption()))
+        for question, answer in motion.questions():
+            items.append((asdict(motion), f"{question} Answer:", answer))
+    lm = fit_seeing_decoder(root / "lm", "opt", items, **SEEING)
     print(f"decoder: {time.process_time() - begun:.0f} s")
+    training = [
+        str(root / "data"), "--fit", "squash", "--frames", "2", "--epochs", "8", "--rate", "5e-3",
+    ]  # fmt: skip
     return {
         "modality": "video", "root": root, "lm": str(lm),
-        "more": ["--fit", "squash", "--frames", "2", "--epochs", "8", "--rate", "1e-2"],
+        "caption": training, "vqa": [*training, "--answer-only"],
     }  # fmt: skip
 
 
-UNBOUND = "the tiny decoder answers 72 % about two objects even with their labels before it"
-
-
-@pytest.mark.parametrize(
-    ("kind", "task"),
-    [
-        ("pictures", "caption"),
-        pytest.param("pictures", "vqa", marks=pytest.mark.xfail(reason=UNBOUND, strict=True)),
-        ("clips", "caption"),
-        ("clips", "vqa"),
-    ],
-)
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+@pytest.mark.parametrize("kind", ["pictures", "clips"])
 def test_new_renders_are_captioned_and_answered_exactly(kind, task, request):
     world = request.getfixturevalue(kind)
     root, folder = world["root"], str(world["root"] / "data")
     out, begun = root / task, sum(os.times()[2:4])
-    more = ["--answer-only"] if task == "vqa" else []
     tinyvl(
-        "train", "epalm", "--modality", world["modality"], "--task", task, "--data", folder,
-        "--lm", world["lm"], "--vision", str(root / "vision"), "--out", str(out),
-        *TRAINING, *world["more"], *more,
+        "train", "epalm", "--modality", world["modality"], "--task", task, "--data", *world[task],
+        "--lm", world["lm"], "--vision", str(root / "vision"), "--out", str(out), *TRAINING,
     )  # fmt: skip
     print(f"{kind}, {task}: trained in {sum(os.times()[2:4]) - begun:.0f} s")
     records = data.read(folder, split="test", lang="en")

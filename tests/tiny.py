@@ -131,22 +131,6 @@ def write_captioner(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def hinted(texts: list[str], labels: list[dict], seed: int = 0) -> list[str]:
-    """Texts, some of them behind what they speak of, in any order: "colour:red shape:star : ...".
-
-    A pretrained language model has learnt to follow what stands before a text. One that is fitted
-    to captions alone has not, and nothing that a frozen one attends to would tell it much.
-    """
-    import random
-
-    rng, out = random.Random(seed), []
-    for text, row in zip(texts, labels, strict=True):
-        hints = [f"{name}:{value}" for name, value in row.items() if value is not None]
-        rng.shuffle(hints)
-        out += [text, " ".join([*hints, ":", text])]
-    return out
-
-
 def fit_decoder(folder: Path, family: str, texts: list[str], *, epochs: int, **more: int) -> Path:
     """A tiny language model fitted to some texts: a few seconds."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,62 +156,76 @@ def fit_decoder(folder: Path, family: str, texts: list[str], *, epochs: int, **m
     return folder
 
 
-def fit_following_decoder(
-    folder: Path, family: str, pairs: list[tuple[str, str]], *, epochs: int, **shape: int
-) -> Path:
-    """A tiny language model fitted to follow what stands before a text: pairs of that and the text.
+SEEING = {  # an OPT of two layers
+    "hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}  # fmt: skip
 
-    The loss is on the text alone: hints come in a random order, which nothing could tell.
+
+def fit_seeing_decoder(
+    folder: Path, family: str, items: list[tuple[dict, str, str]], *, rate: float = 1.2e-3,
+    noise: float = 0.5, **shape: int,
+) -> Path:  # fmt: skip
+    """A tiny language model fitted to texts that follow from a vector before them.
+
+    A large one has learnt to go by what stands before a text; one that is fitted to captions alone
+    has not, and nothing put before them would tell it much. Here that is the sum of a vector for
+    each label ("colour:red"), with noise. These vectors are then thrown away: a method finds its
+    own way from a picture to what the model takes in.
+
+    Args:
+        items: labels, a lead (a question) and the text that is to follow; each is seen once.
     """
     import random
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    write_decoder(folder, family, [" ".join(pair) for pair in pairs], **shape)
+    write_decoder(folder, family, [f"{lead} {text}" for _, lead, text in items], **shape)
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    before, behind = (tokenizer(list(side))["input_ids"] for side in zip(*pairs, strict=True))
-    rows = [(1 + len(a), [0, *a, *b, 0]) for a, b in zip(before, behind, strict=True)]
-    batch, rate = 64, 3e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    steps = epochs * (len(rows) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
-    shuffle = random.Random(0).shuffle
-    for _ in range(epochs):
-        shuffle(rows)
-        batches = []
-        for first in range(0, len(rows), 8 * batch):
-            near = sorted(rows[first : first + 8 * batch], key=lambda row: len(row[1]))
-            batches += [near[i : i + batch] for i in range(0, len(near), batch)]
-        batches = [part for part in batches if len(part) == batch]  # of like length
-        shuffle(batches)
-        for part in batches:
-            width = max(len(ids) for _, ids in part)
-            x = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in part])
-            y = x.clone()
-            for row, (start, ids) in enumerate(part):
-                y[row, :start], y[row, len(ids) :] = -100, -100
-            model(x, labels=y).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+    words = model.get_input_embeddings()
+    labels = [[f"{k}:{v}" for k, v in row.items() if v is not None] for row, _, _ in items]
+    number = {name: i for i, name in enumerate(dict.fromkeys(x for row in labels for x in row))}
+    senses = torch.nn.EmbeddingBag(len(number), words.embedding_dim, mode="sum")
+    leads, texts = (tokenizer([item[i] for item in items])["input_ids"] for i in (1, 2))
+    rows = [
+        ([number[name] for name in seen], [0, *lead], [*text, 0])
+        for seen, lead, text in zip(labels, leads, texts, strict=True)
+    ]
+    batch = 64
+    random.Random(0).shuffle(rows)
+    batches = []
+    for first in range(0, len(rows), 8 * batch):  # of like length
+        near = sorted(rows[first : first + 8 * batch], key=lambda row: len(row[1] + row[2]))
+        batches += [near[i : i + batch] for i in range(0, len(near), batch)]
+    random.Random(1).shuffle(batches)
+    parameters = [*model.parameters(), *senses.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(batches) + 1)
+    torch.manual_seed(0)
+    for part in batches:
+        width = max(len(lead + text) for _, lead, text in part)
+        x = torch.zeros(len(part), width, dtype=torch.long)
+        y = torch.full((len(part), 1 + width), -100)  # the loss is on the text alone
+        for row, (_, lead, text) in enumerate(part):
+            end = len(lead + text)
+            x[row, :end] = torch.tensor(lead + text)
+            y[row, 1 + len(lead) : 1 + end] = torch.tensor(text)
+        starts = torch.tensor([0, *(len(seen) for seen, _, _ in part)]).cumsum(0)[:-1]
+        before = senses(torch.tensor([i for seen, _, _ in part for i in seen]), starts)[:, None]
+        before = before + noise * torch.randn_like(before)
+        loss = model(
+            inputs_embeds=torch.cat([before, words(x)], 1),
+            position_ids=torch.arange(-1, width).expand(len(part), -1),  # the text's from 0
+            labels=y,
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
     model.save_pretrained(folder)
     return folder
-
-
-def told(labels: list[dict], texts: list[tuple[str, str]], seed: int = 0) -> list[tuple[str, str]]:
-    """For `fit_following_decoder`: (lead, text) behind the labels; each fourth also by itself."""
-    import random
-
-    rng, out = random.Random(seed), []
-    for i, (row, (lead, text)) in enumerate(zip(labels, texts, strict=True)):
-        hints = [f"{name}:{value}" for name, value in row.items() if value is not None]
-        rng.shuffle(hints)
-        out.append((" ".join([*hints, ":", lead]), text))
-        if i % 4 == 0:
-            out.append((lead, text))
-    return out
 
 
 def fit_bilingual_bert(folder: Path, pairs: list[tuple[str, str]], *, epochs: int) -> Path:
@@ -281,18 +279,29 @@ DRAWN_VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num
 
 
 class Readout(torch.nn.Module):
-    """A label each, by attention of its own over the tokens: what a method can read as well."""
+    """Labels by attention of their own over the tokens: what a method can read as well."""
 
-    def __init__(self, sizes: list[int], width: int = 64):
+    def __init__(self, labels: int, values: int, width: int = 64):
         super().__init__()
-        self.query = torch.nn.Parameter(torch.randn(len(sizes), width) * 0.02)
+        self.query = torch.nn.Parameter(torch.randn(labels, width) * 0.02)
         self.key, self.value = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
-        self.label = torch.nn.ModuleList(torch.nn.Linear(width, size) for size in sizes)
+        self.label = torch.nn.Parameter(torch.randn(labels, width, values) * width**-0.5)
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, S, width) -> (B, labels, values)"""
         weights = (self.query @ self.key(tokens).transpose(1, 2)).softmax(-1)  # (B, labels, S)
-        mixed = weights @ self.value(tokens)
-        return tuple(label(mixed[:, i]) for i, label in enumerate(self.label))
+        return torch.einsum("blw,lwv->blv", weights @ self.value(tokens), self.label)
+
+
+def classes(labels: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels as numbers: (N, labels), and what to add to logits (labels, values): 0 or a large
+    negative number, for most labels have fewer values than that."""
+    values = {name: sorted({str(row[name]) for row in labels}) for name in labels[0]}
+    y = torch.tensor([[values[name].index(str(row[name])) for name in values] for row in labels])
+    mask = torch.zeros(len(values), max(map(len, values.values())))
+    for row, known in zip(mask, values.values(), strict=True):
+        row[len(known) :] = -1e4
+    return y, mask
 
 
 @cache  # several test files want it
@@ -311,34 +320,30 @@ def fit_drawn_vit(train: int, held_out: int, *, epochs: int):
     scenes = draw.scenes(train, held_out, seed=0)
     images = np.stack([draw.render(scene, 0, i) for i, (scene, _) in enumerate(scenes)])
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1  # (N, 3, 64, 64)
-    labels = [scene.labels() for scene, _ in scenes]
-    values = {name: sorted({str(row[name]) for row in labels}) for name in labels[0]}
-    y = torch.tensor([[values[name].index(str(row[name])) for name in values] for row in labels])
-    sizes = [len(known) for known in values.values()]
+    y, mask = classes([scene.labels() for scene, _ in scenes])
 
     vit = VisionTransformer(**DRAWN_VIT, num_classes=0)
-    head = Readout(sizes)
+    head = Readout(*mask.shape)
     parameters = [*vit.parameters(), *head.parameters()]
     batch = 64
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
     steps = epochs * (train // batch) + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
 
-    def logits(pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return head(vit.forward_features(pictures))
+    def logits(pictures: torch.Tensor) -> torch.Tensor:
+        return head(vit.forward_features(pictures)) + mask  # (B, labels, values)
 
     for _ in range(epochs):
         for indices in torch.randperm(train)[: train // batch * batch].split(batch):
             outputs = logits(x[indices])
-            loss = sum(F.cross_entropy(out, y[indices, i]) for i, out in enumerate(outputs))
+            loss = len(mask) * F.cross_entropy(outputs.flatten(0, 1), y[indices].flatten())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        answers = torch.stack([out.argmax(1) for out in logits(x[train:])], dim=1)
-    right = (answers == y[train:]).all(1)  # (held_out,)
+        right = (logits(x[train:]).argmax(-1) == y[train:]).all(1)  # (held_out,)
     return vit.state_dict(), [scene for scene, _ in scenes[train:]], right
 
 
@@ -362,11 +367,9 @@ def fit_encoder(
         encoder.model.load_state_dict(start.state_dict())
     encoder.learns = True
     encoder.model.requires_grad_(True)
-    values = {name: sorted({str(row[name]) for row in labels}) for name in labels[0]}
-    y = torch.tensor([[values[name].index(str(row[name])) for name in values] for row in labels])
-    sizes = [len(known) for known in values.values()]
-    heads = torch.nn.ModuleList(torch.nn.Linear(encoder.widths[-1], sum(sizes)) for _ in range(2))
-    extra = Readout(sizes, encoder.width) if readout else None
+    y, mask = classes(labels)
+    heads = torch.nn.ModuleList(torch.nn.Linear(encoder.widths[-1], mask.numel()) for _ in range(2))
+    extra = Readout(*mask.shape, encoder.width) if readout else None
     parameters = [*encoder.parameters(), *heads.parameters()]
     parameters += extra.parameters() if readout else []
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
@@ -374,19 +377,18 @@ def fit_encoder(
     steps = epochs * (train // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
 
-    def logits(x: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        """Of the readout, if there is one, and of the last two summaries."""
+    def logits(x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, labels, values) of the readout, if there is one, and of the last two summaries."""
         seen = encoder(x)
         levels = zip(heads, seen.summaries[-2:], strict=True)
-        found = [head(level).split(sizes, 1) for head, level in levels]
-        return [extra(seen.tokens), *found] if readout else found
+        found = [head(level).unflatten(1, mask.shape) + mask for head, level in levels]
+        return [extra(seen.tokens) + mask, *found] if readout else found
 
     for _ in range(epochs):
         for rows in torch.randperm(train)[: train // batch * batch].split(batch):
             loss = sum(
-                F.cross_entropy(out, y[rows, i])
+                len(mask) * F.cross_entropy(level.flatten(0, 1), y[rows].flatten())
                 for level in logits(inputs[rows])
-                for i, out in enumerate(level)
             )
             optimizer.zero_grad()
             loss.backward()
@@ -396,6 +398,5 @@ def fit_encoder(
     found = []
     with torch.no_grad():
         for rows in torch.arange(train, len(inputs)).split(batch):
-            answers = torch.stack([out.argmax(1) for out in logits(inputs[rows])[-1]], 1)
-            found.append((answers == y[rows]).all(1))
+            found.append((logits(inputs[rows])[-1].argmax(-1) == y[rows]).all(1))
     return encoder.model, torch.cat(found)
