@@ -72,7 +72,7 @@ def test_every_option_named_exists():
         for group in root.commands.values()
         for command in [group, *getattr(group, "commands", {}).values()]
         for parameter in command.params
-        for option in parameter.opts
+        for option in (*parameter.opts, *parameter.secondary_opts)
     }
     ours = README.replace(COMMANDS[1], "")  # pytest's and pip's are not
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
