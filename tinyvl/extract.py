@@ -1,7 +1,6 @@
 """Pictures into a feature cache: decoded in worker processes while the encoder computes."""
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -223,7 +222,7 @@ def extract(
             target=encoder.size,
             workers=run.workers,
             # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
-            lookahead=max(64, 2 * batch) if gpu else 4 * (os.cpu_count() or 1),
+            lookahead=max(64, 2 * batch) if gpu else 4 * media.cores(),
         )
         sizes = (len(block) for chunk in blocks for block in chunk)
         encoded = encode(decoded, sizes, encoder, head["what"], DTYPES[head["dtype"]])

@@ -347,7 +347,7 @@ def decode_images(
     for path in paths if workers == 0 else itertools.islice(paths, alone):
         yield path, result(_decode(path, transform, target))
     for first in paths:
-        crew = min(8, _cores()) if workers is None else workers
+        crew = min(8, cores()) if workers is None else workers
         rest = itertools.chain([first], paths)
         for path, answer in _in_workers(rest, transform, target, min(crew, lookahead), lookahead):
             yield path, result(answer)
@@ -368,7 +368,8 @@ def _decode(
         return f"{path}: the transform failed ({type(error).__name__}: {error})"
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many this process may use: fewer than the machine has, in a container for instance."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

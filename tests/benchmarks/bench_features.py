@@ -82,9 +82,8 @@ def main() -> None:
         options.vision, options.fit, device=device, precision=precision
     )
     head = extract.contents(vision, encoder)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(
-        f"{options.vision}, {device} {models.precision_name(precision)}, {cores} cores, "
+        f"{options.vision}, {device} {models.precision_name(precision)}, {media.cores()} cores, "
         f"{torch.get_num_threads()} threads, {options.images} pictures, {options.repeats} turns"
     )
     transform = encoder.transform()
