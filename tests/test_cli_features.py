@@ -207,3 +207,30 @@ def test_pictures_that_are_no_longer_there_are_captioned_from_features(world, tm
     )
     assert status == 0
     assert [line["path"] for line in lines] == [str(folder / "a.png")]
+
+
+def test_lower_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
+    """The same from a cache as without; a cache without them is refused."""
+    cnn = write_vision(tmp_path / "cnn", "test_efficientnet", {})
+    place = ["--vision", cnn, "--fit", "crop", "--device", "cpu", "--workers", 0, "--quiet"]
+    for name, more in (("with", ["--lower", 2]), ("without", [])):
+        out = ["--out", tmp_path / name]
+        assert tinyvl("features", world["data"], *place, *more, *out)[0] == 0
+    common = ["--data", world["data"], "--lm", world["lm"], *place, "--limit", 6, "--epochs", 1]
+    common += ["--lower", 2, "--rank", 4, "--out", tmp_path / "m"]
+    status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / "without")
+    assert status == 2
+    assert "lower 2" in said
+    status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / "with")
+    assert (status, said) == (0, "")
+    model = ["--model", tmp_path / "m", "--device", "cpu", "--max-tokens", 5, "--json"]
+    status, kept, _ = tinyvl("caption", *model, "--features", tmp_path / "with")
+    pictures = [line["path"] for line in kept]
+    status, plain, _ = tinyvl("caption", *model, "--workers", 0, *pictures)
+    assert [line["caption"] for line in kept] == [line["caption"] for line in plain]
+    status, _, said = tinyvl("train", "itune", *common[:-6], "--rank", 4)
+    assert (status, said) == (2, "--rank goes with --lower.")
+    more = ["--init", tmp_path / "m", "--data", world["data"], "--lower", 1]
+    status, _, said = tinyvl("train", "itune", *more, "--out", tmp_path / "n")
+    assert status == 2
+    assert "--init brings its own --lower" in said

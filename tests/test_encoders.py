@@ -105,6 +105,39 @@ def test_cnn_maps_become_normalised_tokens(name):
     assert all(s.ndim == 2 for s in percept.summaries)
 
 
+@pytest.mark.parametrize("levels", [None, 1, 5])
+@pytest.mark.parametrize(
+    ("name", "lower", "stages"),
+    [("test_efficientnet", 2, [3, 4]), ("test_efficientnet", 1, [4]), ("test_resnet", 2, [2, 3])],
+)
+def test_lower_maps_lie_on_the_last_maps_cells(name, lower, stages, levels):
+    """A ResNet's last stage is its last map; an EfficientNet's is widened once more behind it."""
+    encoder = encoder_of(name, lower=lower, levels=levels)
+    plain = encoder_of(name, levels=levels)
+    plain.model.load_state_dict(encoder.model.state_dict())
+    x = pixels(encoder.size)
+    percept = encoder(x)
+    with torch.no_grad():
+        _, maps = encoder.model.forward_intermediates(normalised(encoder, x))
+    side = maps[-1].shape[-1]
+    expected = [plain(x).tokens]
+    for stage in stages:
+        step = maps[stage].shape[-1] // side  # here a whole number
+        cells = maps[stage].unfold(2, step, step).unfold(3, step, step).mean((-2, -1))
+        expected.append(F.layer_norm(cells.flatten(2).mT, cells.shape[1:2]))
+    assert encoder.below == [x.shape[-1] for x in expected[1:]]
+    torch.testing.assert_close(percept.tokens, torch.cat(expected, -1), rtol=0, atol=1e-4)
+    for ours, theirs in zip(percept.summaries, plain(x).summaries, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_lower_maps_that_are_not_there_are_refused():
+    with pytest.raises(UserError, match=r"--lower 9: .* 5 stages below its last map"):
+        encoder_of("test_efficientnet", lower=9)
+    with pytest.raises(UserError, match=r"--lower 1: .* no maps"):
+        encoder_of("vit_tiny_patch16_224", VIT, lower=1)
+
+
 @pytest.mark.parametrize(
     "name",
     ["test_vit2", "test_vit3", "test_byobnet", "test_nfnet", "test_mambaout",

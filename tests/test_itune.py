@@ -244,6 +244,44 @@ def test_the_papers_parameter_counts(preset, parameters):
     assert models.inspect(preset)["trainable_parameters"] == parameters
 
 
+def test_lower_maps_start_as_nothing_and_are_then_read(tmp_path):
+    """Tokens are t + W_up W_down b, with b the lower maps' part; W_up starts at zero."""
+    names = {
+        "language": str(write_decoder(tmp_path / "lm", "llama", TEXTS)),
+        "vision": str(write_vision(tmp_path / "vision", "test_efficientnet", {})),
+    }
+    common = {"fit": "crop", "prompt": ""}
+    cpu = {"device": torch.device("cpu"), "precision": torch.float32}
+    options = {"rank": 6}
+    config = models.new_config("itune", **names, **common, options=options, media={"lower": 2})
+    assert config["vision"]["lower"] == 2
+    lower = models.build(config, **cpu).eval()
+    plain = models.build(models.new_config("itune", **names, **common, options={}), **cpu).eval()
+    shake(plain)
+    own = {n: p for n, p in plain.state_dict().items() if not n.startswith(("enc", "dec"))}
+    missing, _ = lower.load_state_dict(own, strict=False)
+    below, width = sum(lower.encoder.below), lower.encoder.width
+    shapes = {n: list(p.shape) for n, p in lower.named_parameters() if n.startswith("lower.")}
+    assert shapes == {"lower.down.weight": [6, below], "lower.up.weight": [width, 6]}
+    assert {n for n in missing if not n.startswith(("enc", "dec"))} == set(shapes)
+
+    torch.manual_seed(2)
+    images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    percept = lower.encoder(images)
+    for i, (k, v) in plain.see(plain.encoder(images)).items():
+        torch.testing.assert_close(lower.see(percept)[i][0], k)
+        torch.testing.assert_close(lower.see(percept)[i][1], v)
+    lower.lower.up.weight.data.normal_()
+    up, down = lower.lower.up.weight, lower.lower.down.weight
+    mixed = percept.tokens[:, :, :width].clone()
+    for i, tokens in enumerate(percept.tokens):
+        for j, token in enumerate(tokens):
+            mixed[i, j] += (up @ (down @ token[width:])).detach()
+    for i, (k, v) in plain.see(Percept(mixed, [])).items():
+        torch.testing.assert_close(lower.see(percept)[i][0], k, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(lower.see(percept)[i][1], v, rtol=1e-4, atol=1e-4)
+
+
 def test_dropping_everything_is_refused(model):
     with pytest.raises(UserError, match="--drop 3"):
         ITune(None, model.decoder, model.text, vision_width=D, drop=3)

@@ -27,6 +27,9 @@ def features(
         str | None, typer.Option(help="image, video or audio. (default: the preset's, or image)")
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Of a video. (default: 8)")] = None,
+    lower: Annotated[
+        int | None, typer.Option(min=0, help="Stages of a CNN below its last map in the tokens.")
+    ] = None,
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
     ] = "both",
@@ -55,7 +58,12 @@ def features(
     kind = modality or models.modality_in(row.job.get("media", {}))
     if frames is not None and kind != "video":
         raise UserError("--frames goes with --modality video.", 2)
-    told = {} if kind == "image" else {"modality": kind} | given(frames=frames)
+    if lower and kind != "image":
+        raise UserError("--lower goes with pictures.", 2)
+    if lower is None and vision is None:
+        lower = row.job.get("media", {}).get("lower")
+    told = {"lower": lower} if lower else {}
+    told |= {} if kind == "image" else {"modality": kind} | given(frames=frames)
     if kind == "video":
         told.setdefault("frames", 8)
     target = models.choose_device(device)

@@ -129,6 +129,13 @@ def train_itune(
         int | None, typer.Option(min=0, help="No modules in the first N layers.")
     ] = None,
     scale: Annotated[float | None, typer.Option(help="λ of equation 5.")] = None,
+    lower: Annotated[
+        int | None,
+        typer.Option(min=0, help="Read N stages of a CNN below its last map, too (not the paper)."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the linear layer that reads them. (default: 128)")
+    ] = None,
     dropout: Annotated[
         float | None,
         typer.Option(min=0, max=0.9, help="Of image tokens and what modules read, in training."),
@@ -156,13 +163,17 @@ def train_itune(
     from tinyvl import models
 
     row = models.preset(preset, "itune")
-    options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale)
+    if rank is not None and not lower:
+        raise UserError("--rank goes with --lower.", 2)
+    options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale, rank=rank)
     if lm is not None and drop is None:
         options.pop("drop", None)  # a preset's layers are counted for its own decoder
     parts = starting(
         row, training, options, lm=lm, vision=vision, prompt=prompt, bottleneck=bottleneck,
-        drop=drop, scale=scale,
+        drop=drop, scale=scale, lower=lower,
     )  # fmt: skip
+    if training.init is None:
+        parts["media"] = {"lower": lower} if lower else {}
     parts["options"] |= given(dropout=dropout)
     if objective == "cider" and training.per_image is not None:
         raise UserError("--per-image goes with --objective likelihood; cider has --samples.", 2)

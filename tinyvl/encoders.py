@@ -58,12 +58,16 @@ class ImageEncoder(nn.Module):
     modality = "image"
     frames: int | None = None  # of a video; None: videos are not read
 
-    def __init__(self, model: nn.Module, *, fit: str = "crop", levels: int | None = None):
+    def __init__(
+        self, model: nn.Module, *, fit: str = "crop", levels: int | None = None, lower: int = 0
+    ):
         """Args:
         fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
             whole picture to the model's square, so that nothing at its edges is lost; "jpeg"
             is squash after `small_jpeg`.
         levels: how many summaries, counted from the last level; None: all.
+        lower: of a model that gives maps, how many of its stages below the last map the tokens
+            hold beside it: laid on its cells (mean), each normalised, lowest first.
         """
         super().__init__()
         from timm.data import resolve_data_config
@@ -77,8 +81,14 @@ class ImageEncoder(nn.Module):
         info = getattr(model, "feature_info", None)
         stages = [stage["num_chs"] for stage in getattr(info, "info", info) or []]
         self.maps = info is not None and not hasattr(model, "cls_token")
+        below = stages[:-1] if stages[-1:] == [self.width] else stages
+        if lower and (not self.maps or lower > len(below)):
+            has = f"{len(below)} stages below its last map" if self.maps else "no maps"
+            raise UserError(f"--lower {lower}: this image encoder has {has}.", 2)
+        self.below: list[int] = below[len(below) - lower :]  # widths
+        self.double = below is not stages  # the last stage is the last map
         if self.maps and stages:
-            stages[-1] = self.width
+            stages = [*stages[:-1], self.width]
         self.widths: list[int] = stages[-(levels or 0) :]  # of the summaries
 
     def prepare(self, data_config: dict[str, Any], fit: str) -> None:
@@ -147,15 +157,20 @@ class ImageEncoder(nn.Module):
         )
         flat = {"norm": True, "return_prefix_tokens": True, "output_fmt": "NLC"}
         flat = {} if self.maps else flat
+        wanted = self.levels and max(self.levels, len(self.below) + self.double)
         try:
-            last, levels = self.model.forward_intermediates(x, indices=self.levels, **flat)
+            last, levels = self.model.forward_intermediates(x, indices=wanted, **flat)
         except TypeError:  # a model with prefix tokens of another kind, or none to return
             flat.pop("return_prefix_tokens", None)
-            last, levels = self.model.forward_intermediates(x, indices=self.levels, **flat)
+            last, levels = self.model.forward_intermediates(x, indices=wanted, **flat)
         final = tokens = channels_last(last, self.width)
         if not self.final_norm:
             tokens = normal(tokens)
-        summaries = [summary(level) for level in levels]
+        if self.below:
+            maps = levels[: -1 if self.double else None][-len(self.below) :]
+            laid = [F.adaptive_avg_pool2d(x, levels[-1].shape[-2:]) for x in maps]
+            tokens = torch.cat([tokens, *(normal(channels_last(x, x.shape[1])) for x in laid)], -1)
+        summaries = [summary(level) for level in levels[-(self.levels or 0) :]]
         if self.maps:
             summaries = [normal(x) for x in (*summaries[:-1], final.mean(1))]
         return Percept(tokens, summaries)
@@ -222,6 +237,7 @@ def load_image_encoder(
     *,
     fit: str = "crop",
     levels: int | None = None,
+    lower: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> ImageEncoder:
@@ -229,7 +245,7 @@ def load_image_encoder(
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    encoder = build_image_encoder(config, fit=fit, levels=levels)
+    encoder = build_image_encoder(config, fit=fit, levels=levels, lower=lower)
     state = load_file(folder / "model.safetensors")
     missing, _ = encoder.model.load_state_dict(state, strict=False)  # a classifier may be extra
     if missing:
@@ -238,7 +254,7 @@ def load_image_encoder(
 
 
 def build_image_encoder(
-    config: dict, *, fit: str = "crop", levels: int | None = None
+    config: dict, *, fit: str = "crop", levels: int | None = None, lower: int = 0
 ) -> ImageEncoder:
     """The encoder a timm ``config.json`` describes, with random weights, without classifier."""
     model = build_timm(config)
@@ -248,7 +264,7 @@ def build_image_encoder(
             "be read; choose another image encoder.",
             2,
         )
-    return ImageEncoder(model, fit=fit, levels=levels)
+    return ImageEncoder(model, fit=fit, levels=levels, lower=lower)
 
 
 def build_timm(config: dict, **changes: Any) -> nn.Module:

@@ -208,8 +208,9 @@ def build_encoder(
     """The encoder that a checkpoint's ``config.json`` describes; random without a folder.
 
     Args:
-        vision: ``config``, ``fit`` and, where it is not of pictures, ``modality``, ``frames`` of a
-            video, the widest ``masks`` of a sound (mel bins, frames).
+        vision: ``config``, ``fit``; where it has any, the number of ``lower`` maps; and, where it
+            is not of pictures, ``modality``, ``frames`` of a video, the widest ``masks`` of a
+            sound (mel bins, frames).
     """
     modality, kind = vision.get("modality", "image"), vision["config"].get("model_type")
     if (modality == "audio") != (kind in KINDS and kind != "timesformer"):
@@ -219,6 +220,7 @@ def build_encoder(
             f"--vision for --modality {modality}, or another --modality.",
             2,
         )
+    given = {"fit": vision["fit"], "levels": levels, "lower": vision.get("lower", 0)}
     if kind in KINDS:
         model, processor = load_model(vision["config"], folder)
         if kind != "timesformer":
@@ -226,9 +228,9 @@ def build_encoder(
             return AudioEncoder(model, levels=levels, masks=masks, processor=processor)
         encoder = TimeSformer(model, fit=vision["fit"], levels=levels, processor=processor)
     elif folder is None:
-        encoder = build_image_encoder(vision["config"], fit=vision["fit"], levels=levels)
+        encoder = build_image_encoder(vision["config"], **given)
     else:
-        encoder = load_image_encoder(folder, fit=vision["fit"], levels=levels)
+        encoder = load_image_encoder(folder, **given)
     encoder.modality, encoder.frames = modality, vision.get("frames", FRAMES)
     return encoder
 

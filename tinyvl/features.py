@@ -211,7 +211,7 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
     """
     store = FeatureStore.open(folder)
     theirs = store.manifest["encoder"]
-    keys = ("sha256", "fit", "config", "modality", "frames")
+    keys = ("sha256", "fit", "config", "modality", "frames", "lower")
     if any(theirs.get(key) != vision.get(key) for key in keys):
         raise UserError(
             f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
@@ -228,7 +228,8 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
 
 
 def described(vision: dict[str, Any]) -> str:
-    told = {"fit": vision["fit"]} | {k: vision[k] for k in ("modality", "frames") if k in vision}
+    keys = ("fit", "modality", "frames", "lower")
+    told = {key: vision[key] for key in keys if key in vision}
     about = ", ".join(f"{key} {value}" for key, value in told.items())
     return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, {about})"
 

@@ -69,6 +69,24 @@ class ITuneModule(nn.Module):
         return self.scale * F.linear(mixed, self.o.weight) + self.o.bias
 
 
+class Lower(nn.Module):
+    """Adds what lower maps have of a cell to its token, through a narrow linear layer.
+
+    Tokens (I, S, D + below) to (I, S, D). It starts at zero: the last map's tokens alone.
+    """
+
+    def __init__(self, below: int, width: int, rank: int):
+        super().__init__()
+        self.sizes = [width, below]
+        self.down = nn.Linear(below, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        last, below = tokens.split(self.sizes, -1)
+        return last + self.up(self.down(below))
+
+
 class ITune(Captioner):
     """A captioner with an `ITuneModule` in every decoder layer but the first ``drop``."""
 
@@ -84,6 +102,7 @@ class ITune(Captioner):
         drop: int = 0,
         scale: float = 1.0,
         dropout: float = 0.0,
+        rank: int = 128,
     ):
         super().__init__(encoder, decoder, text, prompt)
         self.dropout = dropout
@@ -98,9 +117,12 @@ class ITune(Captioner):
                 for i in range(drop, c.layers)
             }
         )
+        below = sum(encoder.below) if encoder is not None else 0
+        self.lower = Lower(below, vision_width, rank) if below else None
 
     def see(self, percept: Percept) -> dict[int, KeysValues]:
-        tokens = F.dropout(percept.tokens, self.dropout, self.training)
+        tokens = percept.tokens if self.lower is None else self.lower(percept.tokens)
+        tokens = F.dropout(tokens, self.dropout, self.training)
         return {int(i): module.see(tokens) for i, module in self.itune.items()}
 
     def pick(self, visual: dict[int, KeysValues], rows: Tensor) -> dict[int, KeysValues]:

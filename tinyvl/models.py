@@ -147,7 +147,7 @@ def new_config(
 ) -> dict:
     """The ``config.json`` of a model to be trained; fetches its backbones.
 
-    ``media`` is what an encoder of videos or sounds is told, as in `encoders_av.build_encoder`.
+    ``media`` is what else an encoder is told, as in `encoders_av.build_encoder`.
     """
     config: dict[str, Any] = {"format": 1, "method": method}
     for side, name in zip(towers(method), (language, vision), strict=True):
@@ -239,9 +239,9 @@ def parts_of(config: dict) -> dict[str, Any]:
 
 
 def media_of(config: dict) -> dict[str, Any]:
-    """What an encoder of videos or sounds was told; nothing of one of pictures."""
+    """What an encoder was told beside how pictures fit: of videos, of sounds, of lower maps."""
     vision = image_side(config)
-    return {key: vision[key] for key in ("modality", "frames", "masks") if key in vision}
+    return {key: vision[key] for key in ("modality", "frames", "masks", "lower") if key in vision}
 
 
 def modality_in(media: dict[str, Any]) -> str:
