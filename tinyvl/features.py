@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyvl import UserError, files
 
 MANIFEST = "manifest.json"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # in a shard's header
 COLUMNS = ["path", "id", "bytes", "modified", "error", "row"]  # of the manifest's records
 
 
@@ -259,13 +259,32 @@ def write_shard(
     # One key only: of several, safetensors writes the order in which a hash map has them.
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
 
-    def write(part: Path) -> None:
-        try:
-            save_file(tensors, part, metadata)
-        except SafetensorError as error:  # a full disk, say
-            raise UserError(f"{folder}: a shard cannot be written ({error}).") from error
+    files.replace_file(
+        folder / shard_name(number), lambda part: write_tensors(part, tensors, metadata)
+    )
 
-    files.replace_file(folder / shard_name(number), write)
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The bytes of `safetensors.torch.save_file`, of contiguous tensors of one dtype.
+
+    That holds Python's lock while it writes, so that an encoder on the CPU would wait meanwhile.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            stream.write(tensors[name].view(torch.uint8).numpy())
 
 
 def read_shards(folder: Path, head: dict[str, Any]) -> tuple[list[dict], list[Entry]]:
