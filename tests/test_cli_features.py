@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_features import content, paint
 from tiny import write_decoder, write_vision
 from typer.testing import CliRunner
@@ -228,6 +229,12 @@ def test_lower_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
     pictures = [line["path"] for line in kept]
     status, plain, _ = tinyvl("caption", *model, "--workers", 0, *pictures)
     assert [line["caption"] for line in kept] == [line["caption"] for line in plain]
+    epoch = ["--data", world["data"], "--lm", world["lm"], *place, "--epochs", 1]
+    for store, model in (("with", "a"), ("without", "b")):  # more lower maps do not disturb
+        out = ["--features", tmp_path / store, "--out", tmp_path / model]
+        assert tinyvl("train", "itune", *epoch, *out)[0] == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    torch.testing.assert_close(one, other)
     status, _, said = tinyvl("train", "itune", *common[:-6], "--rank", 4)
     assert (status, said) == (2, "--rank goes with --lower.")
     more = ["--init", tmp_path / "m", "--data", world["data"], "--lower", 1]

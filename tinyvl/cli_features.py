@@ -28,7 +28,7 @@ def features(
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Of a video. (default: 8)")] = None,
     lower: Annotated[
-        int | None, typer.Option(min=0, help="Stages of a CNN below its last map in the tokens.")
+        int | None, typer.Option(min=0, help="Also keep N stages of a CNN below its last map.")
     ] = None,
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
@@ -60,8 +60,10 @@ def features(
         raise UserError("--frames goes with --modality video.", 2)
     if lower and kind != "image":
         raise UserError("--lower goes with pictures.", 2)
-    if lower is None and vision is None:
-        lower = row.job.get("media", {}).get("lower")
+    if lower is None and kind == "image" and preset is None and vision is None:
+        lower = models.image_side(models.read_config(models.checkpoint_folder("default"))).get(
+            "lower"
+        )
     told = {"lower": lower} if lower else {}
     told |= {} if kind == "image" else {"modality": kind} | given(frames=frames)
     if kind == "video":

@@ -10,6 +10,7 @@ without parameters, and for the last stage that of its final features, a CNN's h
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ class ImageEncoder(nn.Module):
 
     modality = "image"
     frames: int | None = None  # of a video; None: videos are not read
+    below: Sequence[int] = ()  # widths of the lower stages' parts of the tokens
 
     def __init__(
         self, model: nn.Module, *, fit: str = "crop", levels: int | None = None, lower: int = 0
@@ -67,7 +69,7 @@ class ImageEncoder(nn.Module):
             is squash after `small_jpeg`.
         levels: how many summaries, counted from the last level; None: all.
         lower: of a model that gives maps, how many of its stages below the last map the tokens
-            hold beside it: laid on its cells (mean), each normalised, lowest first.
+            hold behind it: laid on its cells (mean), each normalised, highest first.
         """
         super().__init__()
         from timm.data import resolve_data_config
@@ -85,7 +87,7 @@ class ImageEncoder(nn.Module):
         if lower and (not self.maps or lower > len(below)):
             has = f"{len(below)} stages below its last map" if self.maps else "no maps"
             raise UserError(f"--lower {lower}: this image encoder has {has}.", 2)
-        self.below: list[int] = below[len(below) - lower :]  # widths
+        self.below = below[::-1][:lower]
         self.double = below is not stages  # the last stage is the last map
         if self.maps and stages:
             stages = [*stages[:-1], self.width]
@@ -167,7 +169,7 @@ class ImageEncoder(nn.Module):
         if not self.final_norm:
             tokens = normal(tokens)
         if self.below:
-            maps = levels[: -1 if self.double else None][-len(self.below) :]
+            maps = levels[::-1][self.double :][: len(self.below)]
             laid = [F.adaptive_avg_pool2d(x, levels[-1].shape[-2:]) for x in maps]
             tokens = torch.cat([tokens, *(normal(channels_last(x, x.shape[1])) for x in laid)], -1)
         summaries = [summary(level) for level in levels[-(self.levels or 0) :]]

@@ -211,8 +211,9 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
     """
     store = FeatureStore.open(folder)
     theirs = store.manifest["encoder"]
-    keys = ("sha256", "fit", "config", "modality", "frames", "lower")
-    if any(theirs.get(key) != vision.get(key) for key in keys):
+    keys = ("sha256", "fit", "config", "modality", "frames")
+    lacks = theirs.get("lower", 0) < vision.get("lower", 0)
+    if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
         raise UserError(
             f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
             f"{described(vision)}; extract features with that one.",
