@@ -170,8 +170,9 @@ class ImageEncoder(nn.Module):
             tokens = normal(tokens)
         if self.below:
             maps = levels[::-1][self.double :][: len(self.below)]
-            laid = [F.adaptive_avg_pool2d(x, levels[-1].shape[-2:]) for x in maps]
-            tokens = torch.cat([tokens, *(normal(channels_last(x, x.shape[1])) for x in laid)], -1)
+            if levels[-1].shape[-2:].numel() != tokens.shape[1]:
+                raise UserError("--lower: the stages of this image encoder do not fit its map.", 2)
+            tokens = torch.cat([tokens, *(normal(laid(x, levels[-1])) for x in maps)], -1)
         summaries = [summary(level) for level in levels[-(self.levels or 0) :]]
         if self.maps:
             summaries = [normal(x) for x in (*summaries[:-1], final.mean(1))]
@@ -214,6 +215,13 @@ def channels_last(x: Tensor, width: int) -> Tensor:
     if x.ndim == 4:
         return x.flatten(2).transpose(1, 2) if x.shape[1] == width else x.flatten(1, 2)
     return x
+
+
+def laid(x: Tensor, on: Tensor) -> Tensor:
+    """A map (B, C, H, W) on the cells of a smaller one, their means: (B, S, C)."""
+    if x.device.type == "mps":  # which has this only where the one side divides the other
+        return laid(x.cpu(), on).to(x.device)
+    return F.adaptive_avg_pool2d(x, on.shape[-2:]).flatten(2).transpose(1, 2)
 
 
 def normal(x: Tensor) -> Tensor:

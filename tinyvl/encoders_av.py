@@ -221,6 +221,8 @@ def build_encoder(
             2,
         )
     given = {"fit": vision["fit"], "levels": levels, "lower": vision.get("lower", 0)}
+    if kind in KINDS and given["lower"]:
+        raise UserError(f"--lower {given['lower']}: this encoder has no maps.", 2)
     if kind in KINDS:
         model, processor = load_model(vision["config"], folder)
         if kind != "timesformer":

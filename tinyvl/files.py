@@ -26,13 +26,9 @@ def write_tensors(file: Path, tensors: "dict[str, torch.Tensor]", metadata: dict
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
     """``write`` fills a file beside it, which then takes its place; a device is written to.
 
-    A link stays: what it points to is replaced.
-
     Raises:
         UserError: it cannot be written.
     """
-    if file.is_symlink() and (file.is_file() or not file.exists()):
-        file = Path(os.path.realpath(file))
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         if file.exists() and not file.is_file():  # /dev/stdout would become a file

@@ -14,7 +14,8 @@ out from the untouched language model; W_q and b_q start 1/√r smaller than PyT
 them, so that the unscaled softmax starts as soft as a scaled one. Rates are in `models.PRESETS`.
 b_k changes nothing (a softmax does not see what all its scores share); it is there as the paper
 counts it. ``dropout`` (of the image tokens' entries and of Σ s_i V'_i, in training) is not in the
-paper: a small set of pictures needs it.
+paper: a small set of pictures needs it. Nor are the lower maps that `Lower` adds to the tokens: the
+last map of a CNN trained on classes has lost some of the colours, parts and places.
 """
 
 import torch
