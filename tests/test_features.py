@@ -188,7 +188,7 @@ def test_shards_are_written_as_safetensors_writes_them(tmp_path, dtype, rows):
     tensors = {name: tensor[:rows] for name, tensor in page.items()}
     metadata = {"tinyvl": json.dumps({"path": 'a"b\\c\n\x7f', "name": "ü€😀", "nothing": None})}
     metadata["tinyvl"] += "ü€😀\t\x01"
-    features.write_tensors(tmp_path / "ours", tensors, metadata)
+    features.write_safetensors(tmp_path / "ours", tensors, metadata)
     save_file(tensors, tmp_path / "theirs", metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 

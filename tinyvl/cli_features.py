@@ -28,13 +28,8 @@ def features(
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Of a video. (default: 8)")] = None,
     lower: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Tokens with N stages of a CNN below its last map. (default: 0, or of the default "
-            "model's encoder as many as that reads)",
-        ),
-    ] = None,
+        int, typer.Option(min=0, help="Tokens with N stages of a CNN below its last map.")
+    ] = 0,
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
     ] = "both",
@@ -65,9 +60,6 @@ def features(
         raise UserError("--frames goes with --modality video.", 2)
     if lower and (kind != "image" or what == "summaries"):
         raise UserError("--lower is about the tokens of pictures.", 2)
-    if (lower, preset, vision, kind) == (None, None, None, "image") and what != "summaries":
-        default = models.read_config(models.checkpoint_folder("default"))
-        lower = models.image_side(default).get("lower")
     told = {"lower": lower} if lower else {}
     told |= {} if kind == "image" else {"modality": kind} | given(frames=frames)
     if kind == "video":

@@ -261,11 +261,11 @@ def write_shard(
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
 
     files.replace_file(
-        folder / shard_name(number), lambda part: write_tensors(part, tensors, metadata)
+        folder / shard_name(number), lambda part: write_safetensors(part, tensors, metadata)
     )
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """The bytes of `safetensors.torch.save_file`, of contiguous tensors of one dtype.
 
     That holds Python's lock while it writes, so that an encoder on the CPU would wait meanwhile.
