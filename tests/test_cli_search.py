@@ -194,7 +194,7 @@ def test_a_data_set_is_indexed_from_where_its_pictures_are(tinyvl, photos):
     Path("sets/x.txt").write_text(json.dumps(record) + "\n")
     told = ["--format", "jsonl", "--images", photos]
     done = tinyvl("index", "sets/x.txt", "-o", "home", *told)
-    assert done.err.endswith("home: 1 embedded, 1 captions embedded\n")
+    assert done.err.endswith("home: 1 embedded, 1 caption embedded\n")
     assert tinyvl("retrieve", "--index", "home", "--query", "green").out.endswith("green.png\n")
     done = tinyvl("index", photos, "--format", "jsonl")
     assert done.status == 2

@@ -95,6 +95,11 @@ def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "videos/mine.avi").write_bytes(b"")
     with pytest.raises(UserError, match="name an empty folder"):
         draw_av.draw_videos(tmp_path, train=2, held_out=1)
+    draw_av.draw_sounds(tmp_path / "sounds", train=2, held_out=1)
+    listing = (tmp_path / "sounds/drawn.jsonl").read_bytes()
+    with pytest.raises(UserError, match="name an empty folder"):
+        draw_av.draw_videos(tmp_path / "sounds", train=2, held_out=1)
+    assert (tmp_path / "sounds/drawn.jsonl").read_bytes() == listing
 
 
 def test_each_modality_has_its_default_set(tmp_path, monkeypatch):

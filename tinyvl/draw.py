@@ -228,9 +228,11 @@ def draw_images(
 
 
 def check_empty(files: Path, listing: Path) -> None:
-    """Refuses a folder with files of somebody's."""
+    """Refuses a folder with files of somebody's, or with a drawing of another modality."""
     if files.is_dir() and any(files.iterdir()) and not listing.exists():
         raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
+    if listing.exists() and not files.is_dir():
+        raise UserError(f"{listing} lists no files in {files}; name an empty folder", 2)
 
 
 def write_listing(files: Path, listing: Path, records: list[dict], suffix: str) -> None:

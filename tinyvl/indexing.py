@@ -100,7 +100,8 @@ class Changes:
     captions: int = 0  # embedded
 
     def __str__(self) -> str:
-        words = {"moved": "moved or copied", "captions": "captions embedded"}
+        captions = "caption embedded" if self.captions == 1 else "captions embedded"
+        words = {"moved": "moved or copied", "captions": captions}
         found = [f"{n:,} {words.get(what, what)}" for what, n in vars(self).items() if n]
         return ", ".join(found)
 
