@@ -172,8 +172,6 @@ def test_captions_stream_as_paths_come(checkpoint, photos):
         (["a.png", "--temperature", "0.7"], 2, "--temperature goes with --sample"),
         (["a.png", "--seed", "0"], 2, "--seed goes with --sample"),
         (["a.png", "--sample", "--beams", "4"], 2, "--beams is for searching"),
-        (["a.png", "--sample", "--consensus", "4"], 2, "--consensus is for searching"),
-        (["a.png", "--consensus", "4", "--beams", "1"], 2, "--consensus chooses among beams"),
         (["a.png", "--sample", "--late-stopping"], 2, "--late-stopping is for searching"),
         (["a.png", "--device", "cuda:99"], 2, "cuda:99"),
         (["a.png", "--precision", "fp8"], 2, "fp8"),
@@ -200,12 +198,6 @@ def test_sampling_depends_on_the_seed_and_the_file_not_on_the_batch(caption, pho
         for seed, n in (("1", "9"), ("1", "2"), ("2", "9"))
     ]
     assert runs[0] == runs[1] != runs[2]
-
-
-def test_consensus_depends_on_the_file_not_on_the_batch(caption, photos, expected):
-    runs = [caption(str(photos), "--consensus", "6", "--batch", n).stdout for n in ("9", "2")]
-    assert runs[0] == runs[1]
-    assert runs[0].splitlines() != [f"{path}\t{text}" for path, (text, _) in expected.items()]
 
 
 def test_batches_fill_when_items_come_fast_and_go_when_they_are_slow():

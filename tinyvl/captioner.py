@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyvl import UserError, decode, ptb
-from tinyvl.cider import Cider
+from tinyvl import UserError, decode
 from tinyvl.data import tidy
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
@@ -347,12 +346,11 @@ class Captioner(nn.Module, ABC):
         length_penalty: float = 1.0,
         early_stopping: bool = True,
         sampling: dict | None = None,
-        consensus: dict | None = None,
     ) -> list[tuple[str, float]]:
         """Captions of a batch of pictures (I, 3, H, W), each with its mean log-probability.
 
         ``sampling`` (temperature, top_k, top_p, seed, indices: see `decode.sample`) samples instead
-        of searching. ``consensus`` (samples, indices): see `nearest`.
+        of searching.
         """
         return self.continued(
             pictures,
@@ -362,7 +360,6 @@ class Captioner(nn.Module, ABC):
             length_penalty=length_penalty,
             early_stopping=early_stopping,
             sampling=sampling,
-            consensus=consensus,
         )
 
     def continued(
@@ -375,7 +372,6 @@ class Captioner(nn.Module, ABC):
         length_penalty: float,
         early_stopping: bool,
         sampling: dict | None,
-        consensus: dict | None,
     ) -> list[tuple[str, float]]:
         """What the model writes behind these ids, a line a picture, padded on the left."""
         with self.autocast():
@@ -403,32 +399,7 @@ class Captioner(nn.Module, ABC):
                 beams=beams,
                 length_penalty=length_penalty,
                 early_stopping=early_stopping,
-                returned=beams if consensus else 1,
                 **common,
             )
             found = [best[0] for best in search]
-            if consensus:
-                number, indices = consensus["samples"], consensus["indices"]
-                rows = torch.arange(len(prompt), device=self.device).repeat_interleave(number)
-                step = self.stepper(self.pick(visual, rows), len(rows), mask[rows])
-                own = [index * number + nth for index in indices for nth in range(number)]
-                drawn = decode.sample(step, prompt[rows], seed=0, indices=own, **common)
-                each = (drawn[i : i + number] for i in range(0, len(drawn), number))
-                found = list(map(self.nearest, search, each))
         return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]
-
-    def nearest(
-        self, found: list[decode.Hypothesis], samples: list[decode.Hypothesis]
-    ) -> decode.Hypothesis:
-        """The one that agrees most with samples of the model: minimum Bayes risk decoding.
-
-        A search finds likely captions, and these are often too general; the samples say what all
-        likely captions have in common. Kumar and Byrne, "Minimum Bayes-Risk Decoding", 2004
-        (https://aclanthology.org/N04-1022); the gain is CIDEr-D without document frequencies.
-        """
-
-        def words(h: decode.Hypothesis) -> str:
-            return ptb.tokenise(self.text.decode(h.tokens))
-
-        agreement = Cider([list(map(words, samples))], idf=False)
-        return max(found, key=lambda h: agreement.score(0, words(h)))

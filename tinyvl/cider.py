@@ -1,5 +1,4 @@
-"""CIDEr-D, to score captions (`caption_metrics`), to reward them in training (`scst`), and to
-choose among a search's (`captioner`)."""
+"""CIDEr-D, to score captions (`caption_metrics`) and to reward them in training (`scst`)."""
 
 import math
 from collections import Counter
@@ -19,18 +18,15 @@ class Cider:
 
     Args:
         references: of each picture the words of its captions, joined by spaces.
-        idf: whether n-grams count the more the fewer pictures have them.
     """
 
-    def __init__(self, references: Sequence[Sequence[str]], *, idf: bool = True):
+    def __init__(self, references: Sequence[Sequence[str]]):
         cooked = [[ngrams(caption) for caption in captions] for captions in references]
         pictures = Counter()
         for captions in cooked:
             pictures.update(set().union(*(part for caption in captions for part in caption)))
         self.most = math.log(max(1, len(references)))  # the weight of an n-gram of no picture
         self.weight = {ngram: self.most - math.log(count) for ngram, count in pictures.items()}
-        if not idf:
-            self.weight, self.most = {}, 1.0
         self.references = [[self.vector(caption) for caption in captions] for captions in cooked]
 
     def vector(self, counted: list[Counter]) -> Vector:

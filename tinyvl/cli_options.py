@@ -106,12 +106,6 @@ class Search:
     late_stopping: Annotated[
         bool, typer.Option("--late-stopping", help="Search on after all beams have an end.")
     ] = False
-    consensus: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Of the beams take the one nearest to so many samples (16): better, slower."
-        ),
-    ] = None
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of searching.")] = False
     temperature: Annotated[
         float | None, typer.Option(help="With --sample: below 1 is safer. (default: 1)")
@@ -132,10 +126,7 @@ class Search:
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
         )
         late = self.late_stopping or None
-        searched = given(
-            beams=beams, length_penalty=self.length_penalty, late_stopping=late,
-            consensus=self.consensus,
-        )  # fmt: skip
+        searched = given(beams=beams, length_penalty=self.length_penalty, late_stopping=late)
         if idle := searched if self.sample else drawn:
             option = "--" + next(iter(idle)).replace("_", "-")
             out = "is for searching: leave it or --sample out"
@@ -147,8 +138,6 @@ class Search:
             )
         if not 0 < drawn["top_p"] <= 1:
             raise UserError("--top-p is above 0 and at most 1.", 2)
-        if self.consensus and beams == 1:
-            raise UserError("--consensus chooses among beams; --beams 1 leaves no choice.", 2)
         from tinyvl import generate
 
         return generate.Style(
@@ -157,7 +146,6 @@ class Search:
             1.0 if self.length_penalty is None else self.length_penalty,
             not self.late_stopping,
             drawn if self.sample else None,
-            self.consensus or 0,
         )
 
 

@@ -297,7 +297,6 @@ class EPalm(Captioner):
         length_penalty: float = 1.0,
         early_stopping: bool = True,
         sampling: dict | None = None,
-        consensus: dict | None = None,
     ) -> list[tuple[str, float]]:
         """Answers to a question about each picture (I, 3, H, W), with mean log-probabilities.
 
@@ -315,7 +314,6 @@ class EPalm(Captioner):
             length_penalty=length_penalty,
             early_stopping=early_stopping,
             sampling=sampling,
-            consensus=consensus,
         )
 
 

@@ -32,7 +32,6 @@ class Style:
     length_penalty: float = 1.0
     early_stopping: bool = True
     sampling: dict[str, Any] | None = None
-    consensus: int = 0  # so many samples choose among the beams
 
 
 def captions(
@@ -106,14 +105,10 @@ def run(model: Captioner, pictures: list[tuple], style: Style) -> list[tuple[str
     """
     if not pictures:
         return []
-    settings = vars(style) | {"consensus": None}
-    if style.sampling or style.consensus:
-        # What is drawn for a file depends on its path and the seed alone.
+    settings = dict(vars(style))
+    if style.sampling:  # what is drawn for a file depends on its path and the seed alone
         indices = [zlib.crc32(os.fsencode("\0".join([path, *rest]))) for path, _, *rest in pictures]
-        if style.sampling:
-            settings["sampling"] = style.sampling | {"indices": indices}
-        else:
-            settings["consensus"] = {"samples": style.consensus, "indices": indices}
+        settings["sampling"] = style.sampling | {"indices": indices}
     shapes = [item[1].shape for item in pictures]
     if len(set(shapes)) > 1:  # pictures beside videos
         found: dict[int, tuple[str, float]] = {}
