@@ -221,9 +221,9 @@ def build_encoder(
             2,
         )
     given = {"fit": vision["fit"], "levels": levels, "lower": vision.get("lower", 0)}
-    if kind in KINDS and given["lower"]:
-        raise UserError(f"--lower {given['lower']}: this encoder has no maps.", 2)
     if kind in KINDS:
+        if given["lower"]:
+            raise UserError(f"--lower {given['lower']}: this encoder has no maps.", 2)
         model, processor = load_model(vision["config"], folder)
         if kind != "timesformer":
             masks = vision.get("masks", MASKS)
