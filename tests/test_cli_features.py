@@ -210,18 +210,20 @@ def test_pictures_that_are_no_longer_there_are_captioned_from_features(world, tm
     assert [line["path"] for line in lines] == [str(folder / "a.png")]
 
 
-def test_lower_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
-    """The same from a cache as without; a cache without them is refused."""
+def test_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
+    """Lower maps and larger pictures: the same from a cache as without; one without is refused."""
     cnn = write_vision(tmp_path / "cnn", "test_efficientnet", {})
     place = ["--vision", cnn, "--fit", "crop", "--device", "cpu", "--workers", 0, "--quiet"]
-    for name, more in (("with", ["--lower", 2]), ("without", [])):
+    both = ["--lower", 2, "--larger", 208]
+    for name, more in (("with", both), ("lower", both[:2]), ("without", [])):
         out = ["--out", tmp_path / name]
         assert tinyvl("features", world["data"], *place, *more, *out)[0] == 0
     common = ["--data", world["data"], "--lm", world["lm"], *place, "--limit", 6, "--epochs", 1]
-    common += ["--lower", 2, "--rank", 4, "--out", tmp_path / "m"]
-    status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / "without")
-    assert status == 2
-    assert "lower 2" in said
+    common += [*both, "--rank", 4, "--out", tmp_path / "m"]
+    for store in ("lower", "without"):
+        status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / store)
+        assert status == 2
+        assert "lower 2, larger 208" in said
     status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / "with")
     assert (status, said) == (0, "")
     model = ["--model", tmp_path / "m", "--device", "cpu", "--max-tokens", 5, "--json"]
@@ -230,14 +232,20 @@ def test_lower_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
     status, plain, _ = tinyvl("caption", *model, "--workers", 0, *pictures)
     assert [line["caption"] for line in kept] == [line["caption"] for line in plain]
     epoch = ["--data", world["data"], "--lm", world["lm"], *place, "--epochs", 1]
-    for store, model in (("with", "a"), ("without", "b")):  # more lower maps do not disturb
+    for store, model in (("lower", "a"), ("without", "b")):  # more lower maps do not disturb
         out = ["--features", tmp_path / store, "--out", tmp_path / model]
         assert tinyvl("train", "itune", *epoch, *out)[0] == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     torch.testing.assert_close(one, other)
-    status, _, said = tinyvl("train", "itune", *common[:-6], "--rank", 4)
+    store = ["--features", tmp_path / "with"]  # whose summaries are of the encoder's own size
+    status, _, said = tinyvl("train", "epalm", *epoch, *store, "--out", tmp_path / "e")
+    assert (status, said) == (0, "")
+    plain = ["--data", world["data"], "--lm", world["lm"], *place, "--out", tmp_path / "n"]
+    status, _, said = tinyvl("train", "itune", *plain, "--rank", 4)
     assert (status, said) == (2, "--rank goes with --lower.")
     more = ["--init", tmp_path / "m", "--data", world["data"], "--lower", 1]
     status, _, said = tinyvl("train", "itune", *more, "--out", tmp_path / "n")
     assert status == 2
     assert "--init brings its own --lower" in said
+    status, _, said = tinyvl("features", *plain[1:2], "--what", "summaries", *both, "-o", "x")
+    assert (status, said) == (2, "--lower is about the tokens of pictures.")

@@ -1,5 +1,6 @@
 """Encoders against timm's own forward passes."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 from tiny import VIT, write_vision
 
 from tinyvl import UserError
-from tinyvl.encoders import build_image_encoder, load_image_encoder
+from tinyvl.encoders import build_image_encoder, load_image_encoder, shrunk
 
 
 def encoder_of(architecture, args=None, **kwargs):
@@ -136,6 +137,37 @@ def test_lower_maps_that_are_not_there_are_refused():
         encoder_of("test_efficientnet", lower=9)
     with pytest.raises(UserError, match=r"--lower 1: .* no maps"):
         encoder_of("vit_tiny_patch16_224", VIT, lower=1)
+
+
+def test_a_larger_picture_adds_its_tokens():
+    """Pillow's antialiased bicubic is the reference of bringing it down to the model's own size."""
+    encoder = encoder_of("test_efficientnet", lower=1, larger=208)
+    plain = encoder_of("test_efficientnet", lower=1)
+    plain.model.load_state_dict(encoder.model.state_dict())
+    own = plain.size
+    assert (encoder.size, encoder.probe().shape[-1], own) == (208, 208, 160)
+    x = pixels(208) // 2 + 64  # nothing to cut off, as Pillow does after each of its two passes
+    sides = (own, own)
+    small = [
+        Image.fromarray(p.permute(1, 2, 0).numpy()).resize(sides, Image.Resampling.BICUBIC)
+        for p in x
+    ]
+    small = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in small])
+    torch.testing.assert_close(shrunk(x, own), small.float(), rtol=0, atol=1.25)  # it rounds
+    percept, seen = encoder(x), plain(shrunk(x, own))
+    torch.testing.assert_close(percept.tokens, torch.cat([seen.tokens, plain(x).tokens], 1))
+    assert percept.tokens.shape[1] == 5 * 5 + 7 * 7
+    for ours, theirs in zip(percept.summaries, seen.summaries, strict=True):
+        assert torch.equal(ours, theirs)
+    many = x.repeat(3, 1, 1, 1)  # more than a CPU encodes at once
+    torch.testing.assert_close(encoder(many).tokens, percept.tokens.repeat(3, 1, 1))
+
+
+def test_larger_pictures_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match=r"--larger 160: .* own size is 160 pixels"):
+        encoder_of("test_efficientnet", larger=160)
+    with pytest.raises(UserError, match=r"--larger 448: .* no maps"):
+        encoder_of("vit_tiny_patch16_224", VIT, larger=448)
 
 
 @pytest.mark.parametrize(

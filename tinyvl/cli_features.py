@@ -28,8 +28,11 @@ def features(
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Of a video. (default: 8)")] = None,
     lower: Annotated[
-        int, typer.Option(min=0, help="Tokens with N stages of a CNN below its last map.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Tokens with N stages of a CNN below its last map.")
+    ] = None,
+    larger: Annotated[
+        int | None, typer.Option(min=0, help="Of a CNN, tokens of the picture at N pixels as well.")
+    ] = None,
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
     ] = "both",
@@ -58,9 +61,13 @@ def features(
     kind = modality or models.modality_in(row.job.get("media", {}))
     if frames is not None and kind != "video":
         raise UserError("--frames goes with --modality video.", 2)
-    if lower and (kind != "image" or what == "summaries"):
-        raise UserError("--lower is about the tokens of pictures.", 2)
-    told = {"lower": lower} if lower else {}
+    asked, told = given(lower=lower, larger=larger), {}
+    if kind != "image" or what == "summaries":
+        for name, value in asked.items():
+            if value:
+                raise UserError(f"--{name} is about the tokens of pictures.", 2)
+    else:
+        told = models.maps_read(row, vision, asked)
     told |= {} if kind == "image" else {"modality": kind} | given(frames=frames)
     if kind == "video":
         told.setdefault("frames", 8)

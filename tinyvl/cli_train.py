@@ -136,6 +136,10 @@ def train_itune(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of the linear layer that reads them. (default: 128)")
     ] = None,
+    larger: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of a CNN, read the picture at N pixels, too (not the paper)."),
+    ] = None,
     dropout: Annotated[
         float | None,
         typer.Option(min=0, max=0.9, help="Of image tokens and what modules read, in training."),
@@ -163,17 +167,21 @@ def train_itune(
     from tinyvl import models
 
     row = models.preset(preset, "itune")
-    if rank is not None and not lower:
+    maps = models.maps_read(row, vision, given(lower=lower, larger=larger))
+    if rank is not None and "lower" not in maps and training.init is None:
         raise UserError("--rank goes with --lower.", 2)
-    options = row.options | given(bottleneck=bottleneck, drop=drop, scale=scale, rank=rank)
-    if lm is not None and drop is None:
-        options.pop("drop", None)  # a preset's layers are counted for its own decoder
+    sizes = dict(row.options)
+    if lm not in (None, row.language):  # a preset's are chosen for its own decoder
+        sizes.pop("drop", None), sizes.pop("bottleneck", None)
+    if "lower" not in maps:
+        sizes.pop("rank", None)
+    options = sizes | given(bottleneck=bottleneck, drop=drop, scale=scale, rank=rank)
     parts = starting(
         row, training, options, lm=lm, vision=vision, prompt=prompt, bottleneck=bottleneck,
-        drop=drop, scale=scale, lower=lower,
+        drop=drop, scale=scale, lower=lower, rank=rank, larger=larger,
     )  # fmt: skip
     if training.init is None:
-        parts["media"] = {"lower": lower} if lower else {}
+        parts["media"] = maps
     parts["options"] |= given(dropout=dropout)
     if objective == "cider" and training.per_image is not None:
         raise UserError("--per-image goes with --objective likelihood; cider has --samples.", 2)
@@ -387,7 +395,7 @@ def launch(
     """
     from tinyvl import models, train
 
-    changes = row.job | (changes or {})
+    changes = {k: v for k, v in row.job.items() if k != "media"} | (changes or {})
     changes |= given(
         max_tokens=training.max_tokens, per_image=training.per_image, views=training.views
     )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FITS = ("crop", "squash", "jpeg")
 # Pictures that a CPU encodes at once. The layers' outputs of more outgrow what malloc keeps (at
 # most 32 MB a block): of EfficientNet-Lite2 on 32, page faults took 35 of 75 ms a picture.
-CPU_PICTURES = 4
+CPU_PICTURES = 4  # of the model's own size; of larger ones fewer
 
 
 @dataclass
@@ -61,7 +61,13 @@ class ImageEncoder(nn.Module):
     below: Sequence[int] = ()  # widths of the lower stages' parts of the tokens
 
     def __init__(
-        self, model: nn.Module, *, fit: str = "crop", levels: int | None = None, lower: int = 0
+        self,
+        model: nn.Module,
+        *,
+        fit: str = "crop",
+        levels: int | None = None,
+        lower: int = 0,
+        larger: int = 0,
     ):
         """Args:
         fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
@@ -70,13 +76,15 @@ class ImageEncoder(nn.Module):
         levels: how many summaries, counted from the last level; None: all.
         lower: of a model that gives maps, how many of its stages below the last map the tokens
             hold behind it: laid on its cells (mean), each normalised, highest first.
+        larger: a side in pixels. Pictures are made that large; the tokens are those of the picture
+            brought down to the model's own size, then those of the large one. 0: none of these.
         """
         super().__init__()
         from timm.data import resolve_data_config
 
         self.model = model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.levels = levels
-        self.prepare(resolve_data_config(model=model), fit)
+        self.prepare(resolve_data_config(model=model), fit, larger)
         norm = getattr(model, "norm", None)
         self.final_norm = norm is not None and isinstance(norm, norm_types())
         self.width: int = model.num_features
@@ -87,20 +95,30 @@ class ImageEncoder(nn.Module):
         if lower and (not self.maps or lower > len(below)):
             has = f"{len(below)} stages below its last map" if self.maps else "no maps"
             raise UserError(f"--lower {lower}: this image encoder has {has}.", 2)
+        if larger and not self.maps:
+            raise UserError(f"--larger {larger}: this image encoder has no maps.", 2)
         self.below = below[::-1][:lower]
         self.double = below is not stages  # the last stage is the last map
         if self.maps and stages:
             stages = [*stages[:-1], self.width]
         self.widths: list[int] = stages[-(levels or 0) :]  # of the summaries
 
-    def prepare(self, data_config: dict[str, Any], fit: str) -> None:
+    def prepare(self, data_config: dict[str, Any], fit: str, larger: int = 0) -> None:
         """How pictures become what the model takes."""
         if fit not in FITS:
             raise UserError(f"--fit is one of {', '.join(FITS)}, not {fit!r}.", 2)
         self.fit, self.data_config = fit, data_config
+        self.own_size: int = data_config["input_size"][-1]
+        if larger:
+            if larger <= self.own_size:
+                raise UserError(
+                    f"--larger {larger}: this image encoder's own size is {self.own_size} pixels.",
+                    2,
+                )
+            self.data_config |= {"input_size": (3, larger, larger)}
         if fit != "crop":
             self.data_config |= {"crop_mode": "squash", "crop_pct": 1.0}
-        self.size: int = self.data_config["input_size"][-1]
+        self.size: int = self.data_config["input_size"][-1]  # of the pictures it is given
         mean, std = (torch.tensor(self.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -148,9 +166,16 @@ class ImageEncoder(nn.Module):
             )
 
     def _pieces(self, images: Tensor) -> Percept:
-        if images.device.type != "cpu" or torch.is_grad_enabled() or len(images) <= CPU_PICTURES:
+        at_once = max(1, CPU_PICTURES * self.own_size**2 // self.size**2)
+        if images.device.type != "cpu" or torch.is_grad_enabled() or len(images) <= at_once:
+            return self._sizes(images)
+        return Percept.join([self._sizes(piece) for piece in images.split(at_once)])
+
+    def _sizes(self, images: Tensor) -> Percept:
+        if self.size == self.own_size:
             return self._forward(images)
-        return Percept.join([self._forward(piece) for piece in images.split(CPU_PICTURES)])
+        seen, large = self._forward(shrunk(images, self.own_size)), self._forward(images)
+        return Percept(torch.cat([seen.tokens, large.tokens], 1), seen.summaries)
 
     def _forward(self, images: Tensor) -> Percept:
         dtype = next(self.model.parameters()).dtype
@@ -217,6 +242,14 @@ def channels_last(x: Tensor, width: int) -> Tensor:
     return x
 
 
+def shrunk(images: Tensor, side: int) -> Tensor:
+    """Larger pictures (B, 3, H, W) as float32 (B, 3, side, side), 0 to 255."""
+    if images.device.type == "mps":  # which lacks the antialiased kernel
+        return shrunk(images.cpu(), side).to(images.device)
+    x = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True)
+    return x.clamp(0, 255)
+
+
 def laid(x: Tensor, on: Tensor) -> Tensor:
     """A map (B, C, H, W) on the cells of a smaller one, their means: (B, S, C)."""
     if x.device.type == "mps":  # which has this only where the one side divides the other
@@ -248,6 +281,7 @@ def load_image_encoder(
     fit: str = "crop",
     levels: int | None = None,
     lower: int = 0,
+    larger: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> ImageEncoder:
@@ -255,7 +289,7 @@ def load_image_encoder(
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    encoder = build_image_encoder(config, fit=fit, levels=levels, lower=lower)
+    encoder = build_image_encoder(config, fit=fit, levels=levels, lower=lower, larger=larger)
     state = load_file(folder / "model.safetensors")
     missing, _ = encoder.model.load_state_dict(state, strict=False)  # a classifier may be extra
     if missing:
@@ -264,7 +298,12 @@ def load_image_encoder(
 
 
 def build_image_encoder(
-    config: dict, *, fit: str = "crop", levels: int | None = None, lower: int = 0
+    config: dict,
+    *,
+    fit: str = "crop",
+    levels: int | None = None,
+    lower: int = 0,
+    larger: int = 0,
 ) -> ImageEncoder:
     """The encoder a timm ``config.json`` describes, with random weights, without classifier."""
     model = build_timm(config)
@@ -274,7 +313,7 @@ def build_image_encoder(
             "be read; choose another image encoder.",
             2,
         )
-    return ImageEncoder(model, fit=fit, levels=levels, lower=lower)
+    return ImageEncoder(model, fit=fit, levels=levels, lower=lower, larger=larger)
 
 
 def build_timm(config: dict, **changes: Any) -> nn.Module:

@@ -208,9 +208,9 @@ def build_encoder(
     """The encoder that a checkpoint's ``config.json`` describes; random without a folder.
 
     Args:
-        vision: ``config``, ``fit``; where it has any, the number of ``lower`` maps; and, where it
-            is not of pictures, ``modality``, ``frames`` of a video, the widest ``masks`` of a
-            sound (mel bins, frames).
+        vision: ``config``, ``fit``; where it has any, the number of ``lower`` maps and the side of
+            ``larger`` pictures; and, where it is not of pictures, ``modality``, ``frames`` of a
+            video, the widest ``masks`` of a sound (mel bins, frames).
     """
     modality, kind = vision.get("modality", "image"), vision["config"].get("model_type")
     if (modality == "audio") != (kind in KINDS and kind != "timesformer"):
@@ -220,10 +220,11 @@ def build_encoder(
             f"--vision for --modality {modality}, or another --modality.",
             2,
         )
-    given = {"fit": vision["fit"], "levels": levels, "lower": vision.get("lower", 0)}
+    more = {key: vision[key] for key in ("lower", "larger") if vision.get(key)}
+    given = {"fit": vision["fit"], "levels": levels, **more}
     if kind in KINDS:
-        if given["lower"]:
-            raise UserError(f"--lower {given['lower']}: this encoder has no maps.", 2)
+        for key, value in more.items():
+            raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
         model, processor = load_model(vision["config"], folder)
         if kind != "timesformer":
             masks = vision.get("masks", MASKS)

@@ -191,6 +191,8 @@ class FeatureStore:
             raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
         theirs = self.manifest["transform"]
         ours = json.loads(json.dumps(model.encoder.data_config))
+        if model.reads == "summaries" and "larger" in self.manifest["encoder"]:
+            ours.pop("input_size")  # summaries are of the encoder's own size all the same
         for key in ours:
             if ours[key] != theirs.get(key):
                 raise UserError(
@@ -211,8 +213,10 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
     """
     store = FeatureStore.open(folder)
     theirs = store.manifest["encoder"]
-    keys = ("sha256", "fit", "config", "modality", "frames")
-    lacks = theirs.get("lower", 0) < vision.get("lower", 0)
+    keys, lacks = ["sha256", "fit", "config", "modality", "frames"], False
+    if what == "tokens":  # summaries are of the last map alone, at the encoder's own size
+        keys.append("larger")
+        lacks = theirs.get("lower", 0) < vision.get("lower", 0)
     if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
         raise UserError(
             f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
@@ -229,7 +233,7 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
 
 
 def described(vision: dict[str, Any]) -> str:
-    keys = ("fit", "modality", "frames", "lower")
+    keys = ("fit", "modality", "frames", "lower", "larger")
     told = {key: vision[key] for key in keys if key in vision}
     about = ", ".join(f"{key} {value}" for key, value in told.items())
     return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, {about})"

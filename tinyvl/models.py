@@ -239,9 +239,17 @@ def parts_of(config: dict) -> dict[str, Any]:
 
 
 def media_of(config: dict) -> dict[str, Any]:
-    """What an encoder was told beside how pictures fit: of videos, of sounds, of lower maps."""
+    """What an encoder was told beside how pictures fit: of videos, of sounds, of a CNN's maps."""
     vision = image_side(config)
-    return {key: vision[key] for key in ("modality", "frames", "masks", "lower") if key in vision}
+    keys = ("modality", "frames", "masks", "lower", "larger")
+    return {key: vision[key] for key in keys if key in vision}
+
+
+def maps_read(row: Preset, vision: str | None, asked: dict[str, int]) -> dict[str, Any]:
+    """Which maps of a CNN are read: the preset's with its own encoder, and what was asked for."""
+    own = row.job.get("media", {}) if vision in (None, row.vision) else {}
+    maps = {key: own[key] for key in ("lower", "larger") if key in own} | asked
+    return {key: value for key, value in maps.items() if value}
 
 
 def modality_in(media: dict[str, Any]) -> str:
