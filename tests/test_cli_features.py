@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_features import content, paint
-from tiny import write_decoder, write_vision
+from tiny import write_decoder, write_text, write_vision
 from typer.testing import CliRunner
 
 from tinyvl import UserError, cli, extract
@@ -215,15 +215,14 @@ def test_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
     cnn = write_vision(tmp_path / "cnn", "test_efficientnet", {})
     place = ["--vision", cnn, "--fit", "crop", "--device", "cpu", "--workers", 0, "--quiet"]
     both = ["--lower", 2, "--larger", 208]
-    for name, more in (("with", both), ("lower", both[:2]), ("without", [])):
+    for name, more in (("with", both), ("without", [])):
         out = ["--out", tmp_path / name]
         assert tinyvl("features", world["data"], *place, *more, *out)[0] == 0
     common = ["--data", world["data"], "--lm", world["lm"], *place, "--limit", 6, "--epochs", 1]
     common += [*both, "--rank", 4, "--out", tmp_path / "m"]
-    for store in ("lower", "without"):
-        status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / store)
-        assert status == 2
-        assert "lower 2, larger 208" in said
+    status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / "without")
+    assert status == 2
+    assert "lower 2, larger 208" in said
     status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / "with")
     assert (status, said) == (0, "")
     model = ["--model", tmp_path / "m", "--device", "cpu", "--max-tokens", 5, "--json"]
@@ -231,15 +230,19 @@ def test_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
     pictures = [line["path"] for line in kept]
     status, plain, _ = tinyvl("caption", *model, "--workers", 0, *pictures)
     assert [line["caption"] for line in kept] == [line["caption"] for line in plain]
-    epoch = ["--data", world["data"], "--lm", world["lm"], *place, "--epochs", 1]
-    for store, model in (("lower", "a"), ("without", "b")):  # more lower maps do not disturb
-        out = ["--features", tmp_path / store, "--out", tmp_path / model]
-        assert tinyvl("train", "itune", *epoch, *out)[0] == 0
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    torch.testing.assert_close(one, other)
-    store = ["--features", tmp_path / "with"]  # whose summaries are of the encoder's own size
-    status, _, said = tinyvl("train", "epalm", *epoch, *store, "--out", tmp_path / "e")
-    assert (status, said) == (0, "")
+    common = ["--data", world["data"], *place[:2], "--fit", "crop", *place[4:], "--epochs", 1]
+    lm, text = ["--lm", world["lm"]], write_text(tmp_path / "text", ["a red ring", "a blue cross"])
+    methods = {
+        "itune": lm, "epalm": lm,
+        "lilt": ["--text", text, "--views", 1, "--image-adapter", "deep"],
+    }  # fmt: skip
+    for method, more in methods.items():  # what more there is does not disturb
+        for store, model in (("with", "a"), ("without", "b")):
+            out = ["--features", tmp_path / store, "--out", tmp_path / f"{method}-{model}"]
+            status, _, said = tinyvl("train", method, *common, *more, *out)
+            assert (status, said) == (0, ""), method
+        one, other = (load_file(tmp_path / f"{method}-{n}" / "model.safetensors") for n in "ab")
+        torch.testing.assert_close(one, other)
     plain = ["--data", world["data"], "--lm", world["lm"], *place, "--out", tmp_path / "n"]
     status, _, said = tinyvl("train", "itune", *plain, "--rank", 4)
     assert (status, said) == (2, "--rank goes with --lower.")

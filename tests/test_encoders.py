@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import VIT, write_vision
 
 from tinyvl import UserError
-from tinyvl.encoders import build_image_encoder, load_image_encoder, shrunk
+from tinyvl.encoders import build_image_encoder, load_image_encoder
 
 
 def encoder_of(architecture, args=None, **kwargs):
@@ -140,34 +140,47 @@ def test_lower_maps_that_are_not_there_are_refused():
 
 
 def test_a_larger_picture_adds_its_tokens():
-    """Pillow's antialiased bicubic is the reference of bringing it down to the model's own size."""
     encoder = encoder_of("test_efficientnet", lower=1, larger=208)
     plain = encoder_of("test_efficientnet", lower=1)
     plain.model.load_state_dict(encoder.model.state_dict())
-    own = plain.size
-    assert (encoder.size, encoder.probe().shape[-1], own) == (208, 208, 160)
-    x = pixels(208) // 2 + 64  # nothing to cut off, as Pillow does after each of its two passes
-    sides = (own, own)
-    small = [
-        Image.fromarray(p.permute(1, 2, 0).numpy()).resize(sides, Image.Resampling.BICUBIC)
-        for p in x
-    ]
-    small = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in small])
-    torch.testing.assert_close(shrunk(x, own), small.float(), rtol=0, atol=1.25)  # it rounds
-    percept, seen = encoder(x), plain(shrunk(x, own))
-    torch.testing.assert_close(percept.tokens, torch.cat([seen.tokens, plain(x).tokens], 1))
-    assert percept.tokens.shape[1] == 5 * 5 + 7 * 7
+    x = pixels(plain.size)
+    assert encoder.size == plain.size == 160
+    percept, seen = encoder(x), plain(x)
+    large = x.float().permute(0, 2, 3, 1).numpy()
+    large = np.stack([enlarged(enlarged(p, 208, 0), 208, 1) for p in large]).clip(0, 255)
+    large = plain(torch.from_numpy(large).float().permute(0, 3, 1, 2))
+    assert [p.tokens.shape[1] for p in (seen, large)] == [5 * 5, 7 * 7]
+    expected = torch.cat([seen.tokens, large.tokens], 1)
+    torch.testing.assert_close(percept.tokens, expected, rtol=0, atol=1e-3)
     for ours, theirs in zip(percept.summaries, seen.summaries, strict=True):
         assert torch.equal(ours, theirs)
     many = x.repeat(3, 1, 1, 1)  # more than a CPU encodes at once
     torch.testing.assert_close(encoder(many).tokens, percept.tokens.repeat(3, 1, 1))
 
 
+def enlarged(picture, side, axis, a=-0.75):
+    """Cubic convolution (Keys, 1981) along an axis, pixel by pixel, edges repeated."""
+    picture = np.moveaxis(picture, axis, 0)
+    rows = []
+    for i in range(side):
+        at = (i + 0.5) * len(picture) / side - 0.5
+        first, total = int(np.floor(at)) - 1, 0.0
+        for j in range(first, first + 4):
+            t = abs(at - j)
+            near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+            far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+            total = total + (near if t <= 1 else far) * picture[min(max(j, 0), len(picture) - 1)]
+        rows.append(total)
+    return np.moveaxis(np.stack(rows), 0, axis)
+
+
 def test_larger_pictures_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match=r"--larger 160: .* own size is 160 pixels"):
+    with pytest.raises(UserError, match=r"--larger 160: give more than .* own 160 pixels"):
         encoder_of("test_efficientnet", larger=160)
     with pytest.raises(UserError, match=r"--larger 448: .* no maps"):
         encoder_of("vit_tiny_patch16_224", VIT, larger=448)
+    with pytest.raises(UserError, match=r"--larger 448: .* one size only"):
+        encoder_of("levit_128s", larger=448)
 
 
 @pytest.mark.parametrize(

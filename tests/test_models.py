@@ -7,11 +7,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import shell
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, files, hub, models
+from tinyvl import UserError, files, hub, models, train
 
 CPU = torch.device("cpu")
 
@@ -163,6 +164,37 @@ def test_the_shipped_model_is_small_and_of_the_default_backbones():
     assert "Flickr8k" in card
     assert "research" in card
     assert json.dumps(config).count("/") < 3  # no path of the machine it was trained on
+
+
+def test_what_is_trained_by_default_is_shaped_like_the_shipped_model():
+    """So that one cache of features serves both."""
+    small, shipped = models.inspect("small"), models.inspect("default")
+    for key in ("trainable_parameters", "vision_options"):
+        assert small[key] == shipped[key]
+    row = models.preset(None, "itune")
+    assert models.maps_read(row, None, {}) == small["vision_options"]
+    assert models.maps_read(row, row.vision, {"lower": 1, "larger": 0}) == {"lower": 1}
+    assert models.maps_read(row, "resnet50", {}) == {}
+    assert models.maps_read(row, "resnet50", {"larger": 448}) == {"larger": 448}
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "media"),
+    [
+        ([], {"bottleneck": 104, "rank": 120}, {"lower": 2, "larger": 390}),
+        (["--lm", "gpt2"], {"rank": 120}, {"lower": 2, "larger": 390}),
+        (["--lm", "SmolLM2-135M", "--drop", "9", "--lower", "0"],
+         {"bottleneck": 104, "drop": 9}, {"larger": 390}),
+        (["--vision", "resnet50", "--larger", "448"], {"bottleneck": 104}, {"larger": 448}),
+        (["--preset", "itune-large-drop18", "--lm", "gpt2"], {}, {}),
+    ],
+)  # fmt: skip
+def test_a_presets_sizes_are_for_its_own_backbones(asked, options, media, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(train, "train", lambda job, run: jobs.append(job) or {})
+    done = shell.run("train", "itune", "--data", "d", "--device", "cpu", *asked)
+    assert done.returncode == 0, done.stderr
+    assert (jobs[0].options, jobs[0].media) == (options, media)
 
 
 def test_precision_and_device_choose_themselves():

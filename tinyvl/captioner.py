@@ -250,9 +250,8 @@ class Captioner(nn.Module, ABC):
             return self.encoder(pictures)
         if self.amp is None:
             pictures = pictures.float()
-        # A cache may have more lower levels.
         if self.reads == "tokens":
-            return Percept(pictures[..., : self.encoder.width + sum(self.encoder.below)], [])
+            return Percept(pictures, [])
         widths = self.encoder.widths
         pictures = pictures[:, -sum(widths) :]
         return Percept(pictures[:, None], list(pictures.split(widths, -1)))

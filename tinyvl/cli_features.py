@@ -28,10 +28,20 @@ def features(
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Of a video. (default: 8)")] = None,
     lower: Annotated[
-        int | None, typer.Option(min=0, help="Tokens with N stages of a CNN below its last map.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens with N stages of a CNN below its last map. (default: 2 with the default "
+            "encoder, else 0)",
+        ),
     ] = None,
     larger: Annotated[
-        int | None, typer.Option(min=0, help="Of a CNN, tokens of the picture at N pixels as well.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of a CNN, tokens of the picture enlarged to N pixels as well. (default: 390 with "
+            "the default encoder, else 0)",
+        ),
     ] = None,
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")

@@ -123,7 +123,8 @@ def train_itune(
     lm: LM = None,
     vision: Vision = None,
     bottleneck: Annotated[
-        int | None, typer.Option(min=1, help="r. (default: half the width)")
+        int | None,
+        typer.Option(min=1, help="r. (default: 104 with the default decoder, else half its width)"),
     ] = None,
     drop: Annotated[
         int | None, typer.Option(min=0, help="No modules in the first N layers.")
@@ -131,14 +132,22 @@ def train_itune(
     scale: Annotated[float | None, typer.Option(help="λ of equation 5.")] = None,
     lower: Annotated[
         int | None,
-        typer.Option(min=0, help="Read N stages of a CNN below its last map, too (not the paper)."),
+        typer.Option(
+            min=0,
+            help="Read N stages of a CNN below its last map, too (not the paper). (default: 2 with "
+            "the default encoder, else 0)",
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of the linear layer that reads them. (default: 128)")
+        int | None, typer.Option(min=1, help="Of the linear layer that reads them. (default: 120)")
     ] = None,
     larger: Annotated[
         int | None,
-        typer.Option(min=0, help="Of a CNN, read the picture at N pixels, too (not the paper)."),
+        typer.Option(
+            min=0,
+            help="Of a CNN, read the picture enlarged to N pixels, too (not the paper). (default: "
+            "390 with the default encoder, else 0)",
+        ),
     ] = None,
     dropout: Annotated[
         float | None,

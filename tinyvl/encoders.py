@@ -59,6 +59,7 @@ class ImageEncoder(nn.Module):
     modality = "image"
     frames: int | None = None  # of a video; None: videos are not read
     below: Sequence[int] = ()  # widths of the lower stages' parts of the tokens
+    larger = 0  # side of the enlarged pictures whose tokens stand behind
 
     def __init__(
         self,
@@ -76,15 +77,15 @@ class ImageEncoder(nn.Module):
         levels: how many summaries, counted from the last level; None: all.
         lower: of a model that gives maps, how many of its stages below the last map the tokens
             hold behind it: laid on its cells (mean), each normalised, highest first.
-        larger: a side in pixels. Pictures are made that large; the tokens are those of the picture
-            brought down to the model's own size, then those of the large one. 0: none of these.
+        larger: a side in pixels. Behind the tokens of a picture stand those of the same picture
+            enlarged to it: a CNN's filters then see smaller parts. 0: none of these.
         """
         super().__init__()
         from timm.data import resolve_data_config
 
         self.model = model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.levels = levels
-        self.prepare(resolve_data_config(model=model), fit, larger)
+        self.prepare(resolve_data_config(model=model), fit)
         norm = getattr(model, "norm", None)
         self.final_norm = norm is not None and isinstance(norm, norm_types())
         self.width: int = model.num_features
@@ -95,30 +96,33 @@ class ImageEncoder(nn.Module):
         if lower and (not self.maps or lower > len(below)):
             has = f"{len(below)} stages below its last map" if self.maps else "no maps"
             raise UserError(f"--lower {lower}: this image encoder has {has}.", 2)
-        if larger and not self.maps:
-            raise UserError(f"--larger {larger}: this image encoder has no maps.", 2)
+        self.larger = self.enlarged(larger)
         self.below = below[::-1][:lower]
         self.double = below is not stages  # the last stage is the last map
         if self.maps and stages:
             stages = [*stages[:-1], self.width]
         self.widths: list[int] = stages[-(levels or 0) :]  # of the summaries
 
-    def prepare(self, data_config: dict[str, Any], fit: str, larger: int = 0) -> None:
+    def enlarged(self, side: int) -> int:
+        """The side of larger pictures, if the model can read them."""
+        if side and not self.maps:
+            raise UserError(f"--larger {side}: this image encoder has no maps.", 2)
+        if side and self.model.pretrained_cfg.get("fixed_input_size"):
+            raise UserError(f"--larger {side}: this image encoder reads one size only.", 2)
+        if side and side <= self.size:
+            raise UserError(
+                f"--larger {side}: give more than this image encoder's own {self.size} pixels.", 2
+            )
+        return side
+
+    def prepare(self, data_config: dict[str, Any], fit: str) -> None:
         """How pictures become what the model takes."""
         if fit not in FITS:
             raise UserError(f"--fit is one of {', '.join(FITS)}, not {fit!r}.", 2)
         self.fit, self.data_config = fit, data_config
-        self.own_size: int = data_config["input_size"][-1]
-        if larger:
-            if larger <= self.own_size:
-                raise UserError(
-                    f"--larger {larger}: this image encoder's own size is {self.own_size} pixels.",
-                    2,
-                )
-            self.data_config |= {"input_size": (3, larger, larger)}
         if fit != "crop":
             self.data_config |= {"crop_mode": "squash", "crop_pct": 1.0}
-        self.size: int = self.data_config["input_size"][-1]  # of the pictures it is given
+        self.size: int = self.data_config["input_size"][-1]
         mean, std = (torch.tensor(self.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -166,18 +170,22 @@ class ImageEncoder(nn.Module):
             )
 
     def _pieces(self, images: Tensor) -> Percept:
-        at_once = max(1, CPU_PICTURES * self.own_size**2 // self.size**2)
+        largest = max(self.size, self.larger)
+        at_once = max(1, CPU_PICTURES * self.size**2 // largest**2)
         if images.device.type != "cpu" or torch.is_grad_enabled() or len(images) <= at_once:
             return self._sizes(images)
         return Percept.join([self._sizes(piece) for piece in images.split(at_once)])
 
     def _sizes(self, images: Tensor) -> Percept:
-        if self.size == self.own_size:
-            return self._forward(images)
-        seen, large = self._forward(shrunk(images, self.own_size)), self._forward(images)
-        return Percept(torch.cat([seen.tokens, large.tokens], 1), seen.summaries)
+        seen = self.look(images)
+        if not self.larger:
+            return seen
+        side = (self.larger, self.larger)
+        images = F.interpolate(images.float(), side, mode="bicubic").clamp(0, 255)
+        return Percept(torch.cat([seen.tokens, self.look(images).tokens], 1), seen.summaries)
 
-    def _forward(self, images: Tensor) -> Percept:
+    def look(self, images: Tensor) -> Percept:
+        """Pictures (B, 3, H, W) as they are, of a size the model reads."""
         dtype = next(self.model.parameters()).dtype
         x = ((images.float() / 255 - self.mean) / self.std).to(
             dtype, memory_format=torch.channels_last
@@ -240,14 +248,6 @@ def channels_last(x: Tensor, width: int) -> Tensor:
     if x.ndim == 4:
         return x.flatten(2).transpose(1, 2) if x.shape[1] == width else x.flatten(1, 2)
     return x
-
-
-def shrunk(images: Tensor, side: int) -> Tensor:
-    """Larger pictures (B, 3, H, W) as float32 (B, 3, side, side), 0 to 255."""
-    if images.device.type == "mps":  # which lacks the antialiased kernel
-        return shrunk(images.cpu(), side).to(images.device)
-    x = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True)
-    return x.clamp(0, 255)
 
 
 def laid(x: Tensor, on: Tensor) -> Tensor:

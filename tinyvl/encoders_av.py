@@ -123,7 +123,7 @@ class AudioEncoder(Layered):
     Sounds come as float32 (B, 1, frames, mel bins), as `audio.Sounds` makes them.
     """
 
-    modality, frames, size, fit, below = "audio", None, None, "crop", ()
+    modality, frames, size, fit, below, larger = "audio", None, None, "crop", (), 0
 
     def __init__(
         self, model: nn.Module, *, levels: int | None, masks: tuple, processor: dict | None = None

@@ -82,6 +82,12 @@ def contents(
         "dtype": dtype,
         "tensors": {name: list(part.shape[1:]) for name, part in parts.items()},
     }
+    if what != "summaries" and encoder.below:
+        head["widths"] = [encoder.width, *encoder.below]
+    if what != "summaries" and encoder.larger:  # how many tokens are of the encoder's own size
+        with torch.no_grad():
+            alone = encoder.look(encoder.probe().to(device_of(encoder)))
+        head["cells"] = alone.tokens.shape[1]
     return json.loads(json.dumps(head))
 
 

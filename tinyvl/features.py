@@ -85,6 +85,7 @@ class FeatureStore:
         self.index = Index(Entry(*record) for record in manifest["records"])
         self.ends = list(accumulate(shard["rows"] for shard in manifest["shards"]))
         self.mapped: dict[tuple[int, str], Tensor] = {}
+        self.part = slice(None), slice(None)  # of the tokens: which, and which of their numbers
         self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
 
     @classmethod
@@ -145,14 +146,14 @@ class FeatureStore:
             raise UserError(
                 f"{self.folder}: {len(missing):,} of {len(pictures):,} pictures are not in these "
                 f"features or have changed since, such as {missing[0]}; `tinyvl features DATA "
-                f"--out {self.folder}` adds them.",
+                f"--out {self.folder}` with the options of the first time adds them.",
                 2,
             )
         return found
 
     def tokens(self, indices: Sequence[int]) -> Tensor:
-        """Token maps of some rows: (n, S, D), in the type they are kept in."""
-        return self._rows("tokens", indices)
+        """Token maps of some rows: (n, S, D), in the type they are kept in; of these its part."""
+        return self._rows("tokens", indices, self.part)
 
     def summaries(self, indices: Sequence[int]) -> list[Tensor]:
         """The summaries of some rows, a level each, lowest first: (n, D_level)."""
@@ -165,14 +166,18 @@ class FeatureStore:
             return self.tokens(indices)
         return torch.cat(self.summaries(indices), -1)
 
-    def _rows(self, name: str, indices: Sequence[int]) -> Tensor:
+    def _rows(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
         if name not in self.manifest["tensors"]:
             raise UserError(f"{self.folder}: {name} are not kept there.", 2)
         shape, dtype = self.manifest["tensors"][name], DTYPES[self.manifest["dtype"]]
+        shape = [
+            *(len(range(n)[p]) for n, p in zip(shape, part, strict=False)),
+            *shape[len(part) :],
+        ]
         out = torch.empty(len(indices), *shape, dtype=dtype)
         for i, index in enumerate(indices):
             file = bisect(self.ends, index)
-            out[i] = self._map(file, name)[index - (self.ends[file - 1] if file else 0)]
+            out[i] = self._map(file, name)[index - (self.ends[file - 1] if file else 0), *part]
         return out
 
     def _map(self, file: int, name: str) -> Tensor:
@@ -191,8 +196,6 @@ class FeatureStore:
             raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
         theirs = self.manifest["transform"]
         ours = json.loads(json.dumps(model.encoder.data_config))
-        if model.reads == "summaries" and "larger" in self.manifest["encoder"]:
-            ours.pop("input_size")  # summaries are of the encoder's own size all the same
         for key in ours:
             if ours[key] != theirs.get(key):
                 raise UserError(
@@ -213,10 +216,14 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
     """
     store = FeatureStore.open(folder)
     theirs = store.manifest["encoder"]
-    keys, lacks = ["sha256", "fit", "config", "modality", "frames"], False
-    if what == "tokens":  # summaries are of the last map alone, at the encoder's own size
-        keys.append("larger")
-        lacks = theirs.get("lower", 0) < vision.get("lower", 0)
+    keys, lacks = ("sha256", "fit", "config", "modality", "frames"), False
+    if what == "tokens":  # of which there may be more than are wanted
+        below = [encoder.get("lower", 0) for encoder in (vision, theirs)]
+        larger = [encoder.get("larger", 0) for encoder in (vision, theirs)]
+        lacks = below[0] > below[1] or larger[0] not in (0, larger[1])
+        cells = None if larger[0] else store.manifest.get("cells")
+        widths = store.manifest.get("widths")
+        store.part = slice(cells), slice(widths and sum(widths[: 1 + below[0]]))
     if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
         raise UserError(
             f"{folder}: these are features of {described(theirs)}, and this model's encoder is "

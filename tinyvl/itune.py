@@ -14,8 +14,9 @@ out from the untouched language model; W_q and b_q start 1/√r smaller than PyT
 them, so that the unscaled softmax starts as soft as a scaled one. Rates are in `models.PRESETS`.
 b_k changes nothing (a softmax does not see what all its scores share); it is there as the paper
 counts it. ``dropout`` (of the image tokens' entries and of Σ s_i V'_i, in training) is not in the
-paper: a small set of pictures needs it. Nor are the lower maps that `Lower` adds to the tokens: the
-last map of a CNN trained on classes has lost some of the colours, parts and places.
+paper: a small set of pictures needs it. Nor are the lower maps that `Lower` adds to the tokens (the
+last map of a CNN trained on classes has lost some of the colours, parts and places), and the tokens
+of the picture enlarged that an encoder may put behind its own.
 """
 
 import torch
@@ -103,7 +104,7 @@ class ITune(Captioner):
         drop: int = 0,
         scale: float = 1.0,
         dropout: float = 0.0,
-        rank: int = 128,
+        rank: int = 120,
     ):
         super().__init__(encoder, decoder, text, prompt)
         self.dropout = dropout

@@ -465,5 +465,6 @@ def inspect(name: str) -> dict[str, Any]:
         "trainable_percent": round(100 * trainable / total, 3),
         **{side: part["name"] for side, part in backbones(config).items()},
         "options": config["options"],
+        "vision_options": media_of(config),
         **extra,
     }

@@ -204,7 +204,8 @@ PRESETS |= {
 # Run everywhere, a CPU included: what commands use without a preset.
 SMALL: dict[str, Preset] = {
     "itune": Preset(
-        "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {"drop": 19}, fit="jpeg"
+        "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {"bottleneck": 104, "rank": 120},
+        fit="jpeg", job={"media": {"lower": 2, "larger": 390}},
     ),
     "epalm": Preset(
         "epalm", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
