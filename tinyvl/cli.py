@@ -1,5 +1,7 @@
 """The command line: parse, call one function, print. Nothing heavy is imported at the top."""
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -242,6 +244,7 @@ def fail(message: str, status: int) -> NoReturn:
 
 def main() -> None:
     """The console script: errors a user can mend become one sentence and an exit status."""
+    atexit.register(gc.freeze)  # else a last search of torch's modules for garbage takes a second
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # quiet beside worker processes
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdin, sys.stdout):  # file names that are not UTF-8 pass through
