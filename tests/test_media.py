@@ -747,8 +747,10 @@ def test_no_warning_reaches_the_user(pictures, children):
 
 
 PROGRAM = """
-import os, numpy, torch
+import os, signal, numpy, torch
 from tinyvl.media import decode_images, expand
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def transform(image):
     if image.getpixel((0, 0))[0] == 1:
