@@ -186,6 +186,7 @@ def test_what_is_trained_by_default_is_shaped_like_the_shipped_model():
         (["--lm", "SmolLM2-135M", "--drop", "9", "--lower", "0"],
          {"bottleneck": 104, "drop": 9}, {"larger": 390}),
         (["--vision", "resnet50", "--larger", "448"], {"bottleneck": 104}, {"larger": 448}),
+        (["--vision", "resnet50", "--lower", "2"], {"bottleneck": 104}, {"lower": 2}),
         (["--preset", "itune-large-drop18", "--lm", "gpt2"], {}, {}),
     ],
 )  # fmt: skip

@@ -156,7 +156,7 @@ def train_epalm(
     parts["media"] = parts["media"] | told(kind, vqa, frames, *masks, before=parts["media"])
     if recipe is None and preset is not None and kind != "image":
         recipe = presets.AV_RECIPES[kind, "vqa" if vqa else "caption"]
-    job = {name: value for name, value in row.job.items() if name != "media"}
+    job = dict(row.job)
     if preset is not None and kind != "image":
         job.setdefault("crops", True)  # as in the presets of its own
     if training.features is not None:  # which have one view of each

@@ -139,7 +139,12 @@ def train_itune(
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of the linear layer that reads them. (default: 120)")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of the linear layer that reads them. (default: 120 with the default encoder, "
+            "else 128)",
+        ),
     ] = None,
     larger: Annotated[
         int | None,
@@ -181,9 +186,9 @@ def train_itune(
     if rank is not None and "lower" not in maps and training.init is None:
         raise UserError("--rank goes with --lower.", 2)
     sizes = dict(row.options)
-    if lm not in (None, row.language):  # a preset's are chosen for its own decoder
-        sizes.pop("drop", None), sizes.pop("bottleneck", None)
-    if "lower" not in maps:
+    if lm not in (None, row.language):  # a preset's are chosen for its own backbones
+        sizes = {name: size for name, size in sizes.items() if name not in ("drop", "bottleneck")}
+    if "lower" not in maps or vision not in (None, row.vision):
         sizes.pop("rank", None)
     options = sizes | given(bottleneck=bottleneck, drop=drop, scale=scale, rank=rank)
     parts = starting(

@@ -170,10 +170,7 @@ class FeatureStore:
         if name not in self.manifest["tensors"]:
             raise UserError(f"{self.folder}: {name} are not kept there.", 2)
         shape, dtype = self.manifest["tensors"][name], DTYPES[self.manifest["dtype"]]
-        shape = [
-            *(len(range(n)[p]) for n, p in zip(shape, part, strict=False)),
-            *shape[len(part) :],
-        ]
+        shape = torch.empty(shape, device="meta")[part].shape
         out = torch.empty(len(indices), *shape, dtype=dtype)
         for i, index in enumerate(indices):
             file = bisect(self.ends, index)

@@ -104,7 +104,7 @@ class ITune(Captioner):
         drop: int = 0,
         scale: float = 1.0,
         dropout: float = 0.0,
-        rank: int = 120,
+        rank: int = 128,
     ):
         super().__init__(encoder, decoder, text, prompt)
         self.dropout = dropout
