@@ -13,7 +13,7 @@ from PIL import Image
 from published import PUBLISHED, coco, vqa, write, write_json, write_tar, xtd10
 from typer.testing import CliRunner
 
-from tinyvl import UserError, check, cli, cli_data, data, formats
+from tinyvl import UserError, cli, cli_data, data, data_check, data_formats
 from tinyvl.records import Record
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -60,7 +60,7 @@ def good(tmp_path) -> Path:
 
 
 def test_formats_in_the_help_are_those_there_are():
-    assert list(cli_data.FORMATS) == list(formats.READERS)
+    assert list(cli_data.FORMATS) == list(data_formats.READERS)
 
 
 def test_every_option_has_help():
@@ -319,7 +319,7 @@ def test_check_of_a_malformed_record_says_which(good):
 
 
 def test_check_prints_tables_on_a_terminal(good, monkeypatch, capsys):
-    found = check.check([good], workers=0, quiet=True)
+    found = data_check.check([good], workers=0, quiet=True)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     cli_data.show(found)
     shown = capsys.readouterr().out

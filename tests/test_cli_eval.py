@@ -72,7 +72,7 @@ CAPTION = ("--beams", 2, "--max-tokens", 6, "--metrics", "BLEU-4,CIDEr", *QUICK)
 
 @pytest.fixture(autouse=True)
 def _without_java(monkeypatch):
-    monkeypatch.setattr("tinyvl.java.find_java", lambda explicit=None: None)
+    monkeypatch.setattr("tinyvl.metrics_java.find_java", lambda explicit=None: None)
 
 
 def test_captions_scored_by_a_model_and_again_from_its_folder(home, tmp_path):

@@ -11,7 +11,7 @@ from tinyvl import UserError, models
 from tinyvl.captioner import Text
 from tinyvl.clipcap import ClipCap, Transformer
 from tinyvl.decoder import Cache
-from tinyvl.pretrained import build_decoder, decoder_config
+from tinyvl.decoder_weights import build_decoder, decoder_config
 
 
 def slow_mlp(mapping: nn.Module, vector: torch.Tensor, length: int) -> torch.Tensor:

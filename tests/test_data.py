@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvl import UserError, data, readers
+from tinyvl import UserError, data, data_captions
 
 
 def write(path: Path, text: str) -> Path:
@@ -267,7 +267,7 @@ def test_flickr(tmp_path, name):
 
 def test_flickr_csv_unquotes(tmp_path):
     path = write(tmp_path / "captions.txt", 'image,caption\na.jpg,"A ""no, no"" sign"\n')
-    assert next(readers.read_flickr(path)).captions == ['A "no, no" sign']
+    assert next(data_captions.read_flickr(path)).captions == ['A "no, no" sign']
 
 
 def test_flickr8k_splits_and_the_picture_that_is_none(tmp_path, caplog):
@@ -276,7 +276,7 @@ def test_flickr8k_splits_and_the_picture_that_is_none(tmp_path, caplog):
     write(tmp_path / "Flickr_8k.devImages.txt", "b.jpg\n")
     write(tmp_path / "Flickr_8k.trainImages.txt", "a.jpg\n")
     with caplog.at_level(logging.WARNING):
-        records = list(readers.read_flickr(path))
+        records = list(data_captions.read_flickr(path))
     assert [(record.id, record.split) for record in records] == [
         ("a.jpg", "train"),
         ("b.jpg", "val"),
@@ -530,16 +530,16 @@ def test_flickr8k_written_as_token_files_reads_the_same(real, tmp_path):
 @pytest.mark.slow
 def test_coco_annotations(real):
     folder = real / "coco_annotations"
-    full = list(readers.read_coco(folder / "captions_val2017.json"))
+    full = list(data_captions.read_coco(folder / "captions_val2017.json"))
     assert len(full) == 5000
     assert sum(len(record.captions) for record in full) == 25_014
     by_id = {record.id: record for record in full}
-    mini = list(readers.read_coco(folder / "coco_mini_captions_val2017.json"))
+    mini = list(data_captions.read_coco(folder / "coco_mini_captions_val2017.json"))
     assert len(mini) == 79
     for record in mini:
         assert record.image == by_id[record.id].image
         assert sorted(record.captions) == sorted(by_id[record.id].captions)
-    train = list(readers.read_coco(folder / "coco_mini_captions_train2017.json"))
+    train = list(data_captions.read_coco(folder / "coco_mini_captions_train2017.json"))
     assert (len(train), sum(len(record.captions) for record in train)) == (80, 400)
     with pytest.raises(UserError, match="--images"):
         data.read(folder / "captions_val2017.json")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tinyvl import UserError
 from tinyvl.decoder import Cache, Decoder
-from tinyvl.pretrained import build_decoder, decoder_config, load_decoder
+from tinyvl.decoder_weights import build_decoder, decoder_config, load_decoder
 
 SMALL = {
     "vocab_size": 97,

@@ -8,9 +8,9 @@ from torch import nn
 from tinyvl import UserError, models
 from tinyvl.captioner import Text
 from tinyvl.decoder import Cache
+from tinyvl.decoder_weights import build_decoder, decoder_config
 from tinyvl.encoders import Percept
 from tinyvl.epalm import Adapter, EPalm
-from tinyvl.pretrained import build_decoder, decoder_config
 
 LAYERS, WIDTH = 5, 48
 SMALL = {

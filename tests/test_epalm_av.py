@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from test_encoders_av import AST, TIMESFORMER, write
+from test_encoders_av import AST, TIMESFORMER
+from test_encoders_av import write as write_backbone
 from tiny import write_decoder, write_vision
 from typer.testing import CliRunner
 
-from tinyvl import UserError, cli, draw_av, evaluate, feed, generate, models, presets, train
+from tinyvl import UserError, cli, draw_av, evaluate, models, presets, train, train_batches, write
 from tinyvl.features import open_store
 
 CPU = torch.device("cpu")
@@ -30,8 +31,8 @@ def world(tmp_path_factory) -> dict[str, Path]:
     for name, make in (("video", draw_av.draw_videos), ("audio", draw_av.draw_sounds)):
         for r in make(root / name, train=6, held_out=3):
             texts += [r["captions"][0], f"{r['question']} Answer: {r['answers'][0]}"]
-    write(root / "timesformer", model_of(transformers.TimesformerModel, TIMESFORMER))
-    write(root / "ast", model_of(transformers.ASTModel, TINY_AST))
+    write_backbone(root / "timesformer", model_of(transformers.TimesformerModel, TIMESFORMER))
+    write_backbone(root / "ast", model_of(transformers.ASTModel, TINY_AST))
     write_vision(root / "vit")
     write_decoder(root / "lm", "opt", texts)
     pictures = []
@@ -63,7 +64,7 @@ def trained(world, out: Path, modality: str, task: str = "caption", vision=None,
 
 
 PLACE = evaluate.Place(CPU, torch.float32, workers=0, quiet=True)
-GREEDY = generate.Style(beams=1, max_tokens=6)
+GREEDY = write.Style(beams=1, max_tokens=6)
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
@@ -99,10 +100,10 @@ def test_a_folder_gives_its_videos_and_a_batch_does_not_matter(world, tmp_path):
     model = models.load(str(tmp_path / "a"), device=CPU)
     paths = [str(path) for path in sorted((world["video"] / "videos").iterdir())[:3]]
     paths.insert(1, str(world["0.png"]))  # a picture among videos
-    style = generate.Style(beams=2, max_tokens=6)
-    together = list(generate.captions(model, paths, style=style, workers=0))
+    style = write.Style(beams=2, max_tokens=6)
+    together = list(write.captions(model, paths, style=style, workers=0))
     for path, found in zip(paths, together, strict=True):
-        ((_, text, score),) = generate.captions(model, [path], style=style, workers=0)
+        ((_, text, score),) = write.captions(model, [path], style=style, workers=0)
         assert (path, text) == found[:2]
         assert score == pytest.approx(found[2], abs=1e-4)
     result = CliRunner().invoke(
@@ -137,9 +138,11 @@ def inputs(world, modality: str, tmp_path, **options) -> list[torch.Tensor]:
     job = train.Job(
         "epalm", str(world[modality]), "", "", "", {}, presets.Recipe(), media=told, **options
     )
-    records, _ = feed.load_records(job)
+    records, _ = train_batches.load_records(job)
     run = train.Run(tmp_path, CPU, quiet=True, workers=0, cache=False)
-    seen = feed.Pictures(records, model, run, "train", job.views, job.seed, crops=job.crops)
+    seen = train_batches.Pictures(
+        records, model, run, "train", job.views, job.seed, crops=job.crops
+    )
     return [next(seen.stream(iter([[0]]), epoch))[0] for epoch in range(3)]
 
 

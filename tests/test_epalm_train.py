@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import fit_decoder, write_vision
 
-from tinyvl import UserError, feed, models, presets, train
+from tinyvl import UserError, models, presets, train, train_batches
 from tinyvl.data import Record
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
@@ -123,31 +123,31 @@ def run(out: Path, **changes) -> train.Run:
 
 
 def test_an_epoch_reads_one_answer_in_proportion_to_the_annotators():
-    group = feed.Group(3, [[1]] * 7 + [[2]] * 3, drawn=True)
+    group = train_batches.Group(3, [[1]] * 7 + [[2]] * 3, drawn=True)
     drawn = [tuple(group.read(0, epoch)[0]) for epoch in range(4000)]
     assert Counter(drawn)[(1,)] / 4000 == pytest.approx(0.7, abs=0.03)
     assert drawn[:50] == [tuple(group.read(0, epoch)[0]) for epoch in range(50)]
     assert drawn[:50] != [tuple(group.read(1, epoch)[0]) for epoch in range(50)]
-    other = feed.Group(4, group.captions, drawn=True)
+    other = train_batches.Group(4, group.captions, drawn=True)
     assert drawn[:50] != [tuple(other.read(0, epoch)[0]) for epoch in range(50)]
 
 
 def test_each_question_has_its_answers_the_most_frequent_first(world):
     model = build(world, "epalm", {"task": "vqa"})
     record = Record("x.png", question=QUESTION, answers=["bee", "ant", "ant"])
-    (lines,) = feed.prepare([record], model, job(world, options={"task": "vqa"}))
+    (lines,) = train_batches.prepare([record], model, job(world, options={"task": "vqa"}))
     said = [model.text.decode(line) for line in lines]
     assert said == [f"{QUESTION} Answer: {word}" for word in ("ant", "ant", "bee")]
 
 
 @pytest.mark.parametrize(("limit", "number"), [(512, 512), ("1%", 44), ("10%", 444), ("0.01%", 1)])
 def test_a_limit_is_a_number_or_a_share(limit, number):
-    assert feed.share(limit, 4437) == number
+    assert train_batches.share(limit, 4437) == number
 
 
 def test_a_limited_run_reads_records_that_the_seed_draws(world):
     def read(seed: int, limit: int | str) -> list[str]:
-        records, _ = feed.load_records(job(world, seed=seed, limit=limit))
+        records, _ = train_batches.load_records(job(world, seed=seed, limit=limit))
         return [record.captions[0] for record in records]
 
     few = read(0, "50%")

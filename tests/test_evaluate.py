@@ -13,18 +13,18 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from tiny import write_captioner
 
-from tinyvl import UserError, bootstrap, evaluate, evaluate_files, generate, java, models
+from tinyvl import UserError, bootstrap, evaluate, evaluate_compare, metrics_java, models, write
 from tinyvl.data import Record
 
 TEXTS = ["a red dog runs", "two cats sleep", "the sky is blue", "a cat is red"]
 PLACE = evaluate.Place(torch.device("cpu"), torch.float32, batch=2, workers=0, quiet=True)
-STYLE = generate.Style(beams=2, max_tokens=6)
+STYLE = write.Style(beams=2, max_tokens=6)
 TIMES = ("seconds", "items_per_second", "kept")
 
 
 @pytest.fixture(autouse=True)
 def _without_java(monkeypatch):
-    monkeypatch.setattr(java, "find_java", lambda explicit=None: None)
+    monkeypatch.setattr(metrics_java, "find_java", lambda explicit=None: None)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_each_of_several_pictures_is_swapped_for_another():
 
 def test_a_killed_run_goes_on_to_the_same_report(checkpoint, source, tmp_path, monkeypatch):
     whole = captions_of(checkpoint, source, out=tmp_path / "whole")
-    real = generate.captions
+    real = write.captions
 
     def killed(*args, **kwargs):
         for i, found in enumerate(real(*args, **kwargs)):
@@ -147,14 +147,14 @@ def test_a_killed_run_goes_on_to_the_same_report(checkpoint, source, tmp_path, m
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(generate, "captions", killed)
+    monkeypatch.setattr(write, "captions", killed)
     with pytest.raises(KeyboardInterrupt):
         captions_of(checkpoint, source, out=tmp_path / "part")
     with (tmp_path / "part/predictions.jsonl").open("a") as file:
         file.write('{"id": "5", "cap')  # and in the middle of a line
     asked = []
     monkeypatch.setattr(
-        generate, "captions", lambda m, paths, **how: asked.extend(paths) or real(m, paths, **how)
+        write, "captions", lambda m, paths, **how: asked.extend(paths) or real(m, paths, **how)
     )
     again = captions_of(checkpoint, source, out=tmp_path / "part", resume=True)
     assert len(asked) == again["items"] - again["kept"] == 2
@@ -188,7 +188,7 @@ def test_a_limit_does_not_change_which_picture_stands_in(checkpoint, source, tmp
 def test_another_decoding_does_not_go_on_in_the_same_folder(checkpoint, source, tmp_path):
     captions_of(checkpoint, source, out=tmp_path / "out")
     with pytest.raises(UserError, match="decoding") as caught:
-        captions_of(checkpoint, source, out=tmp_path / "out", resume=True, style=generate.Style(1))
+        captions_of(checkpoint, source, out=tmp_path / "out", resume=True, style=write.Style(1))
     assert caught.value.status == 2
 
 
@@ -274,7 +274,7 @@ def test_captions_made_elsewhere_are_scored_without_the_pictures(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     made = write_lines(tmp_path / "said.jsonl", said(2))  # those of the train split are left aside
-    report = evaluate_files.score_files("caption", [made], evaluate.Source(str(file)))
+    report = evaluate_compare.score_files("caption", [made], evaluate.Source(str(file)))
     references = {entry["id"]: entry["captions"] for entry in entries[1:]}
     wanted = by_pycocoevalcap(references, {e["id"]: e["caption"] for e in said(2)[1:]})
     assert {name: report["metrics"][name] for name in wanted} == pytest.approx(wanted, abs=1e-9)
@@ -286,18 +286,18 @@ def test_captions_made_elsewhere_are_scored_without_the_pictures(tmp_path):
 def test_missing_predictions_are_an_error_unless_allowed(source, tmp_path):
     made = write_lines(tmp_path / "said.jsonl", said(0)[:-2])
     with pytest.raises(UserError, match="no prediction for 2 of 6 records, the first '5'"):
-        evaluate_files.score_files("caption", [made], source)
-    report = evaluate_files.score_files("caption", [made], source, allow_missing=True)
+        evaluate_compare.score_files("caption", [made], source)
+    report = evaluate_compare.score_files("caption", [made], source, allow_missing=True)
     assert report["items"] == 4
     write_lines(made, said(0)[:1])  # of another part only
     with pytest.raises(UserError, match="no prediction"):
-        evaluate_files.score_files("caption", [made], source, allow_missing=True)
+        evaluate_compare.score_files("caption", [made], source, allow_missing=True)
 
 
 def test_several_seeds_give_mean_and_deviation(source, tmp_path):
     made = [write_lines(tmp_path / f"{i}.jsonl", said(i)) for i in range(3)]
-    alone = [evaluate_files.score_files("caption", [file], source)["metrics"] for file in made]
-    report = evaluate_files.score_files("caption", made, source)
+    alone = [evaluate_compare.score_files("caption", [file], source)["metrics"] for file in made]
+    report = evaluate_compare.score_files("caption", made, source)
     assert [run["metrics"] for run in report["runs"]] == alone
     values = [metrics["CIDEr"] for metrics in alone]
     assert report["metrics"]["CIDEr"] == pytest.approx(np.mean(values))
@@ -309,7 +309,7 @@ def test_several_seeds_give_mean_and_deviation(source, tmp_path):
 def test_a_bootstrap_computes_corpus_bleu_anew_on_each_draw(source, tmp_path):
     """The intervals are those of pycocoevalcap's values on the same draws, written out."""
     made = [write_lines(tmp_path / f"{i}.jsonl", said(i)) for i in range(2)]
-    report = evaluate_files.compare_files("caption", *made, source)
+    report = evaluate_compare.compare_files("caption", *made, source)
     references = [entry["captions"] for entry in captioned()[1:]]
     texts = [[entry["caption"] for entry in said(i)[1:]] for i in range(2)]
     (counts,) = bootstrap.draws(6)
@@ -335,7 +335,7 @@ def test_a_bootstrap_computes_corpus_bleu_anew_on_each_draw(source, tmp_path):
 
 def test_a_run_equals_itself(source, tmp_path):
     made = write_lines(tmp_path / "a.jsonl", said(0))
-    report = evaluate_files.compare_files("caption", made, made, source)
+    report = evaluate_compare.compare_files("caption", made, made, source)
     assert report["difference"]["CIDEr"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
@@ -386,7 +386,7 @@ def questions(tmp_path) -> evaluate.Source:
 def test_answers_are_scored_officially_strictly_and_by_type(questions, tmp_path):
     made = tmp_path / "answers.json"
     made.write_text(json.dumps([{"question_id": q, "answer": a} for q, a in ANSWERS.items()]))
-    report = evaluate_files.score_files("vqa", [made], questions)
+    report = evaluate_compare.score_files("vqa", [made], questions)
     # Official: normalised unless all agree; 7 of 10 give 1, 2 give 0.6; "Yes" is not "yes".
     accuracy, strict = {10: 1.0, 11: 0.6, 12: 0.0, 13: 1.0}, {10: 0.0, 11: 0.0, 12: 0.0, 13: 1.0}
     assert report["metrics"] == pytest.approx({"accuracy": 2.6 / 4, "strict_accuracy": 0.25})
@@ -440,8 +440,8 @@ def test_a_report_on_frequent_answers_says_so(questions, tmp_path):
     made.write_text(json.dumps([{"question_id": 11, "answer": "3"}]))
     source = replace(questions, answers_top=3)  # 3, dog, red
     with pytest.raises(UserError, match="no prediction for 2 of 3"):
-        evaluate_files.score_files("vqa", [made], source)
-    report = evaluate_files.score_files("vqa", [made], source, allow_missing=True)
+        evaluate_compare.score_files("vqa", [made], source)
+    report = evaluate_compare.score_files("vqa", [made], source, allow_missing=True)
     assert report["answers_top"] == 3
     assert report["items"] == 1
     assert report["metrics"]["strict_accuracy"] == 1
@@ -501,7 +501,7 @@ def test_flickr8k_by_the_default_model(tmp_path):
     """40 photos: fluent captions score far above those of swapped photos."""
     source = evaluate.Source(str(FLICKR), limit=40)
     place = replace(PLACE, batch=20, workers=1)
-    style = generate.Style(beams=3)
+    style = write.Style(beams=3)
     found = [
         evaluate.run(
             "caption", "default", source, style=style, place=place, shuffle=shuffle,
@@ -518,7 +518,7 @@ def test_flickr8k_by_the_default_model(tmp_path):
 def test_the_coco_caption_example_scored_from_its_results_file(tmp_path, monkeypatch):
     """Its 1,000 captions, by COCO's ids, to the last digit of pycocoevalcap's values."""
     monkeypatch.undo()  # Java is wanted here
-    if java.find_java() is None:
+    if metrics_java.find_java() is None:
         pytest.skip("needs Java")
     rows = json.loads((SHARED / "golden/fakecap_val2014_1000.json").read_text())
     expected = json.loads((SHARED / "golden/fakecap_expected.json").read_text())
@@ -532,7 +532,7 @@ def test_the_coco_caption_example_scored_from_its_results_file(tmp_path, monkeyp
     )
     results = [{"image_id": row["image_id"], "caption": row["hyp"]} for row in reversed(rows)]
     (tmp_path / "results.json").write_text(json.dumps(results))
-    report = evaluate_files.score_files(
+    report = evaluate_compare.score_files(
         "caption", [tmp_path / "results.json"], evaluate.Source(str(tmp_path / "captions.json"))
     )
     assert report["tokenizer"] == "java"

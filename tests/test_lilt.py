@@ -13,9 +13,9 @@ from tiny import write_text, write_vision
 from torch import Tensor
 from transformers import BertModel
 
-from tinyvl import UserError, lilt, models, towers
+from tinyvl import UserError, lilt, lilt_towers, models
+from tinyvl.encoders_text import clean_caption
 from tinyvl.lilt import LilT, Pairs
-from tinyvl.text_encoders import clean_caption
 
 CPU = torch.device("cpu")
 CAPTIONS = [
@@ -140,7 +140,7 @@ def test_without_additions_the_towers_are_timms_and_transformers(folders):
     torch.testing.assert_close(model.embed_texts(CAPTIONS[:1]), ours[1][:1], atol=1e-5, rtol=0)
 
 
-def slow_adapter(x: Tensor, adapter: towers.Adapter) -> Tensor:
+def slow_adapter(x: Tensor, adapter: lilt_towers.Adapter) -> Tensor:
     h = x @ adapter.down.weight.T + adapter.down.bias
     h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
     return x + h @ adapter.up.weight.T + adapter.up.bias

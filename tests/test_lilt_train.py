@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_text, write_vision
 
-from tinyvl import UserError, augment, extract, feed, models, train
+from tinyvl import UserError, extract, media_augment, models, train, train_batches
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -151,7 +151,7 @@ def test_a_locked_tower_reads_features_of_its_encoder(world, tmp_path, architect
     vision, encoder = extract.load_encoder(
         world["vision"], "squash", device=torch.device("cpu"), precision=torch.float32
     )
-    pictures = [(r.image, r.id) for part in feed.load_records(this) for r in part]
+    pictures = [(r.image, r.id) for part in train_batches.load_records(this) for r in part]
     head = extract.contents(vision, encoder)
     extract.extract(tmp_path / "features", pictures, encoder, head, run(tmp_path))
     train.train(this, run(tmp_path / "plain"))
@@ -267,14 +267,14 @@ def test_a_limit_counts_pairs():
         Record(f"{i}.png", captions=[f"{i} {j}" for j in range(5)], id=str(i)) for i in range(40)
     ]
     for limit in (7, 150):
-        kept = feed.limit_pairs(records, limit, seed=3)
+        kept = train_batches.limit_pairs(records, limit, seed=3)
         assert sum(len(r.captions) for r in kept) == limit
         assert all(c.startswith(f"{r.id} ") for r in kept for c in r.captions)
-        assert kept == feed.limit_pairs(records, limit, seed=3)
-    assert sum(len(r.captions) for r in feed.limit_pairs(records, "10%", seed=3)) == round(
+        assert kept == train_batches.limit_pairs(records, limit, seed=3)
+    assert sum(len(r.captions) for r in train_batches.limit_pairs(records, "10%", seed=3)) == round(
         sum(len(r.captions) for r in records) / 10
     )
-    assert len(feed.limit_pairs(records, 1000, seed=3)) == 40
+    assert len(train_batches.limit_pairs(records, 1000, seed=3)) == 40
 
 
 # ------------------------------------------------------------------------------------ random crops
@@ -288,18 +288,18 @@ def photo(width: int, height: int) -> Image.Image:
 
 def test_a_crop_is_a_function_of_seed_epoch_and_picture():
     picture = photo(120, 90)
-    one = augment.RandomCrop(64, epoch=3, seed=1)(picture)
+    one = media_augment.RandomCrop(64, epoch=3, seed=1)(picture)
     assert one.shape == (3, 64, 64)
     assert one.dtype == torch.uint8
-    assert torch.equal(one, augment.RandomCrop(64, epoch=3, seed=1)(picture.copy()))
+    assert torch.equal(one, media_augment.RandomCrop(64, epoch=3, seed=1)(picture.copy()))
     others = [(64, 4, 1), (64, 3, 2)]
-    assert not any(torch.equal(one, augment.RandomCrop(*other)(picture)) for other in others)
+    assert not any(torch.equal(one, media_augment.RandomCrop(*other)(picture)) for other in others)
 
 
 def test_crops_have_the_area_and_aspect_of_random_resized_crops():
     rng = random.Random(0)
     for width, height in ((640, 480), (100, 300), (30, 30)):
-        boxes = [augment.random_box(width, height, rng) for _ in range(300)]
+        boxes = [media_augment.random_box(width, height, rng) for _ in range(300)]
         for left, top, right, bottom in boxes:
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
@@ -314,7 +314,7 @@ def test_crops_have_the_area_and_aspect_of_random_resized_crops():
 def test_the_operations_are_randaugments():
     picture = photo(64, 64)
     x = np.asarray(picture).astype(int)
-    done = [operation(picture, 0.7, 1) for operation in augment.OPERATIONS]
+    done = [operation(picture, 0.7, 1) for operation in media_augment.OPERATIONS]
     same, contrast, equal, bright, sharp, shear_x, shear_y, move_x, move_y, turned = (
         np.asarray(p).astype(int) for p in done
     )

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, feed, models, train
+from tinyvl import UserError, models, train, train_batches
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -82,7 +82,7 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
 
 def test_groups_hold_captions_of_one_picture_by_length():
     tokens = [[[1] * 5, [2], [3] * 3], [], [[4]]]
-    groups = feed.groups_of(tokens, 2)
+    groups = train_batches.groups_of(tokens, 2)
     assert [(g.record, [len(c) for c in g.captions]) for g in groups] == [
         (0, [1, 3]), (0, [5]), (2, [1]),
     ]  # fmt: skip
@@ -316,12 +316,12 @@ def test_restval_is_training_data_and_val_is_not(world, tmp_path):
     ]
     file = root / "karpathy.json"
     file.write_text(json.dumps({"images": images}))
-    train_records, val = feed.load_records(job(world | {"data": str(file)}))
+    train_records, val = train_batches.load_records(job(world | {"data": str(file)}))
     assert [r.id for r in train_records] == ["0", "1", "2"]
     assert [r.id for r in val] == ["3"]
     test = root / "test.json"  # a validation file of its own is taken whole
     test.write_text(json.dumps({"images": images[4:]}))
-    _, val = feed.load_records(job(world | {"data": str(file), "val": str(test)}))
+    _, val = train_batches.load_records(job(world | {"data": str(file), "val": str(test)}))
     assert [r.id for r in val] == ["4"]
 
 
@@ -379,7 +379,7 @@ def test_captions_are_cut_to_the_decoders_positions(world, tmp_path):
     )
     model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
     long = Record("x.png", ["red " * 200], "x")
-    (ids,) = feed.prepare([long], model, job(world, max_tokens=500))[0]
+    (ids,) = train_batches.prepare([long], model, job(world, max_tokens=500))[0]
     assert len(ids) == 64 - 1 - 1 - 1  # positions, bos, prompt, eos
     pictures = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     model.caption(pictures, beams=1, max_tokens=500)

@@ -237,7 +237,7 @@ def fit_bilingual_bert(folder: Path, pairs: list[tuple[str, str]], *, epochs: in
     from torch.nn import functional as F
     from transformers import AutoTokenizer, BertModel
 
-    from tinyvl.text_encoders import pool_tokens
+    from tinyvl.encoders_text import pool_tokens
 
     texts = [text for pair in pairs for text in pair]
     write_text(folder, texts, hidden_size=64, intermediate_size=128, num_hidden_layers=2)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.readers_folder import distinct
+from tinyvl.data_folders import distinct
 from tinyvl.records import text_lines
 
 SYNSET = r"n\d{8}"  # WordNet's number of a class of ImageNet

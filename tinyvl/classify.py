@@ -14,8 +14,9 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, generate, media
+from tinyvl import UserError, media
 from tinyvl.indexing import embed_images
+from tinyvl.write import gathered
 
 
 def read_labels(given: str) -> list[str]:
@@ -66,7 +67,7 @@ def classify(
     classes, temperature = classes.float().cpu(), float(model.temperature)
     encoder = model.encoder
     decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
-    for group in generate.gathered(decoded, batch):
+    for group in gathered(decoded, batch):
         good = [picture for _, picture in group if isinstance(picture, Tensor)]
         found = iter(())
         if good:

@@ -105,7 +105,7 @@ def caption(
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     how = search.style(beams, max_tokens)
-    from tinyvl import generate, media, models
+    from tinyvl import media, models, write
     from tinyvl.records import SUFFIXES
 
     inputs = inputs or []
@@ -124,12 +124,12 @@ def caption(
     if store is not None:
         store.check(loaded)
     if out is not None:
-        stream, done = generate.open_output(out, resume)
+        stream, done = write.open_output(out, resume)
         paths = (path for path in paths if path not in done)
-    results = generate.captions(
+    results = write.captions(
         loaded, paths, style=how, batch=batch, workers=place.workers, store=store
     )
-    status = generate.write(results, stream, as_json=as_json, bare=one and out is None)
+    status = write.write(results, stream, as_json=as_json, bare=one and out is None)
     raise typer.Exit(status)
 
 

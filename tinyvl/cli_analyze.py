@@ -31,13 +31,13 @@ def layernorm(
     A row each: tower, layer, norm (1 or 2 in a layer), parameter (scale or bias), L1 norm of the
     change. Pearson's r of depth and change goes to standard error.
     """
-    from tinyvl import analyze, files
+    from tinyvl import files, plots
 
-    rows = analyze.layernorm_shifts(model)
-    r = analyze.correlations(rows)
+    rows = plots.layernorm_shifts(model)
+    r = plots.correlations(rows)
     if png is not None:
-        analyze.plot(rows, png)
-    text = analyze.as_csv(rows)
+        plots.plot(rows, png)
+    text = plots.as_csv(rows)
     if as_json:
         text = json.dumps({"model": model, "pearson": r, "shifts": rows}) + "\n"
     if out is not None:

@@ -68,7 +68,7 @@ def ask(
     how = search.style(beams, max_tokens, usual=3)
     from itertools import repeat
 
-    from tinyvl import generate, media, models
+    from tinyvl import media, models, write
     from tinyvl.records import SUFFIXES
 
     one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
@@ -85,12 +85,12 @@ def ask(
     if store is not None:
         store.check(loaded)
     if out is not None:
-        stream, done = generate.open_output(out, resume, field="answer", question=question)
+        stream, done = write.open_output(out, resume, field="answer", question=question)
         paths = (path for path in paths if path not in done)
-    results = generate.captions(
+    results = write.captions(
         loaded, paths, style=how, batch=batch, workers=place.workers, questions=repeat(question),
         store=store,
     )  # fmt: skip
     bare = one and out is None
-    status = generate.write(results, stream, as_json=as_json, bare=bare, question=question)
+    status = write.write(results, stream, as_json=as_json, bare=bare, question=question)
     raise typer.Exit(status)

@@ -50,9 +50,9 @@ def check_data(
     damaged files, blank captions, and files that are in two splits. Several data sets that name no
     split are taken for the splits of one. Exit status 1: there are problems.
     """
-    from tinyvl import check
+    from tinyvl import data_check
 
-    report = check.check(
+    report = data_check.check(
         paths, format=format, split=split, lang=lang, images=images, fast=fast, workers=workers,
         quiet=quiet,
     )  # fmt: skip

@@ -169,13 +169,13 @@ def caption(
         predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
     )
     how = search.style(beams, max_tokens)
-    from tinyvl import evaluate, evaluate_files
+    from tinyvl import evaluate, evaluate_compare
 
     model, data = model_and_data(arguments, model=not made)
     source = part.source(data, lang)
     scoring = evaluate.Scoring(names, java, spice_jars)
     if made:
-        report = evaluate_files.of_files(
+        report = evaluate_compare.of_files(
             "caption", predictions, compare, source,
             scoring=scoring, allow_missing=allow_missing, results=results,
         )  # fmt: skip
@@ -234,12 +234,12 @@ def vqa(
         predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
     )
     how = search.style(beams, max_tokens)
-    from tinyvl import evaluate, evaluate_files
+    from tinyvl import evaluate, evaluate_compare
 
     model, data = model_and_data(arguments, model=not made)
     source = part.source(data, lang, answers_top)
     if made:
-        report = evaluate_files.of_files(
+        report = evaluate_compare.of_files(
             "vqa", predictions, compare, source, allow_missing=allow_missing, results=results
         )
     else:
@@ -281,9 +281,9 @@ def retrieval(
     if finished("retrieval", arguments, predictions, compare, out or features, running.as_json):
         return
     model, data = model_and_data(arguments)
-    from tinyvl import evaluate_dual
+    from tinyvl import evaluate_pairs
 
-    report = evaluate_dual.run_retrieval(
+    report = evaluate_pairs.run_retrieval(
         model,
         part.source(data, None),
         langs=[name.strip() for name in lang.split(",")] if lang else None,
@@ -335,9 +335,9 @@ def zeroshot(
     if finished("zeroshot", arguments, predictions, compare, out or features, running.as_json):
         return
     model, data = model_and_data(arguments)
-    from tinyvl import evaluate_dual
+    from tinyvl import evaluate_pairs
 
-    report = evaluate_dual.run_zeroshot(
+    report = evaluate_pairs.run_zeroshot(
         model,
         part.source(data, None),
         prompts=prompt,
@@ -366,12 +366,12 @@ def finished(
         raise UserError(
             "--predictions or --compare takes folders that -o made, and nothing else is needed.", 2
         )
-    from tinyvl import evaluate_dual
+    from tinyvl import evaluate_pairs
 
     if compare:
-        report = evaluate_dual.compare_folders(kind, *compare)
+        report = evaluate_pairs.compare_folders(kind, *compare)
     else:
-        report = evaluate_dual.score_folders(kind, predictions)
+        report = evaluate_pairs.score_folders(kind, predictions)
     show(report, as_json)
     return True
 

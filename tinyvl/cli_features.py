@@ -64,7 +64,7 @@ def features(
     """
     from tinyvl import data as sets
     from tinyvl import extract, models
-    from tinyvl.job import Run, keep_memory
+    from tinyvl.train_run import Run, keep_memory
 
     method = "itune" if modality in (None, "image") else "epalm"
     row = models.PRESETS.get(preset) or models.preset(preset, method, checked(modality))

@@ -13,7 +13,7 @@ import typer
 from tinyvl import UserError
 
 if TYPE_CHECKING:
-    from tinyvl.generate import Style
+    from tinyvl.write import Style
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Checkpoint folder, hf://owner/name, or default.")
@@ -138,9 +138,9 @@ class Search:
             )
         if not 0 < drawn["top_p"] <= 1:
             raise UserError("--top-p is above 0 and at most 1.", 2)
-        from tinyvl import generate
+        from tinyvl import write
 
-        return generate.Style(
+        return write.Style(
             beams or usual,
             max_tokens,
             1.0 if self.length_penalty is None else self.length_penalty,
@@ -170,7 +170,7 @@ def local(name: str) -> str:
 def load_model(name: str, place: Place, task: str = "caption", **more: Any):
     """The model of a name, where and how it shall run; ``more`` goes to `models.load`."""
     from tinyvl import models
-    from tinyvl.job import keep_memory
+    from tinyvl.train_run import keep_memory
 
     keep_memory()
     target = models.choose_device(place.device)

@@ -25,7 +25,7 @@ from tinyvl.cli_options import (
 
 if TYPE_CHECKING:
     from tinyvl.index import Index
-    from tinyvl.retrieve import Query
+    from tinyvl.search import Query
 
 AnyModel = Annotated[
     str | None,
@@ -158,7 +158,7 @@ def retrieve(
     if folder and not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; an index elsewhere is named by --index.", 2)
     from tinyvl.index import Index, check_model
-    from tinyvl.retrieve import Query, answers, shift_of, term
+    from tinyvl.search import Query, answers, shift_of, term
 
     piped = "-" in texts
     adds, subtracts = [term(t) for t in plus or []], [term(t) for t in minus or []]
@@ -230,14 +230,14 @@ def shown(found: "Index", folder: str | None) -> Callable[[str], str]:
 
 def groups(texts: list[str], images: list["Query"]) -> Iterator[list["Query"]]:
     """Queries to be answered together: those named, then those on standard input as they come."""
-    from tinyvl.retrieve import Query
+    from tinyvl.search import Query
 
     named = [Query(text) for text in texts if text != "-"] + images
     if named:
         yield named
     if "-" in texts:
-        from tinyvl.generate import gathered
         from tinyvl.media import expand
+        from tinyvl.write import gathered
 
         lines = (Query(line.strip()) for line in expand(["-"]))
         yield from gathered(lines, 256)
@@ -275,8 +275,8 @@ def classify(
     from tinyvl import media
     from tinyvl.classes import templates
     from tinyvl.classify import classify, read_labels, write
-    from tinyvl.generate import open_output
     from tinyvl.metrics import class_embeddings
+    from tinyvl.write import open_output
 
     names, prompts = read_labels(labels), templates(prompt)
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()

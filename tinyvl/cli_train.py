@@ -366,7 +366,7 @@ def limit_of(text: str | None) -> Any:
 def starting(
     row: "Preset", training: Training, options: dict[str, Any], **brought: Any
 ) -> dict[str, Any]:
-    """The parts of a `job.Job`: the preset's with what was asked for, or those of --init.
+    """The parts of a `train_run.Job`: the preset's with what was asked for, or those of --init.
 
     Args:
         options: the method's, for a run without --init.
@@ -405,8 +405,8 @@ def launch(
 ) -> None:
     """Trains what the options say and prints the summary.
 
-    ``changes`` are made to the preset's `job.Job`, ``recipe`` to its `presets.Recipe`; what the
-    command line says of either comes last.
+    ``changes`` are made to the preset's `train_run.Job`, ``recipe`` to its `presets.Recipe`; what
+    the command line says of either comes last.
     """
     from tinyvl import models, train
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from tinyvl import UserError
-from tinyvl.formats import EITHER, FOLDERS, LINKS, OWN, READERS, recognise
-from tinyvl.locate import locate, locate_own
+from tinyvl.data_files import locate, locate_own
+from tinyvl.data_formats import EITHER, FOLDERS, LINKS, OWN, READERS, recognise
 from tinyvl.records import Record, readable
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def read(
     Args:
         path: a file or folder in one of the formats of `formats`, or a folder that holds one such
             file.
-        format: a name in `formats.READERS`; otherwise recognised from the content.
+        format: a name in `data_formats.READERS`; otherwise recognised from the content.
         split: keep this part (see `select_split`).
         images: the folder that the pictures (videos, sounds) are in. Otherwise JSON Lines are
             relative to themselves, and what published formats name is looked for where they keep

@@ -9,7 +9,7 @@ The methods live inside the decoder's layers, so it is ours. What they need of i
   layer by `Decoder.prefix`, for tokens that run through the layers by `Decoder.read`;
 - ``first``/``last``: run only some of the layers (states below the first module can be reused).
 
-Weights come from transformers checkpoints (`pretrained.py`); logits equal transformers'.
+Weights come from transformers checkpoints (`decoder_weights.py`); logits equal transformers'.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.augment import RandomCrop, View
+from tinyvl.media_augment import RandomCrop, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,7 +149,7 @@ class ImageEncoder(nn.Module):
         """The transform, of the frames of videos too where these are read."""
         if self.frames is None:
             return transform
-        from tinyvl.video import Clips
+        from tinyvl.media_video import Clips
 
         return Clips(transform, self.frames, still=self.modality == "image", key=key)
 

@@ -25,15 +25,15 @@ from tinyvl import (
     bootstrap,
     data,
     files,
-    generate,
     metrics,
     models,
     predictions,
+    write,
 )
 from tinyvl.data import Record
 from tinyvl.features import FeatureStore, open_store
-from tinyvl.job import Run, bar, keep_memory
 from tinyvl.records import READABLE
+from tinyvl.train_run import Run, bar, keep_memory
 
 
 @dataclass
@@ -365,7 +365,7 @@ def run(
     name: str,
     source: Source,
     *,
-    style: generate.Style,
+    style: write.Style,
     scoring: Scoring | None = None,
     place: Place,
     out: Path | None = None,
@@ -421,7 +421,7 @@ def run(
     log = predictions.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
-        found = generate.captions(
+        found = write.captions(
             model,
             [shown[record.id] for record in todo],
             style=style,

@@ -28,7 +28,7 @@ from tinyvl.features import (
     write_manifest,
     write_shard,
 )
-from tinyvl.job import Interrupted, Run, bar, say
+from tinyvl.train_run import Interrupted, Run, bar, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image

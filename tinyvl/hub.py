@@ -23,9 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.backbones import BACKBONES, PHOTOS, Backbone, find
-from tinyvl.convert import CONVERT, write_json
-from tinyvl.wheels import Missed, building, busy, cache_dir, file_sha256, say, tilde, unpack
+from tinyvl.hub_convert import CONVERT, write_json
+from tinyvl.hub_table import BACKBONES, PHOTOS, Backbone, find
+from tinyvl.hub_wheels import Missed, building, busy, cache_dir, file_sha256, say, tilde, unpack
 
 PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, data, index, job, media
+from tinyvl import UserError, data, index, media, train_run
 from tinyvl.index import TABLES, Part, Row
 
 TEXTS = 64  # captions embedded together
@@ -242,8 +242,8 @@ class Update:
             workers=self.workers,
         )
         broken: dict[str, str] = {}  # digest -> why
-        run = job.Run(self.folder, torch.device("cpu"))
-        with job.bar("pictures", len(changed), run) as advance:
+        run = train_run.Run(self.folder, torch.device("cpu"))
+        with train_run.bar("pictures", len(changed), run) as advance:
             for group in batched(decoded, self.batch):
                 found = [(waiting.popleft(), picture) for _, picture in group]
                 good = [(row, picture) for row, picture in found if isinstance(picture, Tensor)]
@@ -283,8 +283,8 @@ class Update:
         known = self.known("captions")
         new = [row for row in rows if row.digest not in known]
         new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
-        run = job.Run(self.folder, torch.device("cpu"))
-        with job.bar("captions", len(new), run) as advance:
+        run = train_run.Run(self.folder, torch.device("cpu"))
+        with train_run.bar("captions", len(new), run) as advance:
             for group in batched(new, TEXTS):
                 vectors = self.model.embed_texts([row.caption for row in group])
                 self.parts["captions"].append(group, vectors.float().cpu().numpy())

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyvl import UserError, bert
-from tinyvl.text_encoders import build_text_model, load_text_model, load_tokenizer
-from tinyvl.towers import ImageTower, MapAdapter, TextTower, Tuning, image_model
+from tinyvl.encoders_text import build_text_model, load_text_model, load_tokenizer
+from tinyvl.lilt_towers import ImageTower, MapAdapter, TextTower, Tuning, image_model
 
 
 def build(config: dict, folders: dict[str, Path] | None) -> "LilT":

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tinyvl import UserError
-from tinyvl.caption_metrics import CAPTION_METRICS, CaptionScores, caption_scores, plan_captions
+from tinyvl.metrics_captions import CAPTION_METRICS, CaptionScores, caption_scores, plan_captions
 
 __all__ = [
     "CAPTION_METRICS", "CaptionScores", "by_type", "caption_scores", "class_embeddings",

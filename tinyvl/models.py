@@ -21,12 +21,12 @@ from tinyvl import UserError, files, hub, lilt
 from tinyvl.captioner import Captioner, Text
 from tinyvl.clipcap import ClipCap
 from tinyvl.decoder import Decoder
+from tinyvl.decoder_weights import decoder_config, load_decoder
 from tinyvl.encoders_av import build_encoder
 from tinyvl.epalm import EPalm
 from tinyvl.itune import ITune
 from tinyvl.lilt import LilT
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, Recipe, architecture, preset
-from tinyvl.pretrained import decoder_config, load_decoder
 
 __all__ = ["CONFIGS", "PRESETS", "SMALL", "Preset", "Recipe", "architecture", "preset"]
 

@@ -36,7 +36,7 @@ class Preset:
     options: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     fit: str = "crop"
-    job: dict[str, Any] = field(default_factory=dict)  # what else of `job.Job` is not the default
+    job: dict[str, Any] = field(default_factory=dict)  # fields of `train_run.Job` it changes
 
 
 CLIP_B16 = "vit_base_patch16_clip_quickgelu_224.openai"

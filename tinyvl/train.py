@@ -16,13 +16,13 @@ from typing import Any, TextIO
 
 import torch
 
-from tinyvl import UserError, __version__, files, models, scst
+from tinyvl import UserError, __version__, files, models, train_cider
 from tinyvl.captioner import Batch
 from tinyvl.data import Record
 from tinyvl.features import open_store
-from tinyvl.feed import Feed, Pictures, load_records
-from tinyvl.job import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
 from tinyvl.lilt import Pairs
+from tinyvl.train_batches import Feed, Pictures, load_records
+from tinyvl.train_run import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
 
 
 def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
@@ -79,7 +79,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         feed = Feed(train_records, val_records, model, job, run, store)
         objective = model
         if job.objective == "cider":
-            objective = scst.SelfCritical(
+            objective = train_cider.SelfCritical(
                 model,
                 captions_of(feed.pictures, train_records),
                 captions_of(feed.val_pictures, val_records),
@@ -231,7 +231,7 @@ def write(log: TextIO, **values: float) -> None:
 
 def accumulate(
     model: models.Model,
-    objective: models.Model | scst.SelfCritical,
+    objective: models.Model | train_cider.SelfCritical,
     taken: list[Batch] | list[Pairs],
     scaler: torch.amp.GradScaler,
     pieces: int,

@@ -28,7 +28,7 @@ from bench_decode import photo
 from PIL import Image
 
 from tinyvl import extract, media, models
-from tinyvl.job import Run, keep_memory
+from tinyvl.train_run import Run, keep_memory
 
 
 def cpu() -> float:

@@ -16,8 +16,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from tinyvl import caption_metrics, metrics
-from tinyvl import java as jvm
+from tinyvl import metrics, metrics_captions
+from tinyvl import metrics_java as jvm
 
 
 def coco(path: Path | None) -> dict[str, list[str]]:
@@ -61,10 +61,10 @@ def main() -> None:
 
     plan = metrics.plan_captions()
     parts = [list(references.values()), list(hypotheses.values())]
-    refs, hyps = timed("tokenizer", lambda: caption_metrics.tokenised(plan, *parts))
-    timed("BLEU", lambda: caption_metrics.bleu_statistics(refs, hyps))
-    timed("ROUGE-L", lambda: caption_metrics.rouge(refs, hyps))
-    timed("CIDEr", lambda: caption_metrics.cider(refs, hyps))
+    refs, hyps = timed("tokenizer", lambda: metrics_captions.tokenised(plan, *parts))
+    timed("BLEU", lambda: metrics_captions.bleu_statistics(refs, hyps))
+    timed("ROUGE-L", lambda: metrics_captions.rouge(refs, hyps))
+    timed("CIDEr", lambda: metrics_captions.cider(refs, hyps))
     if plan.java is not None:
 
         def meteor():

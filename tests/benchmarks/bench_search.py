@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyvl.retrieve import search
+from tinyvl.search import search
 
 
 def units(rng: np.random.Generator, count: int, width: int) -> np.ndarray:

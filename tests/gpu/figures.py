@@ -15,9 +15,9 @@ from tiny import write_decoder, write_vision
 from tinyvl import models
 from tinyvl.captioner import Text, collate
 from tinyvl.decoder import Decoder
+from tinyvl.decoder_weights import decoder_config
 from tinyvl.encoders import build_image_encoder
 from tinyvl.itune import ITune
-from tinyvl.pretrained import decoder_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

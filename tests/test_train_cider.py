@@ -7,10 +7,10 @@ import torch
 from test_train import files, job, run, world  # noqa: F401  (a fixture)
 from test_train import losses_of as losses
 
-from tinyvl import UserError, cli_train, models, scst, train
-from tinyvl.caption_metrics import cider
+from tinyvl import UserError, cli_train, models, train, train_cider
 from tinyvl.cider import Cider
-from tinyvl.scst import SelfCritical
+from tinyvl.metrics_captions import cider
+from tinyvl.train_cider import SelfCritical
 
 WORDS = "a the dog cat runs sleeps on grass red two of with man ball"
 
@@ -73,7 +73,7 @@ def test_the_gradient_is_that_of_the_slow_formula(model):
             reward = [
                 objective.cider.score(
                     objective.number[key],
-                    scst.words(built.text.decode(h.tokens), h.finished),
+                    train_cider.words(built.text.decode(h.tokens), h.finished),
                 )
                 for h in own
             ]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tinyvl import UserError
 from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, norm_types, normal
-from tinyvl.text_encoders import TextEncoder, pool_tokens
+from tinyvl.encoders_text import TextEncoder, pool_tokens
 
 ADAPTERS = ("none", "layerwise", "deep")
 UNLOCKS = ("none", "layernorm", "bitfit", "all")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyvl import UserError, classes, evaluate, evaluate_dual, metrics, models
+from tinyvl import UserError, classes, evaluate, evaluate_pairs, metrics, models
 
 PLACE = evaluate.Place(torch.device("cpu"), torch.float32, batch=4, workers=0, quiet=True)
 COLOURS = {
@@ -94,7 +94,7 @@ def pairs(tmp_path) -> evaluate.Source:
 
 
 def retrieval(tmp_path, source, **options):
-    return evaluate_dual.run_retrieval(str(tmp_path / "model"), source, place=PLACE, **options)
+    return evaluate_pairs.run_retrieval(str(tmp_path / "model"), source, place=PLACE, **options)
 
 
 def by_hand(model: Colours, source: evaluate.Source, lang: str) -> dict[str, float]:
@@ -163,10 +163,10 @@ def test_chance_is_what_a_random_order_scores():
         metrics.recall(torch.from_numpy(rng.random((12, len(owner)))), None, owner)
         for _ in range(1500)
     ]
-    for name, value in evaluate_dual.chance(captions).items():
+    for name, value in evaluate_pairs.chance(captions).items():
         assert value == pytest.approx(np.mean([recall[name] for recall in tried]), abs=0.012), name
-    assert evaluate_dual.chance([1, 1])["TR@5"] == 1
-    thousand = evaluate_dual.chance([5] * 1000)
+    assert evaluate_pairs.chance([1, 1])["TR@5"] == 1
+    thousand = evaluate_pairs.chance([5] * 1000)
     assert (thousand["IR@1"], thousand["TR@1"]) == pytest.approx((0.001, 0.001))
 
 
@@ -212,27 +212,27 @@ def test_kept_runs_are_averaged_and_compared(model, pairs, tmp_path):
     model.embed_texts = lambda texts: model.embed([(9, 9, 9)] * len(texts))  # a collapsed model
     second = retrieval(tmp_path, pairs, out=tmp_path / "b")
     assert second["metrics"]["TR@1"] == 0  # ties are misses
-    again = evaluate_dual.score_folders("retrieval", [tmp_path / "a"])
+    again = evaluate_pairs.score_folders("retrieval", [tmp_path / "a"])
     assert again["metrics"] == first["metrics"]
     assert (again["items"], again["chance"]) == (first["items"], first["chance"])
-    both = evaluate_dual.score_folders("retrieval", [tmp_path / "a", tmp_path / "b"])
+    both = evaluate_pairs.score_folders("retrieval", [tmp_path / "a", tmp_path / "b"])
     assert both["metrics"]["TR@1"] == pytest.approx(first["metrics"]["TR@1"] / 2)
-    report = evaluate_dual.compare_folders("retrieval", tmp_path / "b", tmp_path / "a")
+    report = evaluate_pairs.compare_folders("retrieval", tmp_path / "b", tmp_path / "a")
     found = report["difference"]["TR@1"]
     assert found["value"] == pytest.approx(first["metrics"]["TR@1"])
     assert 0 < found["low"] < found["value"] < found["high"] <= 1
     other = retrieval(tmp_path, replace(pairs, limit=5), out=tmp_path / "c")
     assert other["items"] == 5
     with pytest.raises(UserError, match="not run on the same items"):
-        evaluate_dual.compare_folders("retrieval", tmp_path / "a", tmp_path / "c")
+        evaluate_pairs.compare_folders("retrieval", tmp_path / "a", tmp_path / "c")
     with pytest.raises(UserError, match="choose another") as caught:
         retrieval(tmp_path, pairs, out=tmp_path / "a")
     assert "--resume" not in str(caught.value)
     (tmp_path / "b/report.json").unlink()
     with pytest.raises(UserError, match="to its end"):
-        evaluate_dual.score_folders("retrieval", [tmp_path / "b"])
+        evaluate_pairs.score_folders("retrieval", [tmp_path / "b"])
     with pytest.raises(UserError, match="eval zeroshot"):
-        evaluate_dual.score_folders("zeroshot", [tmp_path / "a"])
+        evaluate_pairs.score_folders("zeroshot", [tmp_path / "a"])
 
 
 def test_a_bootstrap_draws_pictures_with_their_captions(model, pairs, tmp_path):
@@ -243,7 +243,7 @@ def test_a_bootstrap_draws_pictures_with_their_captions(model, pairs, tmp_path):
     ]
     paths = list(dict.fromkeys(line["path"] for line in lines))
     counts = np.random.default_rng(0).multinomial(14, [1 / 14] * 14, size=3)
-    found = evaluate_dual.retrieval_scores(lines).resample(counts)
+    found = evaluate_pairs.retrieval_scores(lines).resample(counts)
     for row in range(3):
         times = dict(zip(paths, counts[row], strict=True))
         for way in ("TR", "IR"):
@@ -269,7 +269,7 @@ def folders(tmp_path) -> evaluate.Source:
 
 
 def zeroshot(tmp_path, source, **options):
-    return evaluate_dual.run_zeroshot(str(tmp_path / "model"), source, place=PLACE, **options)
+    return evaluate_pairs.run_zeroshot(str(tmp_path / "model"), source, place=PLACE, **options)
 
 
 def test_zeroshot_accuracy(model, folders, tmp_path):
@@ -341,7 +341,7 @@ def test_kept_zeroshot_runs_are_compared(model, folders, tmp_path):
     first = zeroshot(tmp_path, folders, out=tmp_path / "a")
     model.embed_texts = lambda texts: model.embed([(9, 9, 9)] * len(texts))
     zeroshot(tmp_path, folders, out=tmp_path / "b")
-    report = evaluate_dual.compare_folders("zeroshot", tmp_path / "b", tmp_path / "a")
+    report = evaluate_pairs.compare_folders("zeroshot", tmp_path / "b", tmp_path / "a")
     assert report["metrics"] == first["metrics"]
     assert report["difference"]["top1"]["value"] == first["metrics"]["top1"]
     assert report["difference"]["top1"]["low"] > 0
@@ -363,7 +363,7 @@ def test_out_of_memory_halves_the_batch(capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.tensor([[float(i)] for i in items])
 
-    assert evaluate_dual.halved(tight, list(range(7))).flatten().tolist() == list(range(7))
+    assert evaluate_pairs.halved(tight, list(range(7))).flatten().tolist() == list(range(7))
     assert "out of memory" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ import torch
 from dual import Dual
 from PIL import Image
 
-from tinyvl import UserError, index, indexing, retrieve
+from tinyvl import UserError, index, indexing, search
 from tinyvl.index import Index
 
 
@@ -51,11 +51,11 @@ def same(found, expected):
 @pytest.mark.parametrize(("count", "queries"), [(1, 1), (300, 1), (257, 5), (700, 300)])
 @pytest.mark.parametrize(("k", "threshold"), [(1, None), (10, None), (0, 0.2), (400, None)])
 def test_search_is_that_of_a_slow_reference(monkeypatch, count, queries, k, threshold):
-    monkeypatch.setattr(retrieve, "ROWS", 64)  # many blocks, and a short last one
+    monkeypatch.setattr(search, "ROWS", 64)  # many blocks, and a short last one
     rng = np.random.default_rng(count)
     vectors, asked = units(rng, count), units(rng, queries)[:20].repeat(max(1, queries // 20), 0)
     some = slice(None, None, max(1, len(asked) // 8))
-    found = retrieve.search(vectors, asked, k, threshold)
+    found = search.search(vectors, asked, k, threshold)
     same(found[some], slow_search(vectors, asked[some], k, threshold))
 
 
@@ -65,9 +65,9 @@ def test_equal_scores_are_in_the_order_of_rows_whatever_is_asked_beside(monkeypa
     asked = units(rng, 33)
     expected = slow_search(vectors, asked[:2], 100)
     for rows in (64, 1000, 16384):
-        monkeypatch.setattr(retrieve, "ROWS", rows)
-        same(retrieve.search(vectors, asked, 100)[:2], expected)
-        same(retrieve.search(vectors, asked[:1], 100), expected[:1])
+        monkeypatch.setattr(search, "ROWS", rows)
+        same(search.search(vectors, asked, 100)[:2], expected)
+        same(search.search(vectors, asked[:1], 100), expected[:1])
 
 
 def test_what_float32_cannot_tell_apart_is_ordered_in_float64():
@@ -78,16 +78,16 @@ def test_what_float32_cannot_tell_apart_is_ordered_in_float64():
     products = (vectors @ query[0]).argsort(kind="stable")[::-1]
     expected = slow_search(vectors, query, 50)
     assert products[:50].tolist() != expected[0][0]  # the test would show a plain product
-    same(retrieve.search(vectors, query, 50), expected)
+    same(search.search(vectors, query, 50), expected)
 
 
 def test_nothing_to_find():
     empty = np.empty((0, 8), np.float32)
-    ((rows, scores),) = retrieve.search(empty, np.ones((1, 8), np.float32), 5)
+    ((rows, scores),) = search.search(empty, np.ones((1, 8), np.float32), 5)
     assert (len(rows), len(scores)) == (0, 0)
-    assert retrieve.search(np.ones((3, 8), np.float32), empty, 5) == []
+    assert search.search(np.ones((3, 8), np.float32), empty, 5) == []
     eye = np.eye(8, dtype=np.float32)
-    ((rows, _),) = retrieve.search(eye, -eye[:1], 0, 0.5)
+    ((rows, _),) = search.search(eye, -eye[:1], 0, 0.5)
     assert len(rows) == 0
 
 
@@ -99,7 +99,7 @@ def test_a_mapped_file_is_not_loaded(tmp_path):
             stream.write(units(rng, 10_000, 64).tobytes())  # 51 MB in all
     vectors = np.memmap(file, "<f4", "r", shape=(200_000, 64))
     tracemalloc.start()
-    retrieve.search(vectors, units(rng, 4, 64), 10)
+    search.search(vectors, units(rng, 4, 64), 10)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4e6

@@ -19,7 +19,7 @@ from torch import Tensor
 from tinyvl import UserError, data, media
 from tinyvl.extract import contents, extract
 from tinyvl.features import FeatureStore
-from tinyvl.job import Interrupted, Job, Run, bar, say
+from tinyvl.train_run import Interrupted, Job, Run, bar, say
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Batch
@@ -111,9 +111,9 @@ def groups_of(tokens: list[list[list[int]]], per_image: int) -> list[Group]:
 class Pictures:
     """Pictures (videos, sounds) of records, as tensors or as an encoder's tokens from a cache.
 
-    Each has ``views`` views (`augment.View`), one after another by epoch; with ``crops`` a new
-    random one in every epoch (`augment.RandomCrop`), never cached, as are pictures whose encoder
-    learns. What is varied of videos and sounds, their encoders say. The tokens are those of
+    Each has ``views`` views (`media_augment.View`), one after another by epoch; with ``crops`` a
+    new random one in every epoch (`media_augment.RandomCrop`), never cached, as are pictures whose
+    encoder learns. What is varied of videos and sounds, their encoders say. The tokens are those of
     ``store``, or else of caches in the run's folder, a view each, that are filled first and go on
     after a kill. The operating system keeps in memory what fits.
     """

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.backbones import Wheel
+from tinyvl.hub_table import Wheel
 
 
 def cache_dir() -> Path:

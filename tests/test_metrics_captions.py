@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvl import UserError, caption_metrics, metrics, ptb
-from tinyvl import java as jvm
+from tinyvl import UserError, metrics, metrics_captions, ptb
+from tinyvl import metrics_java as jvm
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 NAMES = {
@@ -36,7 +36,7 @@ REFS, HYPS = MINI["refs"], MINI["hyps"]
 
 @pytest.fixture(autouse=True)
 def _warn_anew():
-    caption_metrics.warn.cache_clear()
+    metrics_captions.warn.cache_clear()
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_cider_is_pycocoevalcaps_on_captions_of_all_kinds():
     theirs = CiderScorer()
     for candidates, hypothesis in zip(refs, hyps, strict=True):
         theirs += (hypothesis, candidates)
-    ours = caption_metrics.cider(refs, hyps)
+    ours = metrics_captions.cider(refs, hyps)
     np.testing.assert_allclose(ours, theirs.compute_score()[1], rtol=0, atol=1e-12)
     assert (ours > 0).sum() > 30
 
@@ -584,8 +584,8 @@ def test_meteor_of_a_perfect_caption_is_one():
     row = np.zeros(23)
     row[:8] = [6, 6, 2, 2, 4, 4, 2, 2]
     row[21:] = 6
-    assert caption_metrics.meteor_score(row) == pytest.approx(1)
-    assert caption_metrics.meteor_score(np.zeros(23)) == 0
+    assert metrics_captions.meteor_score(row) == pytest.approx(1)
+    assert metrics_captions.meteor_score(np.zeros(23)) == 0
 
 
 # COCO's captions (not ours to ship) and the peer itself
@@ -674,7 +674,7 @@ def test_messy_captions_score_as_pycocoevalcap_scores_them():
             words + rng.choice([[], [rng.choice(odd)], rng.choice(pool).split()])
         )
     plan = metrics.plan_captions()
-    tokens, told = caption_metrics.tokenised(plan, list(refs.values()), list(hyps.values()))
+    tokens, told = metrics_captions.tokenised(plan, list(refs.values()), list(hyps.values()))
     given = [dict(zip(refs, tokens, strict=True)), dict(zip(refs, told, strict=True))]
     scores = metrics.caption_scores(refs, hyps)
 

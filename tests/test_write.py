@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import write_captioner
 
-from tinyvl import UserError, generate, models
+from tinyvl import UserError, models, write
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_resuming_json_tries_failed_files_again(tmp_path):
     out = tmp_path / "out.jsonl"
     good = {"path": "a.png", "caption": "a dog", "score": -1.0}
     out.write_text(json.dumps(good) + "\n" + json.dumps({"path": "b.png", "error": "no"}) + "\n")
-    stream, done = generate.open_output(out, True)
+    stream, done = write.open_output(out, True)
     stream.close()
     assert done == {"a.png"}
     assert [json.loads(line) for line in out.read_text().splitlines()] == [good]
@@ -118,7 +118,7 @@ def test_odd_paths_survive_a_resume(tmp_path):
     out = tmp_path / "out.tsv"
     rows = "a\u2028b.png\ta dog\nc\td.png\ta cat\n{x}.png\ta bird\nlast.png\ta"
     out.write_text(rows)
-    stream, done = generate.open_output(out, True)
+    stream, done = write.open_output(out, True)
     stream.close()
     assert done == {"a\u2028b.png", "c\td.png", "{x}.png"}
     assert out.read_text() == rows.rpartition("\n")[0] + "\n"
@@ -130,14 +130,14 @@ def test_a_mistake_in_the_model_leaves_no_output_file(photos, tmp_path):
     assert done.returncode == 2
     assert not out.exists()
     with pytest.raises(UserError, match="cannot be written"):
-        generate.open_output(tmp_path / "no" / "folder" / "out.tsv", False)
+        write.open_output(tmp_path / "no" / "folder" / "out.tsv", False)
 
 
 def test_a_foreign_file_is_not_touched_by_resume(tmp_path):
     out = tmp_path / "notes.txt"
     out.write_text("my notes\n")
     with pytest.raises(UserError, match="not written by tinyvl"):
-        generate.open_output(out, True)
+        write.open_output(out, True)
     assert out.read_text() == "my notes\n"
 
 
@@ -204,20 +204,20 @@ def test_batches_fill_when_items_come_fast_and_go_when_they_are_slow():
     def fast():
         yield from range(10)
 
-    assert list(generate.gathered(fast(), 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert list(write.gathered(fast(), 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
     def slow():
         yield 0
         time.sleep(0.6)
         yield 1
 
-    assert list(generate.gathered(slow(), 4, patience=0.1)) == [[0], [1]]
+    assert list(write.gathered(slow(), 4, patience=0.1)) == [[0], [1]]
 
     def broken():
         yield 0
         raise UserError("gone")
 
-    batches = generate.gathered(broken(), 4)
+    batches = write.gathered(broken(), 4)
     assert next(batches) == [0]
     with pytest.raises(UserError, match="gone"):
         next(batches)
@@ -231,7 +231,7 @@ def test_out_of_memory_halves_the_batch(capsys):
             return [(str(int(p)), 0.0) for p in pictures]
 
     pictures = [(f"{i}.png", torch.tensor(i)) for i in range(7)]
-    found = generate.run(Tight(), pictures, generate.Style())
+    found = write.run(Tight(), pictures, write.Style())
     assert [text for text, _ in found] == [str(i) for i in range(7)]
     assert "out of memory" in capsys.readouterr().err
 
@@ -239,7 +239,7 @@ def test_out_of_memory_halves_the_batch(capsys):
 def test_failed_files_are_reported_in_json_too(capsys):
     stream = io.StringIO()
     results = [("a", "a dog", -0.5), ("b", UserError("b: broken."), 0.0)]
-    assert generate.write(results, stream, as_json=True, bare=False) == 1
+    assert write.write(results, stream, as_json=True, bare=False) == 1
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == [
         {"path": "a", "caption": "a dog", "score": -0.5},
         {"path": "b", "error": "b: broken."},

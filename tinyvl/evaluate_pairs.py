@@ -22,11 +22,11 @@ from tinyvl import (
     bootstrap,
     classes,
     data,
-    generate,
     media,
     metrics,
     models,
     predictions,
+    write,
 )
 from tinyvl.data import Record
 from tinyvl.evaluate import (
@@ -43,7 +43,7 @@ from tinyvl.evaluate import (
     pictures_only,
     read,
 )
-from tinyvl.evaluate_files import average_runs
+from tinyvl.evaluate_compare import average_runs
 from tinyvl.features import FeatureStore
 
 KS = (1, 5, 10)
@@ -77,13 +77,13 @@ def embedded(
     ``store``: nothing is decoded, the pictures are what the encoder made of them, from there.
     """
     if store is not None:
-        decoded = generate.stored(store, model.reads, paths)
+        decoded = write.stored(store, model.reads, paths)
     else:
         encoder = model.encoder
         decoded = media.decode_images(
             paths, encoder.transform(), target=encoder.size, workers=place.workers
         )
-    for group in generate.gathered(decoded, place.batch):
+    for group in write.gathered(decoded, place.batch):
         good = [picture for _, picture in group if isinstance(picture, Tensor)]
         vectors = iter(halved(model.embed_images, torch.stack(good)) if good else [])
         for _, picture in group:

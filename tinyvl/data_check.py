@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tinyvl import data, formats
+from tinyvl import data, data_formats
 from tinyvl.records import MODALITIES, Record
 
 NO_SPLIT = "(none)"
@@ -49,7 +49,7 @@ def check(
     """
     sets, records = [], []
     for path in paths:
-        path, known = (path, format) if format else formats.recognise(path)
+        path, known = (path, format) if format else data_formats.recognise(path)
         found = data.read(
             path, format=known, split=split, lang=lang, images=images, files=False, blank=True
         )
@@ -212,11 +212,11 @@ def unreadable(
     files: dict[str, str], workers: int | None = None, quiet: bool = False
 ) -> list[dict[str, str]]:
     """The files (path -> modality) that cannot be decoded."""
-    from tinyvl import job, media
+    from tinyvl import media, train_run
 
     problems = []
     images = [path for path, kind in files.items() if kind == "image"]
-    with job.bar("decoding", len(files), SimpleNamespace(quiet=quiet)) as advance:
+    with train_run.bar("decoding", len(files), SimpleNamespace(quiet=quiet)) as advance:
         decoded = media.decode_images(images, _nothing, target=64, workers=workers)
         for path, result in decoded:
             if isinstance(result, media.MediaError):

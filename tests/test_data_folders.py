@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from published import touch, write, write_json, write_tar
 
-from tinyvl import UserError, data, readers_folder
-from tinyvl.formats import recognise
+from tinyvl import UserError, data, data_folders
+from tinyvl.data_formats import recognise
 from tinyvl.records import Record
 
 # Folders
@@ -182,7 +182,7 @@ def test_webdataset_unpacks_once_and_anew_when_the_tar_changes(tmp_path, cache, 
     tar = write_tar(tmp_path / "a.tar", MEMBERS)
     before = data.read(tar)
     with monkeypatch.context() as patch:
-        patch.setattr(readers_folder, "_unpack", None)
+        patch.setattr(data_folders, "_unpack", None)
         assert data.read(tar) == before
     write_tar(tar, [("x.jpg", b"new")])
     (record,) = data.read(tar)
@@ -191,13 +191,13 @@ def test_webdataset_unpacks_once_and_anew_when_the_tar_changes(tmp_path, cache, 
 
 def test_webdataset_killed_while_unpacking_starts_again(tmp_path, cache, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", MEMBERS)
-    samples = readers_folder._samples
+    samples = data_folders._samples
 
     def killed(path):
         yield next(samples(path))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(readers_folder, "_samples", killed)
+    monkeypatch.setattr(data_folders, "_samples", killed)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)  # as kill -9 would have it
     with pytest.raises(KeyboardInterrupt):
         data.read(tar)

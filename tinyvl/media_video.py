@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from tinyvl.augment import content
 from tinyvl.media import MAX_PIXELS, MediaError, is_image, load_image
+from tinyvl.media_augment import content
 
 if TYPE_CHECKING:
     from av.container import InputContainer

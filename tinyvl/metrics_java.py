@@ -207,7 +207,7 @@ def meteor(
 
     -> a function of the references and the hypotheses, N of each, tokenised, that returns a
     function which waits for their statistics: (N, 23) float64, in METEOR's order, against the
-    best reference of each. They add up over a corpus, and ``caption_metrics.meteor_score`` turns
+    best reference of each. They add up over a corpus, and ``metrics_captions.meteor_score`` turns
     them into the score.
     """
     arguments = [

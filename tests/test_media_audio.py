@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import transformers
 
-from tinyvl import audio, draw_av, media
+from tinyvl import draw_av, media, media_audio
 from tinyvl.media import MediaError
 
 
@@ -28,16 +28,16 @@ def sine(seconds: float, hertz: float = 440, rate: int = 16000) -> np.ndarray:
 
 def test_samples_are_as_written(tmp_path):
     path = write(tmp_path / "a.wav", sine(1.5))
-    found = audio.load_sound(path, 10)
+    found = media_audio.load_sound(path, 10)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, sine(1.5).astype("<i2") / 32768, atol=1e-6)
-    assert len(audio.load_sound(path, 0.5)) == 8000
+    assert len(media_audio.load_sound(path, 0.5)) == 8000
 
 
 def test_other_rates_and_channels_become_16_khz_mono(tmp_path):
     one, other = sine(1, 440, 44100), sine(1, 880, 44100)
     path = write(tmp_path / "a.wav", np.stack([one, other], 1).ravel(), 44100, 2)
-    found = audio.load_sound(path, 10)
+    found = media_audio.load_sound(path, 10)
     assert abs(len(found) - 16000) < 50
     middle = slice(2000, 14000)
     expected = (sine(1, 440) + sine(1, 880))[: len(found)] / 2 / 32768
@@ -58,14 +58,14 @@ def test_only_the_beginning_of_a_long_sound_is_decoded(tmp_path, monkeypatch):
             return self.own.resample(frame)
 
     monkeypatch.setattr(av, "AudioResampler", Counting)
-    assert len(audio.load_sound(path, 2)) == 32000
+    assert len(media_audio.load_sound(path, 2)) == 32000
     assert frames[0] < 3 * 16000
 
 
 def test_what_has_no_sound_is_refused_in_a_sentence(tmp_path):
     def refused(path, words):
         with pytest.raises(MediaError, match=words) as raised:
-            audio.load_sound(path, 1)
+            media_audio.load_sound(path, 1)
         assert str(raised.value).startswith(f"{path}: ")
 
     refused(tmp_path / "none.wav", "there is no such file")
@@ -90,7 +90,7 @@ def test_spectrograms_are_transformers_own_padded_or_cut(kind, seconds):
     extractor = EXTRACTORS[kind]
     rng = np.random.default_rng(0)
     sound = rng.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
-    found = audio.spectrogram(extractor, sound)
+    found = media_audio.spectrogram(extractor, sound)
     if kind == "ast":
         assert found.shape == (1024, 128)
         whole = np.pad(sound, (0, max(0, 400 - sound.size)))
@@ -106,12 +106,12 @@ def test_spectrograms_are_transformers_own_padded_or_cut(kind, seconds):
 def test_masks_lie_over_the_padded_spectrogram_and_look_like_padding(kind):
     extractor = EXTRACTORS[kind]
     sound = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)  # 1 s: 100 frames
-    plain = audio.spectrogram(extractor, sound)
-    silent = audio.silence(extractor, plain)
+    plain = media_audio.spectrogram(extractor, sound)
+    silent = media_audio.silence(extractor, plain)
     assert np.allclose(plain[-1], silent)  # the padding
     behind, widest = 0, [0, 0]
     for view in range(40):
-        sounds = audio.Sounds(extractor, 10, key=f"0/{view}")
+        sounds = media_audio.Sounds(extractor, 10, key=f"0/{view}")
         seen = sounds(sound)[0].numpy()
         changed = seen != plain
         assert np.allclose(seen[changed], silent)
@@ -128,7 +128,7 @@ def test_masks_lie_over_the_padded_spectrogram_and_look_like_padding(kind):
 def test_masks_have_the_widths_and_places_asked_for():
     seen, widths, firsts = np.ones((1024, 128), np.float32), [], []
     for i in range(300):
-        changed = audio.masked(seen, random.Random(i), (24, 96), 0.0) == 0
+        changed = media_audio.masked(seen, random.Random(i), (24, 96), 0.0) == 0
         frames, bins = np.flatnonzero(changed.all(1)), np.flatnonzero(changed.all(0))
         widths.append((len(bins), len(frames)))
         firsts += [frames[0]] if len(frames) else []
@@ -139,14 +139,14 @@ def test_masks_have_the_widths_and_places_asked_for():
     assert abs(frames.mean() - 48) < 6
     assert abs(bins.mean() - 12) < 2
     assert max(firsts) > 900
-    assert np.array_equal(audio.masked(seen, random.Random(0), (0, 0), 0.0), seen)
+    assert np.array_equal(media_audio.masked(seen, random.Random(0), (0, 0), 0.0), seen)
 
 
 def test_workers_decode_sounds(tmp_path):
     good = str(write(tmp_path / "a.wav", sine(0.5)))
     (tmp_path / "bad.wav").write_bytes(b"no")
     bad = str(tmp_path / "bad.wav")
-    sounds = audio.Sounds(EXTRACTORS["ast"], 10)
+    sounds = media_audio.Sounds(EXTRACTORS["ast"], 10)
     for workers in (0, 1):
         found = dict(media.decode_images([good, bad], sounds, workers=workers))
         assert found[good].shape == (1, 1024, 128)

@@ -8,7 +8,7 @@ import pytest
 from published import PUBLISHED, coco, nocaps, touch, visual_genome, write, write_json, xtd10
 
 from tinyvl import UserError, data
-from tinyvl.formats import READERS, recognise
+from tinyvl.data_formats import READERS, recognise
 from tinyvl.records import Record, line_of
 
 # All formats

@@ -1,8 +1,8 @@
 """Caption metrics as everyone else reports them: BLEU, METEOR, ROUGE-L, CIDEr, SPICE, SPIDEr.
 
 pycocoevalcap's scorers and jars, called one by one (its own driver hangs, shifts captions and
-downloads; see ``java.py``). Scores lie between 0 and 1, except CIDEr and SPIDEr (1.0 is 100 of
-the papers).
+downloads; see ``metrics_java.py``). Scores lie between 0 and 1, except CIDEr and SPIDEr (1.0 is
+100 of the papers).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from tinyvl import UserError, hub, ptb
-from tinyvl import java as jvm
+from tinyvl import metrics_java as jvm
 from tinyvl.cider import Cider
 
 T = TypeVar("T")

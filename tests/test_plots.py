@@ -11,7 +11,7 @@ import shell
 import torch
 from tiny import write_text, write_vision
 
-from tinyvl import UserError, analyze, models
+from tinyvl import UserError, models, plots
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def moved(tmp_path_factory) -> str:
 
 
 def test_shifts_are_l1_norms_by_layer(moved):
-    rows = analyze.layernorm_shifts(moved)
+    rows = plots.layernorm_shifts(moved)
     assert len(rows) == 2 * (3 * 2 * 2 + 2)  # two towers, layers, norms, parameters; one norm more
     found = {(r["tower"], r["layer"], r["norm"], r["parameter"]): r["l1"] for r in rows}
     for i in (1, 2, 3):
@@ -58,26 +58,26 @@ def test_shifts_are_l1_norms_by_layer(moved):
                 assert found["text", i, norm, parameter] == pytest.approx(32 * (5 - i), rel=1e-4)
     assert found["image", 4, 0, "bias"] == pytest.approx(320, rel=1e-4)
     assert found["text", 0, 0, "scale"] == 0
-    r = analyze.correlations(rows)
+    r = plots.correlations(rows)
     assert r["image"]["scale"] == pytest.approx(1, abs=1e-4)
     assert r["text"]["bias"] == pytest.approx(-1, abs=1e-4)
 
 
 def test_layers_that_training_added_are_left_out(tmp_path):
-    rows = analyze.layernorm_shifts(checkpoint(tmp_path, adapter="deep"))
+    rows = plots.layernorm_shifts(checkpoint(tmp_path, adapter="deep"))
     assert {r["layer"] for r in rows if r["norm"]} == {1, 2, 3}
 
 
 def test_pearson_is_numpys():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=20), rng.normal(size=20)
-    assert analyze.pearson(list(x), list(y)) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert analyze.pearson([1, 2, 3], [5, 5, 5]) is None
+    assert plots.pearson(list(x), list(y)) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert plots.pearson([1, 2, 3], [5, 5, 5]) is None
 
 
 def test_locked_layernorms_are_said(tmp_path):
     with pytest.raises(UserError, match="were locked"):
-        analyze.layernorm_shifts(checkpoint(tmp_path, unlock="none"))
+        plots.layernorm_shifts(checkpoint(tmp_path, unlock="none"))
 
 
 def test_from_the_command_line(moved, tmp_path):
@@ -88,7 +88,7 @@ def test_from_the_command_line(moved, tmp_path):
     assert "image scale: r = 1.000" in done.stderr
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
-    assert list(rows[0]) == list(analyze.FIELDS)
+    assert list(rows[0]) == list(plots.FIELDS)
     done = shell.run(*command, "--json")
     found = json.loads(done.stdout)
     assert found["pearson"]["text"]["scale"] == pytest.approx(-1, abs=1e-4)
@@ -105,4 +105,4 @@ def test_without_matplotlib_one_sentence_says_what_to_install(moved, tmp_path, m
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"tinyvl\[plot\]"):
-        analyze.plot([], tmp_path / "f.png")
+        plots.plot([], tmp_path / "f.png")

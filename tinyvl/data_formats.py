@@ -26,7 +26,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.readers import (
+from tinyvl.data_av import (
+    MSVD,
+    read_audiocaps,
+    read_clotho,
+    read_msrvtt,
+    read_msrvtt_qa,
+    read_msvd,
+    read_msvd_qa,
+)
+from tinyvl.data_captions import (
     CC3M_HEADER,
     FLICKR_CSV,
     FLICKR_HEADER,
@@ -42,17 +51,8 @@ from tinyvl.readers import (
     read_visual_genome,
     read_xtd10,
 )
-from tinyvl.readers_av import (
-    MSVD,
-    read_audiocaps,
-    read_clotho,
-    read_msrvtt,
-    read_msrvtt_qa,
-    read_msvd,
-    read_msvd_qa,
-)
-from tinyvl.readers_folder import is_classes, read_classes, read_folder, read_webdataset
-from tinyvl.readers_vqa import DAQUAR, partners, read_daquar, read_gqa, read_vqa
+from tinyvl.data_folders import is_classes, read_classes, read_folder, read_webdataset
+from tinyvl.data_questions import DAQUAR, partners, read_daquar, read_gqa, read_vqa
 from tinyvl.records import Record, readable
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
