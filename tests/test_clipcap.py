@@ -8,10 +8,10 @@ from test_epalm import ours as epalm
 from torch import nn
 
 from tinyvl import UserError, models
-from tinyvl.captioner import Text
 from tinyvl.clipcap import ClipCap, Transformer
 from tinyvl.decoder import Cache
 from tinyvl.decoder_weights import build_decoder, decoder_config
+from tinyvl.text import Text
 
 
 def slow_mlp(mapping: nn.Module, vector: torch.Tensor, length: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvl import UserError, data, data_captions
+from tinyvl import UserError, data, data_captions, text
 
 
 def write(path: Path, text: str) -> Path:
@@ -429,15 +429,15 @@ def test_hold_out_leaves_something_on_both_sides():
     ],
 )
 def test_tidy(raw, tidied):
-    assert data.tidy(raw) == tidied
+    assert text.tidy(raw) == tidied
 
 
 def test_tidy_is_idempotent():
     rng = random.Random(0)
     pieces = [*" '`.,;:!?\"sx5", "n't", "'s", "  ", " a "]
     for _ in range(20_000):
-        once = data.tidy("".join(rng.choices(pieces, k=rng.randint(1, 12))))
-        assert data.tidy(once) == once
+        once = text.tidy("".join(rng.choices(pieces, k=rng.randint(1, 12))))
+        assert text.tidy(once) == once
 
 
 # Order

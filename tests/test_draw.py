@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyvl import UserError, data, draw
+from tinyvl import UserError, data, draw, text
 
 DRAWN = Path(__file__).parent.parent / "data"
 
@@ -167,7 +167,7 @@ def test_held_out_renders_are_new(drawn):
 )
 def test_captions(scene, english, german):
     assert (scene.caption("en"), scene.caption("de")) == (english, german)
-    assert data.tidy(english) == english
+    assert text.tidy(english) == english
 
 
 def test_the_vocabulary_is_small():

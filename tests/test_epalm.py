@@ -5,12 +5,12 @@ import torch
 import transformers
 from torch import nn
 
-from tinyvl import UserError, models
-from tinyvl.captioner import Text
+from tinyvl import UserError, models, presets
 from tinyvl.decoder import Cache
 from tinyvl.decoder_weights import build_decoder, decoder_config
 from tinyvl.encoders import Percept
 from tinyvl.epalm import Adapter, EPalm
+from tinyvl.text import Text
 
 LAYERS, WIDTH = 5, 48
 SMALL = {
@@ -270,10 +270,10 @@ def test_defaults_are_the_papers_ranges():
     for name, inject, extract in (
         ("epalm", (20, 32), (6, 12)), ("epalm-pt-l", (20, 32), (18, 24)),
     ):  # fmt: skip
-        row = models.PRESETS[name]
+        row = presets.PRESETS[name]
         config = {
             "format": 1, "method": "epalm", "options": row.options, "prompt": "",
-            "decoder": {"name": row.language, "config": models.CONFIGS[row.language]},
+            "decoder": {"name": row.language, "config": presets.CONFIGS[row.language]},
             "vision": {
                 "name": row.vision, "fit": "squash",
                 "config": {"architecture": models.architecture(row.vision)},

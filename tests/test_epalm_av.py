@@ -52,7 +52,7 @@ def trained(world, out: Path, modality: str, task: str = "caption", vision=None,
     told = {"video": {"frames": 4}, "audio": {"masks": [8, 20]}, "image": {}}[modality]
     media = {} if modality == "image" else {"modality": modality, **told}
     data = world["pictures.jsonl"] if modality == "image" else world[modality]
-    job = train.Job(
+    job = presets.Job(
         **{
             "method": "epalm", "data": str(data), "language": str(world["lm"]),
             "vision": str(world[vision or ENCODERS[modality]]), "fit": "squash",
@@ -60,7 +60,7 @@ def trained(world, out: Path, modality: str, task: str = "caption", vision=None,
             "media": media, **changes,
         }
     )  # fmt: skip
-    return train.train(job, train.Run(out=out, device=CPU, quiet=True, workers=0))
+    return train.train(job, presets.Run(out=out, device=CPU, quiet=True, workers=0))
 
 
 PLACE = evaluate.Place(CPU, torch.float32, workers=0, quiet=True)
@@ -135,11 +135,11 @@ def inputs(world, modality: str, tmp_path, **options) -> list[torch.Tensor]:
         options={}, media=told,
     )  # fmt: skip
     model = models.build(config, device=CPU, precision=torch.float32)
-    job = train.Job(
+    job = presets.Job(
         "epalm", str(world[modality]), "", "", "", {}, presets.Recipe(), media=told, **options
     )
     records, _ = train_batches.load_records(job)
-    run = train.Run(tmp_path, CPU, quiet=True, workers=0, cache=False)
+    run = presets.Run(tmp_path, CPU, quiet=True, workers=0, cache=False)
     seen = train_batches.Pictures(
         records, model, run, "train", job.views, job.seed, crops=job.crops
     )

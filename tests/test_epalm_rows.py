@@ -10,7 +10,7 @@ import pytest
 import shell
 import torch
 
-from tinyvl import models, train
+from tinyvl import models, presets, train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README.split("### Rows of the papers: eP-ALM")[1].split("\n## ")[0]
@@ -38,7 +38,7 @@ TRAINED = [line for line in COMMANDS if line.startswith("train")]
 
 
 @cache
-def job_of(line: str) -> train.Job:
+def job_of(line: str) -> presets.Job:
     """What a `tinyvl train` command would train."""
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
@@ -53,10 +53,10 @@ def built(language: str, vision: str, options: str, media: str) -> tuple[int, in
     """Trained parameters and all, of a model that is made on the meta device."""
     config = {
         "format": 1, "method": "epalm", "options": eval(options), "prompt": "",
-        "decoder": {"name": language, "config": models.CONFIGS[language]},
+        "decoder": {"name": language, "config": presets.CONFIGS[language]},
         "vision": {
             "name": vision, "fit": "squash", **eval(media),
-            "config": models.CONFIGS.get(vision) or {"architecture": models.architecture(vision)},
+            "config": presets.CONFIGS.get(vision) or {"architecture": models.architecture(vision)},
         },
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -111,15 +111,15 @@ def test_each_variant_and_baseline_learns_eight_pictures(name, task, world):
         assert model.trainable(n) or torch.equal(p, frozen[n])
 
 
-def job(world: dict[str, str], **changes) -> train.Job:
+def job(world: dict[str, str], **changes) -> presets.Job:
     recipe = presets.Recipe(batch=4, epochs=2, rate=1e-3, fixed={"soft": 1e-4})
-    return train.Job(
+    return presets.Job(
         **{"method": "epalm", "fit": "squash", "recipe": recipe, "options": {}, **world, **changes}
     )
 
 
-def run(out: Path, **changes) -> train.Run:
-    return train.Run(out=out, device=CPU, **{"micro": 4, "quiet": True, "workers": 0, **changes})
+def run(out: Path, **changes) -> presets.Run:
+    return presets.Run(out=out, device=CPU, **{"micro": 4, "quiet": True, "workers": 0, **changes})
 
 
 def test_an_epoch_reads_one_answer_in_proportion_to_the_annotators():

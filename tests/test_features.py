@@ -17,9 +17,20 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, encoders, extract, features, models, train, train_batches, write
+from tinyvl import (
+    UserError,
+    encoders,
+    extract,
+    features,
+    models,
+    presets,
+    train,
+    train_batches,
+    write,
+)
 from tinyvl.features import FeatureStore, open_store
-from tinyvl.train_run import Interrupted, Run
+from tinyvl.presets import Run
+from tinyvl.train_run import Interrupted
 
 CPU = torch.device("cpu")
 FLICKR = Path(__file__).parents[2] / "shared/data/pairs/flickr8k_test.jsonl"
@@ -386,10 +397,10 @@ def world(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def job(world: dict[str, str], **changes) -> train.Job:
-    recipe = models.Recipe(batch=12, epochs=3, rate=3e-3)
+def job(world: dict[str, str], **changes) -> presets.Job:
+    recipe = presets.Recipe(batch=12, epochs=3, rate=3e-3)
     common = {"method": "itune", "fit": "crop", "options": {"drop": 1}, "recipe": recipe}
-    return train.Job(**{**common, "per_image": 2, **world, **changes})
+    return presets.Job(**{**common, "per_image": 2, **world, **changes})
 
 
 def run(out: Path, **changes) -> Run:
@@ -513,7 +524,7 @@ def test_memory_stays_flat(vision, tmp_path):
     """Twelve times the pictures, 60 MB of features more, and less than 25 MB of memory more."""
     code = (
         "import sys, resource, torch; from pathlib import Path; from tinyvl import extract;"
-        "from tinyvl.train_run import Run;"
+        "from tinyvl.presets import Run;"
         "n, vision, out = int(sys.argv[1]), sys.argv[2], sys.argv[3];"
         "v, e = extract.load_encoder(vision, 'crop', device='cpu', precision=torch.float32);"
         "files = sorted(map(str, Path(sys.argv[4]).iterdir()));"

@@ -13,9 +13,9 @@ from tiny import write_text, write_vision
 from torch import Tensor
 from transformers import BertModel
 
-from tinyvl import UserError, lilt, lilt_towers, models
-from tinyvl.encoders_text import clean_caption
+from tinyvl import UserError, lilt, lilt_towers, models, presets
 from tinyvl.lilt import LilT, Pairs
+from tinyvl.text import clean_caption
 
 CPU = torch.device("cpu")
 CAPTIONS = [
@@ -69,7 +69,7 @@ def test_every_preset_has_the_papers_recipe():
         "batch": 512, "epochs": 15, "rate": 1e-4, "final_rate": 1e-5, "weight_decay": 0.02,
         "clip": None, "first_rate": 0.0, "average": 0.0, "fixed": {},
     }  # fmt: skip
-    for row in models.PRESETS.values():
+    for row in presets.PRESETS.values():
         if row.method == "lilt":
             recipe = asdict(row.recipe)
             assert recipe.pop("warmup") * 15 * 591_753 / 512 == pytest.approx(1000, rel=0.01)
@@ -83,7 +83,7 @@ def test_every_preset_of_lilt_is_there():
         lilt-da-tiny lilt-da-small lilt-da-base lilt-da-large lilt-lwa-noln lilt-lwa-base
         lilt-lwa-large lilt-lwa-bitfit lilt-da-bitfit lilt-lwa-multilingual lilt-da-multilingual
         lit lit-tiny lit-small lit-reversed lit-da lit-lwa clip-tiny clip-small clip-base"""
-    assert set(names.split()) == {n for n, row in models.PRESETS.items() if row.method == "lilt"}
+    assert set(names.split()) == {n for n, row in presets.PRESETS.items() if row.method == "lilt"}
 
 
 # ----------------------------------------------------------------------------------------- towers

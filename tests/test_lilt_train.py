@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_text, write_vision
 
-from tinyvl import UserError, extract, media_augment, models, train, train_batches
+from tinyvl import UserError, extract, media_augment, models, presets, train, train_batches
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -51,13 +51,13 @@ def world(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def job(world: dict[str, str], **changes) -> train.Job:
-    recipe = models.Recipe(
+def job(world: dict[str, str], **changes) -> presets.Job:
+    recipe = presets.Recipe(
         batch=changes.pop("batch", 16), epochs=changes.pop("epochs", 4),
         rate=changes.pop("rate", 3e-3), weight_decay=0.02, clip=None,
     )  # fmt: skip
     options = changes.pop("options", {"image": LWA, "text": LWA})
-    return train.Job(
+    return presets.Job(
         **{
             "method": "lilt", "fit": "squash", "options": options, "recipe": recipe,
             "per_image": 1, "max_tokens": 25, **world, **changes,
@@ -65,9 +65,9 @@ def job(world: dict[str, str], **changes) -> train.Job:
     )  # fmt: skip
 
 
-def run(out: Path, **changes) -> train.Run:
+def run(out: Path, **changes) -> presets.Run:
     settings = {"micro": 6, "save_every": 5, "quiet": True, "workers": 0}
-    return train.Run(out=out, device=torch.device("cpu"), **(settings | changes))
+    return presets.Run(out=out, device=torch.device("cpu"), **(settings | changes))
 
 
 def losses_of(out: Path) -> list[float]:

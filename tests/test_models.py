@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, files, hub, models, train
+from tinyvl import UserError, device, files, hub, models, presets, train
 
 CPU = torch.device("cpu")
 
@@ -132,7 +132,7 @@ def test_inspect_needs_neither_weights_nor_network(checkpoint, monkeypatch):
     # two modules: q, k, v with biases, and o, at r = 8 between d = 48 and D = 32
     assert found["trainable_parameters"] == 2 * (2 * 48 * 8 + 2 * 32 * 8 + 3 * 8 + 48)
     assert found["method"] == "itune"
-    for name in (n for n, row in models.PRESETS.items() if row.method == "itune"):
+    for name in (n for n, row in presets.PRESETS.items() if row.method == "itune"):
         preset = models.inspect(name)
         assert preset["trainable_percent"] == pytest.approx(
             100 * preset["trainable_parameters"] / preset["total_parameters"], abs=1e-3
@@ -144,7 +144,7 @@ def test_presets_are_the_papers_rows():
         recipe = models.inspect(name)["recipe"]
         assert (recipe["batch"], recipe["epochs"]) == (batch, epochs)
     with pytest.raises(UserError, match="itune-base"):
-        models.preset("itune-huge", "itune")
+        presets.preset("itune-huge", "itune")
     with pytest.raises(UserError, match="neither a preset nor a checkpoint"):
         models.inspect("itune-huge")
 
@@ -171,7 +171,7 @@ def test_what_is_trained_by_default_is_shaped_like_the_shipped_model():
     small, shipped = models.inspect("small"), models.inspect("default")
     for key in ("trainable_parameters", "vision_options"):
         assert small[key] == shipped[key]
-    row = models.preset(None, "itune")
+    row = presets.preset(None, "itune")
     assert models.maps_read(row, None, {}) == small["vision_options"]
     assert models.maps_read(row, row.vision, {"lower": 1, "larger": 0}) == {"lower": 1}
     assert models.maps_read(row, "resnet50", {}) == {}
@@ -199,12 +199,12 @@ def test_a_presets_sizes_are_for_its_own_backbones(asked, options, media, monkey
 
 
 def test_precision_and_device_choose_themselves():
-    assert models.choose_precision(None, CPU) == torch.float32
-    assert models.choose_precision("bf16", CPU) == torch.bfloat16
+    assert device.choose_precision(None, CPU) == torch.float32
+    assert device.choose_precision("bf16", CPU) == torch.bfloat16
     with pytest.raises(UserError, match="fp8"):
-        models.choose_precision("fp8", CPU)
+        device.choose_precision("fp8", CPU)
     with pytest.raises(UserError, match="nonsense"):
-        models.choose_device("nonsense")
+        device.choose_device("nonsense")
 
 
 TEXTS = ["a dog runs", " A  dog, isn't it?", "Zwei Hunde über 3 Zäune.", "犬と猫 🐕", ""]
@@ -251,7 +251,7 @@ def test_the_shipped_model_for_search_is_small_and_of_the_default_backbones():
     assert (folder / "model.safetensors").stat().st_size <= 12 * 2**20
     config = models.read_config(folder)
     assert (config["text"]["name"], config["image"]["name"]) == (
-        models.SMALL["lilt"].language, models.SMALL["lilt"].vision,
+        presets.SMALL["lilt"].language, presets.SMALL["lilt"].vision,
     )  # fmt: skip
     kept = load_file(folder / "model.safetensors")
     model = models.build(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import shell
 
-from tinyvl import hub, models, train
+from tinyvl import hub, models, presets, train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = [line[2:] for line in README.splitlines() if line.startswith("$ ")]
@@ -85,7 +85,7 @@ def test_the_rows_of_lilt_are_commands(monkeypatch):
     monkeypatch.setattr(train, "train", lambda job, run: jobs.append(job) or {})
     section = README.split("### Rows of the papers: LilT")[1].split("\n## ")[0]
     cells = [line.split("|")[3] for line in section.splitlines() if line.startswith("| ")][1:]
-    named = {name for name, row in models.PRESETS.items() if row.method == "lilt"}
+    named = {name for name, row in presets.PRESETS.items() if row.method == "lilt"}
     for command in re.findall("`([^`]+)`", "".join(cells)):
         named.discard(command.removeprefix("--preset "))
         if command.startswith("--preset"):
@@ -96,7 +96,7 @@ def test_the_rows_of_lilt_are_commands(monkeypatch):
     assert (a["text"]["layers"], a["image"]["layers"]) == ([0, -5], [4, -1])
     assert (b["text"]["layers"], b["image"]["layers"]) == ([4, -1], [0, -5])
     towers = {(job.language, job.vision) for job in jobs}  # Figures 7 and 8
-    bert, deit = models.PRESETS["clip-base"].language, models.PRESETS["clip-base"].vision
+    bert, deit = presets.PRESETS["clip-base"].language, presets.PRESETS["clip-base"].vision
     for text in ("bert-base-uncased", "prajjwal1/bert-tiny"):
         assert (text, deit) in towers
     for image in ("vit_base_patch16_224.dino", "deit_tiny_patch16_224"):

@@ -132,7 +132,7 @@ def contents(folder: Path) -> dict:
     found = Index(folder)
     generation = found.about["generation"]
     names = {f"{t}.{generation}.{e}" for t in index.TABLES for e in ("f32", "jsonl")}
-    assert {file.name for file in folder.iterdir()} == names | {"index.json", "lock"}
+    assert {file.name for file in folder.iterdir()} == names | {"index.json", ".lock"}
     tables = {"images": found.images, "captions": found.captions}
     return {
         name: (table.rows(), np.asarray(table.vectors).tobytes()) for name, table in tables.items()

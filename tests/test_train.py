@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, models, train, train_batches
+from tinyvl import UserError, models, presets, train, train_batches
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -51,13 +51,13 @@ def world(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def job(world: dict[str, str], **changes) -> train.Job:
-    recipe = models.Recipe(
+def job(world: dict[str, str], **changes) -> presets.Job:
+    recipe = presets.Recipe(
         batch=changes.pop("batch", 12),
         epochs=changes.pop("epochs", 4),
         rate=changes.pop("rate", 3e-3),
     )
-    return train.Job(
+    return presets.Job(
         **{
             "method": "itune", "fit": "crop", "options": {"drop": 1}, "recipe": recipe,
             "per_image": 2, **world, **changes,
@@ -65,13 +65,13 @@ def job(world: dict[str, str], **changes) -> train.Job:
     )  # fmt: skip
 
 
-def run(out: Path, **changes) -> train.Run:
+def run(out: Path, **changes) -> presets.Run:
     settings = {"micro": 6, "save_every": 5, "quiet": True, "workers": 0}
-    return train.Run(out=out, device=torch.device("cpu"), **(settings | changes))
+    return presets.Run(out=out, device=torch.device("cpu"), **(settings | changes))
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine():
-    recipe = models.Recipe(rate=1.0, final_rate=0.1, warmup=0.1)
+    recipe = presets.Recipe(rate=1.0, final_rate=0.1, warmup=0.1)
     rates = [train.lr_at(step, 100, recipe) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10] == 1.0

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyvl import UserError, decode
-from tinyvl.data import tidy
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-
-class Text:
-    """A `tokenizers.Tokenizer` with the decoder's begin and end: text <-> ids."""
-
-    def __init__(self, tokenizer: "Tokenizer", bos: int, eos: int):
-        self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of the bare texts, without begin and end."""
-        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    def spare(self, rows: int) -> range:
-        """The ids of an embedding of so many rows that no text has (OPT: 50265 to 50271)."""
-        return range(self.tokenizer.get_vocab_size(), rows)
-
-    def decode(self, ids: list[int]) -> str:
-        """One line of text: line breaks a model may produce become spaces."""
-        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+from tinyvl.text import Text, tidy
 
 
 @dataclass

@@ -138,7 +138,7 @@ def list_models(
     as_json: Json = False,
 ) -> None:
     """List presets and backbones: parameters, licence, source, whether they are here."""
-    from tinyvl import hub, models
+    from tinyvl import hub, presets
 
     rows = [
         {
@@ -149,7 +149,7 @@ def list_models(
     ]  # fmt: skip
     presets = [
         {"name": name, "method": p.method, "language": p.language, "vision": p.vision, "row": p.row}
-        for name, p in models.PRESETS.items()
+        for name, p in presets.PRESETS.items()
     ]
     if as_json:
         for row in presets + rows:
@@ -195,12 +195,12 @@ def pull(
     names: Annotated[list[str], typer.Argument(help="Backbones or presets to fetch ahead.")],
 ) -> None:
     """Fetch backbones ahead of their use; prints the folders."""
-    from tinyvl import hub, models
+    from tinyvl import hub, presets
 
     wanted = []
     for name in names:
-        rows = [models.PRESETS[name]] if name in models.PRESETS else []
-        rows = list(models.SMALL.values()) if name == "default" else rows
+        rows = [presets.PRESETS[name]] if name in presets.PRESETS else []
+        rows = list(presets.SMALL.values()) if name == "default" else rows
         wanted += [part for row in rows for part in (row.language, row.vision)] or [name]
     for folder in hub.pull(wanted):
         print(folder)

@@ -131,7 +131,7 @@ def train_epalm(
     """
     from tinyvl import models, presets
 
-    row = models.preset(preset, "epalm", checked(modality))
+    row = presets.preset(preset, "epalm", checked(modality))
     if task not in (None, "caption", "vqa"):
         raise UserError(f"--task is caption or vqa, not {task!r}.", 2)
     own = given(
@@ -233,9 +233,9 @@ def train_clipcap(
     As it stands it trains on a small drawn set in minutes, on any machine. Prints the summary as
     JSON.
     """
-    from tinyvl import models
+    from tinyvl import presets
 
-    row = models.preset(preset, "clipcap")
+    row = presets.preset(preset, "clipcap")
     own = given(mapping=mapping, length=length, layers=layers, heads=heads)
     if (row.options | own).get("mapping") != "transformer" and given(layers=layers, heads=heads):
         raise UserError("--layers and --heads go with --mapping transformer.", 2)

@@ -63,11 +63,12 @@ def features(
     same bytes; with more data it adds what is new. Prints the counts as JSON.
     """
     from tinyvl import data as sets
-    from tinyvl import extract, models
-    from tinyvl.train_run import Run, keep_memory
+    from tinyvl import extract, models, presets
+    from tinyvl.device import choose_device, choose_precision, keep_memory
+    from tinyvl.presets import Run
 
     method = "itune" if modality in (None, "image") else "epalm"
-    row = models.PRESETS.get(preset) or models.preset(preset, method, checked(modality))
+    row = presets.PRESETS.get(preset) or presets.preset(preset, method, checked(modality))
     kind = modality or models.modality_in(row.job.get("media", {}))
     if frames is not None and kind != "video":
         raise UserError("--frames goes with --modality video.", 2)
@@ -81,8 +82,8 @@ def features(
     told |= {} if kind == "image" else {"modality": kind} | given(frames=frames)
     if kind == "video":
         told.setdefault("frames", 8)
-    target = models.choose_device(device)
-    dtype_of_encoder = models.choose_precision(precision, target)
+    target = choose_device(device)
+    dtype_of_encoder = choose_precision(precision, target)
     records = [
         record
         for path in data

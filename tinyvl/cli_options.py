@@ -170,9 +170,9 @@ def local(name: str) -> str:
 def load_model(name: str, place: Place, task: str = "caption", **more: Any):
     """The model of a name, where and how it shall run; ``more`` goes to `models.load`."""
     from tinyvl import models
-    from tinyvl.train_run import keep_memory
+    from tinyvl.device import choose_device, choose_precision, keep_memory
 
     keep_memory()
-    target = models.choose_device(place.device)
-    dtype = models.choose_precision(place.precision, target)
+    target = choose_device(place.device)
+    dtype = choose_precision(place.precision, target)
     return models.load(name, task=task, device=target, precision=dtype, **more)

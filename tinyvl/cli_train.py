@@ -1,4 +1,4 @@
-"""`tinyvl train METHOD`: options in, one `train.Job` and one `train.Run` out."""
+"""`tinyvl train METHOD`: options in, one `presets.Job` and one `presets.Run` out."""
 
 import json
 import os
@@ -179,9 +179,9 @@ def train_itune(
     rows: --preset itune-base, itune-medium, itune-large, itune-large-drop18; its VLP is --epochs 10
     on Visual Genome, then --init that run's folder.
     """
-    from tinyvl import models
+    from tinyvl import models, presets
 
-    row = models.preset(preset, "itune")
+    row = presets.preset(preset, "itune")
     maps = models.maps_read(row, vision, given(lower=lower, larger=larger))
     if rank is not None and "lower" not in maps and training.init is None:
         raise UserError("--rank goes with --lower.", 2)
@@ -280,9 +280,9 @@ def train_lilt(
     vit_base_patch16_224.dino, 8 --text prajjwal1/bert-tiny or --vision deit_tiny_patch16_224, 9 and
     10 --limit 5000 and 50000.
     """
-    from tinyvl import models
+    from tinyvl import presets
 
-    row = models.preset(preset, "lilt")
+    row = presets.preset(preset, "lilt")
     sides = {
         "text": given(
             adapter=text_adapter, unlock=text_unlock, pool=text_pool, dropout=text_dropout,
@@ -366,7 +366,7 @@ def limit_of(text: str | None) -> Any:
 def starting(
     row: "Preset", training: Training, options: dict[str, Any], **brought: Any
 ) -> dict[str, Any]:
-    """The parts of a `train_run.Job`: the preset's with what was asked for, or those of --init.
+    """The parts of a `presets.Job`: the preset's with what was asked for, or those of --init.
 
     Args:
         options: the method's, for a run without --init.
@@ -405,10 +405,11 @@ def launch(
 ) -> None:
     """Trains what the options say and prints the summary.
 
-    ``changes`` are made to the preset's `train_run.Job`, ``recipe`` to its `presets.Recipe`; what
+    ``changes`` are made to the preset's `presets.Job`, ``recipe`` to its `presets.Recipe`; what
     the command line says of either comes last.
     """
-    from tinyvl import models, train
+    from tinyvl import models, presets, train
+    from tinyvl.device import choose_device, choose_precision, precision_name
 
     changes = {k: v for k, v in row.job.items() if k != "media"} | (changes or {})
     changes |= given(
@@ -416,14 +417,14 @@ def launch(
     )
     if changes.get("crops") and (training.views or 1) > 1:
         raise UserError("--crops are new in every epoch, --views a few: give one of them.", 2)
-    target = models.choose_device(training.device)
-    dtype = models.choose_precision(training.precision, target)
+    target = choose_device(training.device)
+    dtype = choose_precision(training.precision, target)
     data = training.data
     if data is None:
         from tinyvl import draw
 
         data = str(draw.default_folder(models.modality_in(parts.get("media", {}))))
-    job = train.Job(
+    job = presets.Job(
         method=row.method,
         data=os.path.abspath(data),
         **parts,
@@ -435,10 +436,10 @@ def launch(
         init=training.init and local(training.init),
         limit=limit_of(training.limit),
         seed=training.seed,
-        precision=models.precision_name(dtype),
+        precision=precision_name(dtype),
         **changes,
     )
-    run = train.Run(
+    run = presets.Run(
         out=training.out or Path("runs") / row.method,
         device=target,
         micro=training.micro_batch or 64,

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.captioner import Captioner, Text
+from tinyvl.captioner import Captioner
 from tinyvl.decoder import Cache, Decoder, Prefix
 from tinyvl.encoders import ImageEncoder, Percept
+from tinyvl.text import Text
 
 MAPPINGS = ("mlp", "transformer")
 

@@ -6,7 +6,6 @@
 
 import hashlib
 import logging
-import re
 from pathlib import Path
 
 import numpy as np
@@ -144,18 +143,6 @@ def hold_out(
     held = set(order[: min(max(count, 1), len(order) - 1)])
     train = [record for record in records if record.path not in held]
     return train, [record for record in records if record.path in held]
-
-
-def tidy(caption: str) -> str:
-    """A caption as training reads it; tidying twice changes nothing more.
-
-    White space is collapsed, the space that tokenised captions have before ``. , ; : ! ?``,
-    ``'s`` and ``n't`` is dropped, LaTeX quotes become ``"``, and the final full stop goes: nine in
-    ten of Flickr8k's captions have one and the rest do not, and the metrics' tokenizer ignores it.
-    """
-    text = " ".join(caption.split())
-    text = re.sub(r" (?=[.,;:!?](?!\w)|(?:'s|n't)\b)", "", text)  # (?!\w): not before ".5"
-    return text.replace("``", '"').replace("''", '"').rstrip(" .")
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -6,7 +6,6 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tinyvl import data, data_formats
@@ -212,11 +211,12 @@ def unreadable(
     files: dict[str, str], workers: int | None = None, quiet: bool = False
 ) -> list[dict[str, str]]:
     """The files (path -> modality) that cannot be decoded."""
-    from tinyvl import media, train_run
+    from tinyvl import media
+    from tinyvl.progress import bar
 
     problems = []
     images = [path for path, kind in files.items() if kind == "image"]
-    with train_run.bar("decoding", len(files), SimpleNamespace(quiet=quiet)) as advance:
+    with bar("decoding", len(files), quiet) as advance:
         decoded = media.decode_images(images, _nothing, target=64, workers=workers)
         for path, result in decoded:
             if isinstance(result, media.MediaError):

@@ -6,7 +6,6 @@ all-MiniLM-L6-v2 were trained for the mean over the tokens.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.data import tidy
+from tinyvl.text import clean_caption, tidy
 
 POOLS = ("token", "mean")
-
-
-def clean_caption(text: str, max_words: int = 30) -> str:
-    """A caption as LilT's authors (and ALBEF's) read it: lower case, hardly any punctuation.
-
-    ``,.'!?"()*#:;~`` go, ``-`` and ``/`` become spaces, and at most ``max_words`` words are left.
-    """
-    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower()).replace("-", " ").replace("/", " ")
-    return " ".join(text.split()[:max_words])
 
 
 class TextEncoder(nn.Module):

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.captioner import Batch, Captioner, Text
+from tinyvl.captioner import Batch, Captioner
 from tinyvl.decoder import Cache, Decoder, Prefix
 from tinyvl.encoders import ImageEncoder, Percept
+from tinyvl.text import Text
 
 TASKS = ("caption", "vqa")
 TOWERS = {"vision": "encoder", "lm": "decoder"}  # what --unfreeze calls them

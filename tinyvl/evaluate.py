@@ -31,9 +31,10 @@ from tinyvl import (
     write,
 )
 from tinyvl.data import Record
+from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store
+from tinyvl.progress import bar
 from tinyvl.records import READABLE
-from tinyvl.train_run import Run, bar, keep_memory
 
 
 @dataclass
@@ -94,8 +95,8 @@ def place(
 ) -> Place:
     """A `Place` from what the command line says."""
     keep_memory()
-    target = models.choose_device(device)
-    dtype = models.choose_precision(precision, target)
+    target = choose_device(device)
+    dtype = choose_precision(precision, target)
     return Place(target, dtype, batch, workers, quiet)
 
 
@@ -340,8 +341,7 @@ def fill(
     todo = [record for record in records if record.id not in log.lines]
     kept, failed = len(records) - len(todo), 0
     begun = time.monotonic()
-    run = Run(Path(), torch.device("cpu"), quiet=place.quiet)
-    with bar(title, len(records), run, start=kept) as advance:
+    with bar(title, len(records), place.quiet, start=kept) as advance:
         for record, found in zip(todo, results(todo), strict=True):
             if isinstance(found, UserError):
                 failed += 1
@@ -412,7 +412,7 @@ def run(
         kind, name, source, split,
         checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
         features=str(features.absolute()) if features else None,
-        precision=models.precision_name(place.precision), tinyvl=__version__,
+        precision=precision_name(place.precision), tinyvl=__version__,
         **({} if frames is None else {"frames": frames}),
     )  # fmt: skip
     ids = {record.path: record.id for record in everything}

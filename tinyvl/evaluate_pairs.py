@@ -24,11 +24,11 @@ from tinyvl import (
     data,
     media,
     metrics,
-    models,
     predictions,
     write,
 )
 from tinyvl.data import Record
+from tinyvl.device import precision_name
 from tinyvl.evaluate import (
     Place,
     Scores,
@@ -135,7 +135,7 @@ def run_retrieval(
         "retrieval", name, replace(source, lang=",".join(filter(None, langs)) or None), split,
         protocol=protocol, checkpoint=checkpoint(name, "retrieve"),
         features=str(features.absolute()) if features else None,
-        precision=models.precision_name(place.precision),
+        precision=precision_name(place.precision),
     )  # fmt: skip
     if out is not None:
         predictions.refuse(out, head, None)
@@ -299,7 +299,7 @@ def run_zeroshot(
         prompts=templates, class_names=str(class_names) if class_names else None,
         classes=len(called), checkpoint=checkpoint(name, "retrieve"),
         features=str(features.absolute()) if features else None,
-        precision=models.precision_name(place.precision),
+        precision=precision_name(place.precision),
     )  # fmt: skip
     pictures = {record.path: record.id for record in records}
     model, store = load(name, place, "retrieve", features, pictures)

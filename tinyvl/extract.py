@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, hub, media, models
+from tinyvl.device import precision_name
 from tinyvl.encoders import Percept
 from tinyvl.encoders_av import Encoder, build_encoder
 from tinyvl.features import (
@@ -21,14 +22,16 @@ from tinyvl.features import (
     MANIFEST,
     Entry,
     Index,
-    locked,
     read_shards,
     room,
     stat,
     write_manifest,
     write_shard,
 )
-from tinyvl.train_run import Interrupted, Run, bar, say
+from tinyvl.files import locked
+from tinyvl.presets import Run
+from tinyvl.progress import bar, say
+from tinyvl.train_run import Interrupted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +80,7 @@ def contents(
         "format": 1,
         "encoder": vision,
         "transform": encoder.data_config,
-        "precision": models.precision_name(precision_of(encoder)),
+        "precision": precision_name(precision_of(encoder)),
         "what": what,
         "dtype": dtype,
         "tensors": {name: list(part.shape[1:]) for name, part in parts.items()},
@@ -202,7 +205,7 @@ def extract(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
-    with locked(folder):
+    with locked(folder, "another extraction is at work there"):
         for part in folder.glob(".*.*.*"):  # a file that a kill left half written
             part.unlink()
         shards, known = read_shards(folder, head)
@@ -244,7 +247,7 @@ def extract(
         with (
             closing(decoded),
             ThreadPoolExecutor(1) as writer,
-            bar(title, len(todo), run) as advance,
+            bar(title, len(todo), run.quiet) as advance,
         ):
             for number, chunk in enumerate(blocks, start=len(shards)):
                 page, filled = pages[number % 2], 0
@@ -289,4 +292,7 @@ def check_room(folder: Path, count: int, need: int, run: Run, advice: str) -> No
             2,
         )
     if count:
-        say(run, f"the features of {count:,} pictures take {takes} in {folder} ({left} are free)")
+        say(
+            f"the features of {count:,} pictures take {takes} in {folder} ({left} are free)",
+            run.quiet,
+        )

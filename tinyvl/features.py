@@ -11,7 +11,6 @@ import json
 import os
 from bisect import bisect
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -351,26 +350,3 @@ def write_manifest(folder: Path, head: dict[str, Any]) -> None:
     records = ",\n".join(f"  {json.dumps(astuple(entry))}" for entry in entries)
     lines.append(f' "records": [\n{records}\n ]')
     files.write_text(folder / MANIFEST, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-@contextmanager
-def locked(folder: Path):
-    """Two extractions into one folder would overwrite each other's shards.
-
-    A lock of the process: unlike flock's, it does not live on in forked workers after a kill.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"{folder}: another extraction is at work there; wait for it."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield

@@ -1,7 +1,8 @@
 """Files that are replaced in one stroke: a reader, and a kill, find the old one or the new one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,3 +46,27 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"{file}: cannot be written ({error.strerror}).") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, message: str) -> Iterator[None]:
+    """One writer of a folder at a time; the lock goes with its process, however that ends.
+
+    Raises:
+        UserError: another process has it; ``message`` says what that one is doing.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            try:
+                import fcntl
+            except ImportError:  # Windows
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:  # not flock, which forked workers inherit and keep after a kill
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{folder}: {message}; wait until it has ended.") from error
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -194,26 +194,6 @@ def located(path: str, folder: Path) -> str:
 # ---------------------------------------------------------------------------------------- writing
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; the lock goes with its process, however that ends."""
-    with open(folder / "lock", "w") as file:
-        try:
-            try:
-                import fcntl
-            except ImportError:  # Windows
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:  # not flock, which the processes that decode would inherit
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: another process is writing this index; wait until it has ended."
-            ) from error
-        yield
-
-
 class Part:
     """What a run has embedded so far, found again by the next one after a kill."""
 

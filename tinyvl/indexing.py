@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, data, index, media, train_run
+from tinyvl import UserError, data, files, index, media
 from tinyvl.index import TABLES, Part, Row
+from tinyvl.progress import bar
 
 TEXTS = 64  # captions embedded together
 
@@ -134,7 +135,7 @@ def update(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with index.locked(folder):
+        with files.locked(folder, "another process is writing this index"):
             about = begin(folder, source, model, name)
             return Update(folder, about, source, model, batch, workers).run()
     except OSError as error:
@@ -242,8 +243,7 @@ class Update:
             workers=self.workers,
         )
         broken: dict[str, str] = {}  # digest -> why
-        run = train_run.Run(self.folder, torch.device("cpu"))
-        with train_run.bar("pictures", len(changed), run) as advance:
+        with bar("pictures", len(changed)) as advance:
             for group in batched(decoded, self.batch):
                 found = [(waiting.popleft(), picture) for _, picture in group]
                 good = [(row, picture) for row, picture in found if isinstance(picture, Tensor)]
@@ -283,8 +283,7 @@ class Update:
         known = self.known("captions")
         new = [row for row in rows if row.digest not in known]
         new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
-        run = train_run.Run(self.folder, torch.device("cpu"))
-        with train_run.bar("captions", len(new), run) as advance:
+        with bar("captions", len(new)) as advance:
             for group in batched(new, TEXTS):
                 vectors = self.model.embed_texts([row.caption for row in group])
                 self.parts["captions"].append(group, vectors.float().cpu().numpy())

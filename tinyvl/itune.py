@@ -11,7 +11,7 @@ the image tokens (section 3):
 The paper leaves open the bottleneck width r, λ, the initialisation, the rate and the warm-up.
 r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so that training sets
 out from the untouched language model; W_q and b_q start 1/√r smaller than PyTorch would have
-them, so that the unscaled softmax starts as soft as a scaled one. Rates are in `models.PRESETS`.
+them, so that the unscaled softmax starts as soft as a scaled one. Rates are in `presets`.
 b_k changes nothing (a softmax does not see what all its scores share); it is there as the paper
 counts it. ``dropout`` (of the image tokens' entries and of Σ s_i V'_i, in training) is not in the
 paper: a small set of pictures needs it. Nor are the lower maps that `Lower` adds to the tokens (the
@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.captioner import Captioner, Text
+from tinyvl.captioner import Captioner
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
+from tinyvl.text import Text
 
 KeysValues = tuple[Tensor, Tensor]  # (I, S, r) each
 

@@ -18,57 +18,25 @@ from typing import Any
 import torch
 
 from tinyvl import UserError, files, hub, lilt
-from tinyvl.captioner import Captioner, Text
+from tinyvl.captioner import Captioner
 from tinyvl.clipcap import ClipCap
 from tinyvl.decoder import Decoder
 from tinyvl.decoder_weights import decoder_config, load_decoder
+from tinyvl.device import choose_device, choose_precision
 from tinyvl.encoders_av import build_encoder
 from tinyvl.epalm import EPalm
 from tinyvl.itune import ITune
 from tinyvl.lilt import LilT
-from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, Recipe, architecture, preset
-
-__all__ = ["CONFIGS", "PRESETS", "SMALL", "Preset", "Recipe", "architecture", "preset"]
+from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, architecture
+from tinyvl.text import Text
 
 Model = Captioner | LilT
 METHODS = {"itune": ITune, "epalm": EPalm, "clipcap": ClipCap, "lilt": LilT}
 TASKS = {"caption": Captioner, "vqa": EPalm, "retrieve": LilT}
 # A configuration's backbones and the role in which `hub` fetches each.
 ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHIPPED = Path(__file__).parent / "checkpoints"
 DEFAULT = {"caption": SHIPPED / "caption", "retrieve": SHIPPED / "search"}
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"The device {name!r} is not usable here: {error}".split("\n")[0], 2
-        ) from error
-    return device
-
-
-def choose_precision(name: str | None, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16. ``name`` forces one."""
-    if name is not None:
-        if name not in PRECISIONS:
-            raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, not {name!r}.", 2)
-        return PRECISIONS[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    return next(name for name, value in PRECISIONS.items() if value == dtype)
 
 
 def read_text(folder: Path, raw: dict) -> Text:

@@ -4,9 +4,13 @@ With the configurations a preset can be inspected without weights or network.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinyvl import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,73 @@ class Preset:
     options: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     fit: str = "crop"
-    job: dict[str, Any] = field(default_factory=dict)  # fields of `train_run.Job` it changes
+    job: dict[str, Any] = field(default_factory=dict)  # fields of `Job` that it changes
+
+
+@dataclass
+class Job:
+    """What decides a run's result. Saved with the checkpoint, compared on resume."""
+
+    method: str
+    data: str
+    language: str  # the decoder, or LilT's text encoder
+    vision: str
+    fit: str
+    options: dict[str, Any]
+    recipe: Recipe
+    prompt: str = ""
+    val: str | None = None
+    images: str | None = None
+    lang: str | None = "en"
+    format: str | None = None
+    init: str | None = None
+    limit: int | str | None = None  # of the training records; "1%": a share of them
+    seed: int = 0
+    max_tokens: int = 40  # longer captions are cut
+    per_image: int = 5  # captions of a picture that share a micro-batch
+    objective: str = "likelihood"  # or "cider": see `scst`
+    samples: int = 5  # captions of a picture that "cider" compares
+    views: int = 1  # of each picture, one after another by epoch; 1: the picture itself
+    crops: bool = False  # a random crop of each picture, augmented, new in every epoch
+    media: dict[str, Any] = field(default_factory=dict)  # what is told to an encoder of others
+    precision: str = "fp32"
+
+    @property
+    def task(self) -> str:
+        """What the captions are: "caption", or "vqa" where they are questions with answers."""
+        return self.options.get("task", "caption")
+
+    @property
+    def modality(self) -> str:
+        """What is captioned, or asked about: "image", "video" or "audio"."""
+        return self.media.get("modality", "image")
+
+
+@dataclass
+class Run:
+    """How a run is carried out."""
+
+    out: Path
+    device: "torch.device"
+    micro: int = 64  # captions in memory at once
+    checkpointing: bool = False
+    cache: bool = True  # keep the encoder's tokens on disk: each picture is encoded once
+    features: Path | None = None  # a finished cache (`features`) to read instead
+    resume: bool = False
+    save_every: int = 100  # steps
+    validate_every: int | None = None  # steps; None: once an epoch
+    workers: int | None = None
+    quiet: bool = False
+    stop: list[int] = field(default_factory=list)  # signals received
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the order or the choice of the best weights after all."""
+        return {
+            "micro": self.micro,
+            "cache": self.cache,
+            "features": self.features and str(self.features.absolute()),
+            "validate_every": self.validate_every,
+        }
 
 
 CLIP_B16 = "vit_base_patch16_clip_quickgelu_224.openai"

@@ -19,13 +19,16 @@ import torch
 from tinyvl import UserError, __version__, files, models, train_cider
 from tinyvl.captioner import Batch
 from tinyvl.data import Record
+from tinyvl.device import choose_precision, keep_memory, peak_memory
 from tinyvl.features import open_store
 from tinyvl.lilt import Pairs
+from tinyvl.presets import Job, Recipe, Run
+from tinyvl.progress import bar, say
 from tinyvl.train_batches import Feed, Pictures, load_records
-from tinyvl.train_run import Interrupted, Job, Run, bar, keep_memory, peak_memory, say, stopping
+from tinyvl.train_run import Interrupted, stopping
 
 
-def lr_at(step: int, steps: int, recipe: models.Recipe) -> float:
+def lr_at(step: int, steps: int, recipe: Recipe) -> float:
     """Linear warm-up to the rate, then a cosine to the final rate. ``step`` counts from 0."""
     warm = max(1, round(recipe.warmup * steps))
     if step < warm:
@@ -65,7 +68,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         store = open_store(run.features, models.image_side(config), models.reads(config))
     if state is None:
         models.save_config(run.out, config)
-    precision = models.choose_precision(job.precision, run.device)
+    precision = choose_precision(job.precision, run.device)
     model = models.build(config, device=run.device, precision=precision)
     if job.init:
         models.load_weights(model, source)
@@ -98,12 +101,12 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         trim_log(run.out / "log.jsonl", step)
         log = (run.out / "log.jsonl").open("a", encoding="utf-8")
         say(
-            run,
             f"{sum(p.numel() for p in parameters.values()):,} trainable parameters; "
             f"{feed}; {steps:,} steps of {feed.captions} captions",
+            run.quiet,
         )
         pieces, started, done, speed = 1, time.monotonic(), 0, 0.0
-        with bar("training", steps, run, start=step) as advance:
+        with bar("training", steps, run.quiet, start=step) as advance:
             epoch, source = None, iter(())
             while step < steps:
                 if epoch != step // feed.steps_per_epoch:  # anew, or resumed
@@ -139,7 +142,7 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                     with average.applied():
                         value = objective.validate(b for b in feed.validation() if b is not None)
                         write(log, step=step, val_loss=round(value, 5))
-                        say(run, f"step {step}: validation loss {value:.4f}")
+                        say(f"step {step}: validation loss {value:.4f}", run.quiet)
                         if value < best:
                             best = value
                             models.save(model, run.out, "model.safetensors")
@@ -173,7 +176,7 @@ def captions_of(pictures: Pictures, records: list[Record]) -> dict[int, list[str
 
 
 def parameter_groups(
-    model: models.Model, parameters: dict[str, torch.nn.Parameter], recipe: models.Recipe
+    model: models.Model, parameters: dict[str, torch.nn.Parameter], recipe: Recipe
 ) -> list[dict[str, Any]]:
     """AdamW's groups: those of the schedule and those of a fixed rate, by name, with decay or not.
 
@@ -251,7 +254,7 @@ def accumulate(
             pieces *= 2
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            say(run, f"out of memory: going on with micro-batches cut into {pieces}")
+            say(f"out of memory: going on with micro-batches cut into {pieces}", run.quiet)
 
 
 def check_features(job: Job, run: Run) -> None:

@@ -19,7 +19,9 @@ from torch import Tensor
 from tinyvl import UserError, data, media
 from tinyvl.extract import contents, extract
 from tinyvl.features import FeatureStore
-from tinyvl.train_run import Interrupted, Job, Run, bar, say
+from tinyvl.presets import Job, Run
+from tinyvl.progress import bar, say
+from tinyvl.train_run import Interrupted
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Batch
@@ -214,11 +216,11 @@ class TextStates:
         probe = model.states(captions[:1])
         self.store, fresh = cached(run, f"{name}.states", (ends[-1], probe.shape[1]), probe.dtype)
         if self.store is None:
-            say(run, "no room on this disk for the captions' states: going on without")
+            say("no room on this disk for the captions' states: going on without", run.quiet)
             return
         blocks = [captions[i : i + 256] for i in range(0, len(captions), 256)]
         done, _ = cached(run, f"{name}.states.done", (len(blocks),), torch.uint8, fresh=fresh)
-        with bar(f"reading {name} captions", len(blocks), run) as advance:
+        with bar(f"reading {name} captions", len(blocks), run.quiet) as advance:
             for i, block in enumerate(blocks):
                 if not done[i]:
                     place = slice(self.rows[block[0]].start, self.rows[block[-1]].stop)

@@ -27,8 +27,9 @@ import torch
 from bench_decode import photo
 from PIL import Image
 
-from tinyvl import extract, media, models
-from tinyvl.train_run import Run, keep_memory
+from tinyvl import extract, media
+from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
+from tinyvl.presets import Run
 
 
 def cpu() -> float:
@@ -76,14 +77,14 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     keep_memory()
-    device = models.choose_device(options.device)
-    precision = models.choose_precision(None, device)
+    device = choose_device(options.device)
+    precision = choose_precision(None, device)
     vision, encoder = extract.load_encoder(
         options.vision, options.fit, device=device, precision=precision
     )
     head = extract.contents(vision, encoder)
     print(
-        f"{options.vision}, {device} {models.precision_name(precision)}, {media.cores()} cores, "
+        f"{options.vision}, {device} {precision_name(precision)}, {media.cores()} cores, "
         f"{torch.get_num_threads()} threads, {options.images} pictures, {options.repeats} turns"
     )
     transform = encoder.transform()

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from tiny import write_decoder, write_vision
 
-from tinyvl import models
-from tinyvl.captioner import Text, collate
+from tinyvl import models, presets
+from tinyvl.captioner import collate
 from tinyvl.decoder import Decoder
 from tinyvl.decoder_weights import decoder_config
+from tinyvl.device import precision_name
 from tinyvl.encoders import build_image_encoder
 from tinyvl.itune import ITune
+from tinyvl.text import Text
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -68,7 +70,7 @@ def agreement(root: Path) -> None:
                 if p.grad is not None and not n.endswith("k.bias")  # its gradient is zero in theory
             )
             show(
-                check="cpu-gpu", precision=models.precision_name(precision),
+                check="cpu-gpu", precision=precision_name(precision),
                 checkpointing=checkpointing, loss_difference=abs(loss - expected),
                 largest_relative_gradient_difference=error, passed=error < limit,
             )  # fmt: skip
@@ -86,10 +88,12 @@ def captions_agree(root: Path) -> None:
 
 
 def paper_model(preset: str, precision: torch.dtype) -> ITune:
-    row = models.PRESETS[preset]
+    row = presets.PRESETS[preset]
     with torch.device("cuda"):
         encoder = build_image_encoder({"architecture": models.architecture(row.vision)})
-        decoder = Decoder(decoder_config(models.CONFIGS[row.language])).requires_grad_(False).eval()
+        decoder = (
+            Decoder(decoder_config(presets.CONFIGS[row.language])).requires_grad_(False).eval()
+        )
         model = ITune(
             encoder, decoder, Text(None, 50256, 50256), vision_width=encoder.width, **row.options
         )
@@ -124,7 +128,7 @@ def speed(preset: str, precision: torch.dtype, checkpointing: bool, captions: in
     torch.cuda.synchronize()
     searched = 32 / (time.perf_counter() - started)
     show(
-        preset=preset, precision=models.precision_name(precision), checkpointing=checkpointing,
+        preset=preset, precision=precision_name(precision), checkpointing=checkpointing,
         micro_batch=captions, captions_per_second=round(trained_per_second, 1),
         peak_gib=round(peak, 2), beam5_images_per_second=round(searched, 1),
     )  # fmt: skip
@@ -141,7 +145,7 @@ def main() -> None:
         write_vision(root / "vision")
         agreement(root)
         captions_agree(root)
-    for preset in (name for name, row in models.PRESETS.items() if row.method == "itune"):
+    for preset in (name for name, row in presets.PRESETS.items() if row.method == "itune"):
         for precision in (torch.bfloat16, torch.float16):
             speed(preset, precision, False, 64)
         speed(preset, torch.bfloat16, True, 64)

@@ -1,0 +1,112 @@
+"""The device a model runs on: which one, in which precision, and what its memory holds."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from tinyvl import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T = TypeVar("T")
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"The device {name!r} is not usable here: {error}".split("\n")[0], 2
+        ) from error
+    return device
+
+
+def choose_precision(name: str | None, device: torch.device) -> torch.dtype:
+    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16. ``name`` forces one."""
+    if name is not None:
+        if name not in PRECISIONS:
+            raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, not {name!r}.", 2)
+        return PRECISIONS[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    return next(name for name, value in PRECISIONS.items() if value == dtype)
+
+
+def keep_memory() -> None:
+    """Lets glibc keep freed memory instead of giving it back to the system and faulting it in anew.
+
+    A step's tensors are large, so that malloc maps and unmaps each of them: on a CPU a third of
+    the time of training went into page faults. No effect elsewhere.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    # Only blocks above this are mapped on their own. More in the heap would fragment it: with all
+    # of them there, three times the memory was taken.
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: so much may lie free
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's memory, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Pieces:
+    """Into how many pieces a batch is cut: twice as many whenever memory runs out.
+
+    The number stays for the batches that follow, which are as large.
+    """
+
+    def __init__(self, what: str, advice: str):
+        """Args:
+        what: the smallest batch there is, such as "One picture".
+        advice: what the user can do where even that does not fit.
+        """
+        self.what, self.advice, self.number = what, advice, 1
+
+    def run(self, attempt: Callable[[int], T], most: int, quiet: bool = False) -> T:
+        """``attempt(number)``, called again with twice the number after each out-of-memory error.
+
+        Args:
+            attempt: does the whole work in that many pieces, from the start.
+            most: the pieces that the batch has at most.
+
+        Raises:
+            UserError: ``most`` pieces do not fit either.
+        """
+        while True:
+            try:
+                return attempt(min(self.number, most))
+            except torch.OutOfMemoryError:
+                if self.number >= most:
+                    raise UserError(
+                        f"{self.what} does not fit in this device's memory; {self.advice}."
+                    ) from None
+            self.number *= 2
+            torch.cuda.empty_cache()
+            if not quiet:
+                print(f"out of memory: batches are cut into {self.number}", file=sys.stderr)
