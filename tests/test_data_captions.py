@@ -9,7 +9,7 @@ from published import PUBLISHED, coco, nocaps, touch, visual_genome, write, writ
 
 from tinyvl import UserError, data
 from tinyvl.data_formats import READERS, recognise
-from tinyvl.records import Record, line_of
+from tinyvl.data_records import Record, line_of
 
 # All formats
 

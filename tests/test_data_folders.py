@@ -12,7 +12,7 @@ from published import touch, write, write_json, write_tar
 
 from tinyvl import UserError, data, data_folders
 from tinyvl.data_formats import recognise
-from tinyvl.records import Record
+from tinyvl.data_records import Record
 
 # Folders
 

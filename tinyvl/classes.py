@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinyvl import UserError
 from tinyvl.data_folders import distinct
-from tinyvl.records import text_lines
+from tinyvl.data_records import text_lines
 
 SYNSET = r"n\d{8}"  # WordNet's number of a class of ImageNet
 PROMPT = "a photo of {}"  # LilT's one, section 6.5

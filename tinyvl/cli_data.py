@@ -132,8 +132,8 @@ def convert_data(
     if out.exists():
         raise UserError(f"{out}: this file exists; choose another name, or delete it first.", 2)
     from tinyvl import data
+    from tinyvl.data_records import line_of
     from tinyvl.files import replace_file
-    from tinyvl.records import line_of
 
     records = data.read(path, format=format, split=split, lang=lang, images=images)
 

@@ -13,7 +13,7 @@ import numpy as np
 from tinyvl import UserError
 from tinyvl.data_files import locate, locate_own
 from tinyvl.data_formats import EITHER, FOLDERS, LINKS, OWN, READERS, recognise
-from tinyvl.records import Record, readable
+from tinyvl.data_records import Record, readable
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.records import (
+from tinyvl.data_records import (
     OR,
     PARTS,
     Record,

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.media import is_image
-from tinyvl.records import (
+from tinyvl.data_records import (
     OR,
     Record,
     get,
@@ -25,6 +24,7 @@ from tinyvl.records import (
     split_in,
     text_lines,
 )
+from tinyvl.media import is_image
 
 log = logging.getLogger(__name__)
 

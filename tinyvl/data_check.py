@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvl import data, data_formats
-from tinyvl.records import MODALITIES, Record
+from tinyvl.data_records import MODALITIES, Record
 
 NO_SPLIT = "(none)"
 

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.records import KIND_OF, OR, Record
+from tinyvl.data_records import KIND_OF, OR, Record
 
 log = logging.getLogger(__name__)
 

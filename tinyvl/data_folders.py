@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.hub import cache_dir
-from tinyvl.records import (
+from tinyvl.data_records import (
     KIND_OF,
     MODALITIES,
     PARTS,
@@ -25,6 +24,7 @@ from tinyvl.records import (
     split_in,
     text_lines,
 )
+from tinyvl.hub import cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ from tinyvl.data_captions import (
 )
 from tinyvl.data_folders import is_classes, read_classes, read_folder, read_webdataset
 from tinyvl.data_questions import DAQUAR, partners, read_daquar, read_gqa, read_vqa
-from tinyvl.records import Record, readable
+from tinyvl.data_records import Record, readable
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     "jsonl": read_jsonl,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvl import UserError
-from tinyvl.records import OR, Record, get, json_document, json_object, split_in, text_lines
+from tinyvl.data_records import OR, Record, get, json_document, json_object, split_in, text_lines
 
 log = logging.getLogger(__name__)
 

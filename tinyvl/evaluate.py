@@ -31,10 +31,10 @@ from tinyvl import (
     write,
 )
 from tinyvl.data import Record
+from tinyvl.data_records import READABLE
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.progress import bar
-from tinyvl.records import READABLE
 
 
 @dataclass

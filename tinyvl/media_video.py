@@ -80,7 +80,7 @@ class Clips:
 
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Whether the name ends like a video's."""
-    from tinyvl.records import SUFFIXES
+    from tinyvl.data_records import SUFFIXES
 
     return os.path.splitext(path)[1].lower() in SUFFIXES["video"]
 
