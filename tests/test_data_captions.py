@@ -8,8 +8,8 @@ import pytest
 from published import PUBLISHED, coco, nocaps, touch, visual_genome, write, write_json, xtd10
 
 from tinyvl import UserError, data
+from tinyvl.data import Record, line_of
 from tinyvl.data_formats import READERS, recognise
-from tinyvl.data_records import Record, line_of
 
 # All formats
 

@@ -106,12 +106,11 @@ def caption(
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     how = search.style(beams, max_tokens)
     from tinyvl import media, models, write
-    from tinyvl.data_records import SUFFIXES
 
     inputs = inputs or []
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
     config = models.read_config(models.checkpoint_folder(model))
-    suffixes = SUFFIXES[models.modality_of(config)]
+    suffixes = media.SUFFIXES[models.modality_of(config)]
     paths = media.expand(inputs, sys.stdin, null=null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if features is not None:

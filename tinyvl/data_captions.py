@@ -1,11 +1,10 @@
-"""Readers of captioned pictures: our JSON Lines and the published formats.
+"""Readers of captioned pictures, videos and sounds, in the formats they were published in.
 
 Each yields the records of a file as the file has them: paths not yet looked for, blank captions
 kept. `data.read` does the rest.
 """
 
 import csv
-import json
 import logging
 import re
 import zlib
@@ -15,12 +14,14 @@ from pathlib import Path
 from tinyvl import UserError
 from tinyvl.data_records import (
     OR,
+    PARTS,
     Record,
+    entries,
     get,
     json_document,
     json_items,
+    json_object,
     name_in,
-    records_of,
     split_in,
     text_lines,
 )
@@ -29,33 +30,12 @@ from tinyvl.media import is_image
 log = logging.getLogger(__name__)
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """This package's own format, a record a line, or a JSON array of such records."""
-    with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"["):
-        for where, entry in json_items(path):
-            yield from records_of(entry, where)
-        return
-    for where, line in text_lines(path):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        yield from records_of(entry, where)
-
-
 def read_karpathy(path: Path) -> Iterator[Record]:
     """Karpathy's ``dataset_coco.json``, ``dataset_flickr8k.json``, ``dataset_flickr30k.json``."""
-    document = json_document(path)
-    for i, entry in enumerate(get(document, "images", list, path)):
-        where = f"{path}, images[{i}]"
+    for where, entry in entries(json_document(path), "images", path):
         name = name_in(entry, "filename", where)
         folder = get(entry, "filepath", str, where, default="")
-        captions = [
-            get(sentence, "raw", str, f"{where}.sentences[{j}]")
-            for j, sentence in enumerate(get(entry, "sentences", list, where))
-        ]
+        captions = [get(each, "raw", str, at) for at, each in entries(entry, "sentences", where)]
         number = get(entry, "imgid", (int, str), where, default=name)
         yield Record(
             f"{folder}/{name}{OR}{name}" if folder else name,
@@ -70,45 +50,41 @@ def read_coco(path: Path) -> Iterator[Record]:
 
     `data.read` leaves out images without a caption where others have one, and counts them.
     """
-    for record, _ in _coco(path):
+    for record, _, _ in _coco(path):
         yield record
 
 
-def _coco(path: Path) -> Iterator[tuple[Record, dict]]:
+def _coco(path: Path) -> Iterator[tuple[Record, dict, str]]:
     document = json_document(path)
+    images: dict[int | str, tuple[dict, str]] = {}
     captions: dict[int | str, list[str]] = {}
-    images: dict[int | str, dict] = {}
-    for i, entry in enumerate(get(document, "images", list, path)):
-        where = f"{path}, images[{i}]"
-        number = get(entry, "id", (int, str), where)
+    for where, entry in entries(document, "images", path):
         name_in(entry, "file_name", where)
-        images[number] = entry
-    for i, entry in enumerate(get(document, "annotations", list, path, default=[])):
-        where = f"{path}, annotations[{i}]"
+        images[get(entry, "id", (int, str), where)] = entry, where
+    for where, entry in entries(document, "annotations", path, default=[]):
         number = get(entry, "image_id", (int, str), where)
         if number not in images:
             raise UserError(f"{where}: 'image_id' {number} is not among the images")
         captions.setdefault(number, []).append(get(entry, "caption", str, where))
-    for number, entry in images.items():
-        yield Record(entry["file_name"], captions.get(number, []), str(number)), entry
+    for number, (entry, where) in images.items():
+        yield Record(entry["file_name"], captions.get(number, []), str(number)), entry, where
 
 
 def read_nocaps(path: Path) -> Iterator[Record]:
-    """NoCaps (https://nocaps.org): COCO's shape, and each image's domain: in, near or out.
+    """NoCaps (https://nocaps.org): COCO's keys, and each image's domain: in, near or out.
 
-    ``nocaps_val_4500_captions.json``, ``nocaps_{val,test}_image_info.json`` (no captions; the test
-    set keeps its domains to itself). The ids are those that the evaluation server wants.
+    ``nocaps_val_4500_captions.json``, ``nocaps_{val,test}_image_info.json`` (without captions; the
+    test set's domains are not published). The ids are those that the evaluation server expects.
     """
-    for i, (record, entry) in enumerate(_coco(path)):
-        domain = get(entry, "domain", str, f"{path}, images[{i}]", default=None)
-        if domain is not None:
-            domain = domain.removesuffix("-domain")
-            if domain not in ("in", "near", "out"):
-                raise UserError(
-                    f"{path}, images[{i}]: 'domain' should be in-domain, near-domain or "
-                    f"out-domain, found {domain!r}"
-                )
-        record.domain, record.split = domain, split_in(path.name)
+    for record, entry, where in _coco(path):
+        domain = get(entry, "domain", str, where, default=None)
+        record.domain = domain and domain.removesuffix("-domain")
+        if record.domain not in (None, "in", "near", "out"):
+            raise UserError(
+                f"{where}: 'domain' should be in-domain, near-domain or out-domain, "
+                f"found {domain!r}"
+            )
+        record.split = split_in(path.name)
         yield record
 
 
@@ -118,6 +94,7 @@ FLICKR_TOKEN = re.compile(r"([^\t]+)#\d+\t\s*(.*)")
 FLICKR_RESULTS = re.compile(r"([^|,]+?)\s*\|\s*\d+\s*\|?\s*(.*)")
 FLICKR_CSV = re.compile(r"[^,\t|]+\.(jpg|jpeg|png)\s*,.*", re.IGNORECASE)
 FLICKR_HEADER = re.compile(r"image,\s*caption|image_name\s*\|\s*comment_number\s*\|\s*comment")
+FLICKR = (FLICKR_HEADER, FLICKR_TOKEN, FLICKR_RESULTS, FLICKR_CSV)  # what the first line may be
 
 
 def read_flickr(path: Path) -> Iterator[Record]:
@@ -155,12 +132,9 @@ def read_flickr(path: Path) -> Iterator[Record]:
 
 
 def read_visual_genome(path: Path) -> Iterator[Record]:
-    """Visual Genome's ``region_descriptions.json``: the regions' phrases caption the image."""
+    """Visual Genome's ``region_descriptions.json``: the regions' phrases are the captions."""
     for where, entry in json_items(path):
-        phrases = [
-            get(region, "phrase", str, f"{where}.regions[{j}]")
-            for j, region in enumerate(get(entry, "regions", list, where))
-        ]
+        phrases = [get(each, "phrase", str, at) for at, each in entries(entry, "regions", where)]
         number = get(entry, "id", (int, str), where)
         yield Record(f"{number}.jpg", phrases, str(number))
 
@@ -229,3 +203,128 @@ def read_xtd10(path: Path) -> Iterator[Record]:
             )
         for name, caption in zip(names, captions, strict=True):
             yield Record(name, [caption.strip()], name, "test", match[1])
+
+
+# ------------------------------------------------------------------------------ videos
+
+
+def read_msrvtt(path: Path) -> Iterator[Record]:
+    """MSR-VTT's ``*videodatainfo*.json``: 20 captions a video, split train, val or test."""
+    document = json_document(path)
+    captions: dict[str, list[str]] = {}
+    for where, entry in entries(document, "sentences", path):
+        name = name_in(entry, "video_id", where)
+        captions.setdefault(name, []).append(get(entry, "caption", str, where))
+    splits: dict[str, str | None] = {}
+    for where, entry in entries(document, "videos", path):
+        split = get(entry, "split", str, where, default=None)
+        splits[name_in(entry, "video_id", where)] = PARTS.get(split, split)
+    if unknown := captions.keys() - splits:
+        raise UserError(f"{path}: sentences describe {min(unknown)}, which is not among its videos")
+    for name, split in splits.items():
+        yield Record(video=f"{name}.mp4", captions=captions.get(name, []), id=name, split=split)
+
+
+MSVD = re.compile(r"([\w-]{11}_\d+_\d+)\s+(\S.*)")
+
+
+def read_msvd(path: Path) -> Iterator[Record]:
+    """MSVD's ``AllVideoDescriptions.txt``, ``clip caption`` a line; or ``{clip: [captions]}`` JSON.
+
+    The split is that of ``{train,val,test}_list.txt`` where these lie beside the file; else, with
+    ``youtube_mapping.txt``, the usual one: videos 1 to 1200, to 1300 and to 1970.
+    """
+    captions: dict[str, list[str]] = {}
+    if path.suffix == ".json":
+        for clip, texts in json_object(path).items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{path}, {clip}: expected a list of captions")
+            captions[clip.removesuffix(".avi")] = texts
+    else:
+        for where, line in text_lines(path):
+            if line.startswith("#"):
+                continue
+            match = MSVD.fullmatch(line)
+            if not match:
+                raise UserError(
+                    f"{where}: expected 'mv89psg6zh4_33_46 a bird is bathing', found {line[:60]!r}"
+                )
+            captions.setdefault(match[1], []).append(match[2])
+    numbers, splits = youtube_mapping(path), {}
+    for clip, number in numbers.items():
+        splits[clip] = "train" if number <= 1200 else "val" if number <= 1300 else "test"
+    for part in ("train", "val", "test"):
+        if (listing := path.with_name(f"{part}_list.txt")).exists():
+            splits |= {line.removesuffix(".avi"): part for _, line in text_lines(listing)}
+    for clip, texts in captions.items():
+        names = [f"{clip}.avi", *([f"vid{numbers[clip]}.avi"] if clip in numbers else [])]
+        yield Record(video=OR.join(names), captions=texts, id=clip, split=splits.get(clip))
+
+
+def youtube_mapping(path: Path) -> dict[str, int]:
+    """``youtube_mapping.txt`` beside a file, ``mv89psg6zh4_33_46 vid1`` a line: clip -> number."""
+    mapping = path.with_name("youtube_mapping.txt")
+    numbers = {}
+    for where, line in text_lines(mapping) if mapping.exists() else ():
+        match = re.fullmatch(r"(\S+)\s+vid(\d+)", line)
+        if not match:
+            raise UserError(f"{where}: expected 'mv89psg6zh4_33_46 vid1', found {line[:60]!r}")
+        numbers[match[1]] = int(match[2])
+    return numbers
+
+
+# ------------------------------------------------------------------------------ sounds
+
+
+def read_audiocaps(path: Path) -> Iterator[Record]:
+    """AudioCaps' ``{train,val,test}.csv`` (https://audiocaps.github.io): a record a clip.
+
+    The sounds are downloaded one by one, and named by the YouTube id (alone, after ``Y``, or before
+    the start in seconds) or the caption's id. Those that are not there are left out and counted.
+    """
+    clips: dict[tuple[str, str], Record] = {}
+    for where, row in _rows(path, ("audiocap_id", "youtube_id", "start_time", "caption")):
+        name, start = row["youtube_id"], row["start_time"]
+        try:
+            seconds = int(float(start))
+        except (ValueError, OverflowError):
+            raise UserError(f"{where}: 'start_time' should be seconds, found {start!r}") from None
+        names = (
+            *(name, f"Y{name}", f"{name}_{seconds}", f"Y{name}_{seconds}"),
+            *(f"{name}_{seconds * 1000}_{seconds * 1000 + 10_000}", row["audiocap_id"]),
+        )
+        sound = OR.join(f"{each}.wav" for each in names)
+        clip = clips.setdefault(
+            (name, start), Record(audio=sound, id=name, split=split_in(path.name))
+        )
+        clip.captions.append(row["caption"])
+    yield from clips.values()
+
+
+def read_clotho(path: Path) -> Iterator[Record]:
+    """Clotho's ``clotho_captions_*.csv`` (https://zenodo.org/records/4783391): 5 captions a sound.
+
+    Its parts development, validation and evaluation are train, val and test here.
+    """
+    columns = [f"caption_{i}" for i in range(1, 6)]
+    for _, row in _rows(path, ("file_name", *columns)):
+        name = row["file_name"]
+        captions = [row[column] for column in columns]
+        yield Record(audio=name, captions=captions, id=name, split=split_in(path.name))
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file, of which each column that is asked for must be there."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                for column in columns:
+                    if row.get(column) is None:
+                        raise UserError(f"{where}: {column!r} is missing; it should be a text")
+                yield where, row
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: is not CSV ({error})") from None

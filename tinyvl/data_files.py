@@ -1,18 +1,21 @@
-"""Where the files of a published data set are: it says their names, rarely their folder."""
+"""Where the files of a published data set are: it gives their names, rarely their folder."""
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.data_records import KIND_OF, OR, Record
+from tinyvl.data_records import OR, Record
+from tinyvl.media import KIND_OF
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("", "train", "val", "test", "training", "validation", "development", "evaluation")
-# Where they are kept, seen from the folder of the annotations or its parent.
+_CLOTHO = ("validation", "development", "evaluation")
+_PARTS = ("", "train", "val", "test", "training", *_CLOTHO)
+_SOUNDS = (".", "audio", "audios", "wav", "wavs", "waveforms", "clotho_audio_files")
+# The usual folders, below the folder of the annotations or below its parent.
 FOLDERS = {
     "image": (
         *("", "images", "Images", "images/train", "images/val", "images/test"),
@@ -25,32 +28,24 @@ FOLDERS = {
     ),
     "video": (
         *("", "videos", "video", "clips", "YouTubeClips", "TrainValVideo", "TestVideo", "all"),
-        *("videos/all", "train-video", "test-video"),
-        *(f"videos/{part}" for part in ("train", "val", "test")),
+        *("videos/all", "train-video", "test-video", "videos/train", "videos/val", "videos/test"),
     ),
-    "audio": tuple(
-        f"{folder}/{part}".strip("/")
-        for folder, part in product(
-            ("", "audio", "audios", "wav", "wavs", "waveforms", "clotho_audio_files"), _PARTS
-        )
-    )
-    + tuple(
-        f"clotho_audio_{part}{inner}"
-        for part in ("development", "validation", "evaluation")
-        for inner in ("", f"/{part}")
+    "audio": (
+        *(f"{folder}/{part}" for folder, part in product(_SOUNDS, _PARTS)),
+        *(f"clotho_audio_{part}/{inner}" for part in _CLOTHO for inner in ("", part)),
     ),
 }
-WORDS = {
-    "image": ("picture", "pictures"),
-    "video": ("video", "videos"),
-    "audio": ("sound", "sounds"),
-}
+PLURAL = {"image": "pictures", "video": "videos", "audio": "sounds"}
 
 
 def locate_own(records: list[Record], folder: Path, path: Path, required: bool = True) -> None:
-    """Make the paths of records absolute that are relative to a folder.
+    """Make paths that are relative to a folder absolute.
 
-    Only the first few are looked for: a run reads its records often, and says then what is missing.
+    Only the first few files are looked for: a run reads its records often, and says later what is
+    missing.
+
+    Raises:
+        UserError: ``required``, and none of the first few is there.
     """
     if required and not any((folder / record.path).is_file() for record in records[:5]):
         raise _nowhere(records[0], path, f"{folder}")
@@ -70,18 +65,18 @@ def locate(
     """Find the files of a published data set, and make their paths absolute.
 
     A file is looked for under each name it may have (`OR`), with any suffix of its kind, in each of
-    the usual folders. Folders are listed once; no file is touched.
+    the usual folders. Folders are listed once, and no file is opened.
 
     Args:
         records: changed in place.
         path: the annotations' file, or folder.
         images: look here instead of in the annotations' folder and its parent.
-        required: whether it is an error that none is found; else they are where the first of the
-            places would have them.
-        drop: leave out those that are not there.
+        required: whether it is an error that no file is found. If not, each path is what it would
+            be in the first of the places.
+        drop: leave out records whose file is not there.
 
     Raises:
-        UserError: none of the files is there.
+        UserError: ``required``, and no file is found.
     """
     home = path if path.is_dir() else path.parent
     bases = [home.absolute(), home.absolute().parent] if images is None else [images.absolute()]
@@ -90,45 +85,38 @@ def locate(
     if first is None and required:
         where = f"{home} or the usual folders near it" if images is None else f"{images}"
         raise _nowhere(records[0], path, where)
-    found, missing = [], []
+    found, missing, place = [], [], first or bases[0]
     for record in records:
         file = None if first is None else finder.find(record)
-        if file is None:
-            missing.append(record)
-            name = record.path.split(OR)[0]
-            file = os.path.normpath(os.path.join(first or bases[0], name))
-            if not drop:
-                found.append(record)
-        else:
-            found.append(record)
-        record.path = file
+        (found if file else missing).append(record)
+        record.path = file or os.path.normpath(os.path.join(place, record.path.split(OR)[0]))
     if missing and first is not None:
         log.warning(
             "%s: %s %d of %d %s: not there, the first is %s",
             *(path, "left out" if drop else "did not find", len(missing), len(records)),
-            *(WORDS[missing[0].modality][1], missing[0].path),
+            *(PLURAL[missing[0].modality], missing[0].path),
         )
-    return found
+    return found if drop else records
 
 
 def _nowhere(record: Record, path: Path, where: str) -> UserError:
-    one, many = WORDS[record.modality]
+    many, name = PLURAL[record.modality], record.path.split(OR)[0]
     return UserError(
-        f"{path}: its first {one}, {record.path.split(OR)[0]}, is not in {where}; "
-        f"say with --images which folder the {many} are in"
+        f"{path}: its first {many[:-1]}, {name}, is not in {where}; "
+        f"name the folder of the {many} with --images"
     )
 
 
 class Finder:
-    """Looks for files in the usual folders of some bases; lists each folder once."""
+    """Looks for files in the usual folders below ``bases``, and lists each folder once."""
 
-    def __init__(self, bases: Sequence[Path]):
+    def __init__(self, bases: list[Path]):
         self.bases = bases
         self.places: dict[str, list[str]] = {}  # by modality: the folders that exist
         self.listings: dict[str, dict[str | tuple[str, str], str]] = {}
 
     def settle(self, records: Iterable[Record]) -> str | None:
-        """The folder of the first file that is found: others are looked for there first."""
+        """The folder of the first file that is found. Other files are looked for there first."""
         for record in records:
             places = self._places(record.modality)
             for place in places:

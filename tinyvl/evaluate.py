@@ -31,9 +31,9 @@ from tinyvl import (
     write,
 )
 from tinyvl.data import Record
-from tinyvl.data_records import READABLE
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store
+from tinyvl.media import READABLE
 from tinyvl.progress import bar
 
 
