@@ -228,11 +228,9 @@ def draw_set(
 ) -> None:
     """Draw a small licence-free set with captions and questions: shapes (in two languages), or
     moving shapes, or tones."""
-    from tinyvl import draw, draw_av
+    from tinyvl.draw_av import DRAW
 
-    checked(modality)
-    make = {"image": draw.draw_images, "video": draw_av.draw_videos, "audio": draw_av.draw_sounds}
-    make[modality](folder, train=train, held_out=held_out, seed=seed)
+    DRAW[checked(modality)](folder, train=train, held_out=held_out, seed=seed)
     print(folder / "drawn.jsonl")
 
 

@@ -1,21 +1,21 @@
-"""The drawn set: pictures of shapes with captions in English and German, made by this file alone.
+"""The drawn set: pictures of shapes with captions in English and German.
 
 A scene is one object at a place ("a small red circle on the left of a grey picture") or two
 objects side by side or above one another ("a big black star above a small red ring in a pink
 picture"). A caption is a function of its scene, and everything it says can be seen at 64 x 64
-pixels, so a model that has learnt the set captions new renders exactly.
+pixels, so a model that has learnt the set captions new renders exactly. Each picture also has a
+question with a short answer ("what colour is the star?", "black").
 
-Each picture also has a question with a short answer ("what colour is the star?", "black").
-
-In training, the `WITHHELD` pairs of shape and colour never occur. The held-out part has new renders
-of scenes that training shows too (``"combination": "seen"``) and, one in five, scenes with a
-withheld pair (``"unseen"``). No two held-out scenes share a caption.
+Training never shows the `WITHHELD` pairs of shape and colour. The held-out part has new renders of
+scenes that training shows (``"combination": "seen"``) and, one in five, scenes with a withheld pair
+(``"unseen"``). No two held-out scenes share a caption.
 
 Everything is a pure function of the seed. The shapes are inequalities on a supersampled grid and
 not Pillow's, so that the pixels do not depend on the version of a rasteriser.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,6 +108,7 @@ class Thing:
 
     @property
     def withheld(self) -> bool:
+        """Whether training never shows this pair of shape and colour."""
         return WITHHELD[self.shape] == self.colour
 
     def english(self) -> str:
@@ -123,9 +124,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; its captions follow from it.
+    """What a picture shows.
 
-    ``place`` is one of `PLACES` for one object and one of `RELATIONS` when there is a ``second``.
+    ``place`` is one of `PLACES` for one object, and one of `RELATIONS` if there is a ``second``.
     """
 
     first: Thing
@@ -152,11 +153,10 @@ class Scene:
 
     def question(self, lang: str, number: int) -> tuple[str, str]:
         """One of the questions that the picture answers, and its answer."""
-        ask, say = (
-            (ENGLISH_QUESTIONS, lambda word: word)
-            if lang == "en"
-            else (GERMAN_QUESTIONS, lambda word: GERMAN_ALONE.get(word) or GERMAN[word])
-        )
+        ask = ENGLISH_QUESTIONS if lang == "en" else GERMAN_QUESTIONS
+
+        def say(word: str) -> str:
+            return word if lang == "en" else GERMAN_ALONE.get(word) or GERMAN[word]
 
         def named(thing: Thing) -> dict[str, str]:
             the = "the" if lang == "en" else "der" if thing.shape in MASCULINE else "das"
@@ -203,9 +203,6 @@ def draw_images(
         UserError: the folder holds pictures that are not a drawing, or the held-out part asks for
             more distinct scenes than the training part has.
     """
-    folder = Path(folder)
-    pictures, listing = folder / "images", folder / "drawn.jsonl"
-    check_empty(pictures, listing)
     drawn = scenes(train, held_out, seed)
     records = [
         {
@@ -221,58 +218,56 @@ def draw_images(
         for index, (scene, split) in enumerate(drawn)
         for lang in LANGUAGES
     ]
-    write_listing(pictures, listing, records, "png")
-    for index, (scene, _) in enumerate(drawn):
-        Image.fromarray(render(scene, seed, index)).save(pictures / f"{index:04d}.png")
+
+    def write(path: Path, index: int) -> None:
+        Image.fromarray(render(drawn[index][0], seed, index)).save(path)
+
+    write_set(Path(folder), "images", "png", records, len(drawn), write)
     return records
 
 
-def check_empty(files: Path, listing: Path) -> None:
-    """Refuses a folder with files of somebody's, or with a drawing of another modality."""
-    if files.is_dir() and any(files.iterdir()) and not listing.exists():
-        raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
-    if listing.exists() and not files.is_dir():
-        raise UserError(f"{listing} lists no files in {files}; name an empty folder", 2)
-
-
-def write_listing(files: Path, listing: Path, records: list[dict], suffix: str) -> None:
-    """The records, and a folder for their files without those of an earlier drawing."""
-    files.mkdir(parents=True, exist_ok=True)
-    for old in files.glob(f"[0-9]*.{suffix}"):
-        old.unlink()
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    listing.write_text("".join(lines), encoding="utf-8", newline="\n")
-
-
 def asked(scene: Scene, lang: str, seed: int, index: int) -> dict:
-    """The fields of a picture's question, the same one in each language."""
+    """The fields of a picture's question, the same question in each language."""
     rng = np.random.Generator(np.random.PCG64([seed, 2, index]))
     question, answer = scene.question(lang, int(rng.integers(2**31)))
     return {"question": question, "answers": [answer]}
 
 
-def default_folder(modality: str = "image") -> Path:
-    """The drawn set of "image", "video" or "audio" in the cache, drawn there the first time."""
-    import os
-    import tempfile
+def write_set(
+    folder: Path,
+    name: str,
+    suffix: str,
+    records: list[dict],
+    number: int,
+    write: Callable[[Path, int], None],
+) -> None:
+    """Write ``drawn.jsonl`` and ``number`` files ``name/0000.suffix`` into ``folder``.
 
-    from tinyvl import draw_av
-    from tinyvl.hub import cache_dir
+    An earlier drawing is replaced. ``write(path, index)`` draws one file.
 
-    name = {"image": "drawn-2", "video": "moving-1", "audio": "tones-1"}[modality]
-    draw = {"image": draw_images, "video": draw_av.draw_videos, "audio": draw_av.draw_sounds}
-    folder = cache_dir() / name  # the first of pictures had no questions
-    if not (folder / "drawn.jsonl").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".drawn-") as scratch:
-            draw[modality](Path(scratch) / "new")
-            if not folder.exists():
-                os.replace(Path(scratch) / "new", folder)
-    return folder
+    Raises:
+        UserError: the folder holds files of somebody's, or a drawing of another modality.
+    """
+    files, listing = folder / name, folder / "drawn.jsonl"
+    if files.is_dir() and any(files.iterdir()) and not listing.exists():
+        raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
+    if listing.exists() and not files.is_dir():
+        raise UserError(f"{listing} lists no files in {files}; name an empty folder", 2)
+    files.mkdir(parents=True, exist_ok=True)
+    for old in files.glob(f"[0-9]*.{suffix}"):
+        old.unlink()
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    listing.write_text("".join(lines), encoding="utf-8", newline="\n")
+    for index in range(number):
+        write(files / f"{index:04d}.{suffix}", index)
 
 
 def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:
-    """The scenes of both parts with their split: first ``"train"``, then ``"test"``."""
+    """The scenes of both parts with their split: first ``"train"``, then ``"test"``.
+
+    Raises:
+        UserError: the held-out part needs more distinct scenes than the training part shows.
+    """
     rng = np.random.Generator(np.random.PCG64([seed, 0]))
     shown = [_invent(rng, unseen=False) for _ in range(train)]
     distinct = list(dict.fromkeys(shown))
@@ -291,13 +286,9 @@ def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:
 
 
 def render(scene: Scene, seed: int, index: int) -> np.ndarray:
-    """Paint a scene with the jitter of picture ``index``.
+    """Paint a scene with the jitter of picture ``index``: (64, 64, 3), uint8.
 
-    Place, size, tilt, hue and background differ from render to render, less than any word of the
-    caption does.
-
-    Returns:
-        Pixels, (64, 64, 3), uint8.
+    Place, size, tilt, hue and background vary between renders, less than any word of the caption.
     """
     rng = np.random.Generator(np.random.PCG64([seed, 1, index]))
     ramp = np.linspace(-1, 1, SIDE)
@@ -320,7 +311,7 @@ def render(scene: Scene, seed: int, index: int) -> np.ndarray:
 def _invent(rng: np.random.Generator, *, unseen: bool) -> Scene:
     """A random scene, one object or two, that has a withheld pair or has none."""
 
-    def pick(options) -> str:
+    def pick(options: Iterable[str]) -> str:
         options = list(options)
         return options[rng.integers(len(options))]
 
@@ -337,7 +328,10 @@ def _invent(rng: np.random.Generator, *, unseen: bool) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, radius: float, tilt: float) -> np.ndarray:
-    """The share of each pixel that a shape covers, (64, 64), centred on (x, y), tilt in radians."""
+    """The share of each pixel that a shape covers, (64, 64).
+
+    Its centre (x, y) and its radius are in pixels, the tilt in radians.
+    """
 
     def span(centre: float) -> tuple[slice, np.ndarray]:
         """The pixels that the shape can reach on one axis, and their sub-pixels in radii."""
