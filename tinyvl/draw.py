@@ -17,7 +17,9 @@ not Pillow's, so that the pixels do not depend on the version of a rasteriser.
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,55 +31,36 @@ SUPERSAMPLE = 4  # sub-pixels per pixel and axis
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
-    "red": (214, 32, 36),
-    "green": (32, 148, 60),
-    "blue": (36, 70, 205),
-    "yellow": (246, 226, 34),
-    "purple": (126, 40, 152),
-    "orange": (243, 130, 20),
-    "white": (252, 252, 252),
-    "black": (18, 18, 20),
-}
+    "red": (214, 32, 36), "green": (32, 148, 60), "blue": (36, 70, 205),
+    "yellow": (246, 226, 34), "purple": (126, 40, 152), "orange": (243, 130, 20),
+    "white": (252, 252, 252), "black": (18, 18, 20),
+}  # fmt: skip
 SIZES = {"small": (7.5, 8.5), "big": (12.5, 13.5)}  # radius in pixels, from and to
 PLACES = {  # of one object: its centre in pixels
-    "left": (16, 32),
-    "right": (48, 32),
-    "top": (32, 16),
-    "bottom": (32, 48),
-    "middle": (32, 32),
-}
+    "left": (16, 32), "right": (48, 32), "top": (32, 16), "bottom": (32, 48), "middle": (32, 32),
+}  # fmt: skip
 RELATIONS = {  # of two objects: the centres of the first and of the second
-    "left of": ((16, 32), (48, 32)),
-    "above": ((32, 16), (32, 48)),
-}
+    "left of": ((16, 32), (48, 32)), "above": ((32, 16), (32, 48)),
+}  # fmt: skip
 BACKGROUNDS = {"grey": (140, 140, 142), "beige": (222, 206, 170), "pink": (238, 178, 196)}
 WITHHELD = {  # shape: the colour it never has in training
-    "circle": "yellow",
-    "square": "purple",
-    "triangle": "white",
-    "star": "blue",
-    "cross": "orange",
-    "ring": "green",
-}
+    "circle": "yellow", "square": "purple", "triangle": "white",
+    "star": "blue", "cross": "orange", "ring": "green",
+}  # fmt: skip
 LANGUAGES = ("en", "de")
 
 ENGLISH_PLACE = {
-    "left": "on the left of",
-    "right": "on the right of",
-    "top": "at the top of",
-    "bottom": "at the bottom of",
-    "middle": "in the middle of",
-}
+    "left": "on the left of", "right": "on the right of", "top": "at the top of",
+    "bottom": "at the bottom of", "middle": "in the middle of",
+}  # fmt: skip
 GERMAN = {
-    **{"small": "klein", "big": "groß"},
-    **{"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "purple": "violett"},
-    **{"orange": "orangefarben", "white": "weiß", "black": "schwarz"},
-    **{"circle": "Kreis", "square": "Quadrat", "triangle": "Dreieck", "star": "Stern"},
-    **{"cross": "Kreuz", "ring": "Ring"},
-    **{"left": "links", "right": "rechts", "top": "oben", "bottom": "unten"},
-    **{"middle": "in der Mitte", "left of": "links neben", "above": "über"},
-    **{"grey": "grauem", "beige": "beigem", "pink": "rosa"},
-}
+    "small": "klein", "big": "groß", "red": "rot", "green": "grün", "blue": "blau",
+    "yellow": "gelb", "purple": "violett", "orange": "orangefarben", "white": "weiß",
+    "black": "schwarz", "circle": "Kreis", "square": "Quadrat", "triangle": "Dreieck",
+    "star": "Stern", "cross": "Kreuz", "ring": "Ring", "left": "links", "right": "rechts",
+    "top": "oben", "bottom": "unten", "middle": "in der Mitte", "left of": "links neben",
+    "above": "über", "grey": "grauem", "beige": "beigem", "pink": "rosa",
+}  # fmt: skip
 GERMAN_ALONE = {"grey": "grau", "beige": "beige", "pink": "rosa"}
 ENGLISH_QUESTIONS = {
     "colour": "what colour is {the} {shape}?",
@@ -173,14 +156,14 @@ class Scene:
         return asked[number % len(asked)]
 
     def labels(self) -> dict[str, str | None]:
-        """The attributes by name, for fitting an image encoder; the second object's end in 2."""
+        """The attributes by name, to fit an image encoder; the second object's end in 2."""
         second = asdict(self.second) if self.second else dict.fromkeys(asdict(self.first))
-        return {
-            **asdict(self.first),
-            "place": self.place,
-            "background": self.background,
-            **{f"{name}2": value for name, value in second.items()},
-        }
+        own = {"place": self.place, "background": self.background}
+        return asdict(self.first) | own | {f"{name}2": value for name, value in second.items()}
+
+    def fields(self) -> dict[str, str | None]:
+        """What a record says of the scene: its labels, and whether training shows such pairs."""
+        return {"combination": "unseen" if self.unseen else "seen", **self.labels()}
 
 
 def draw_images(
@@ -200,66 +183,63 @@ def draw_images(
         The records as written.
 
     Raises:
-        UserError: the folder holds pictures that are not a drawing, or the held-out part asks for
-            more distinct scenes than the training part has.
+        UserError: the folder has files that tinyvl did not draw, or the held-out part asks for more
+            distinct scenes than the training part has.
     """
-    drawn = scenes(train, held_out, seed)
-    records = [
-        {
-            "image": f"images/{index:04d}.png",
-            "captions": [scene.caption(lang)],
-            **asked(scene, lang, seed, index),
-            "id": f"{index:04d}",
-            "split": split,
-            "lang": lang,
-            "combination": "unseen" if scene.unseen else "seen",
-            **scene.labels(),
-        }
-        for index, (scene, split) in enumerate(drawn)
-        for lang in LANGUAGES
-    ]
+    parts = []
+    for index, (scene, split) in enumerate(scenes(train, held_out, seed)):
+        rng = np.random.Generator(np.random.PCG64([seed, 2, index]))
+        number = int(rng.integers(2**31))
+        parts.append((scene, split, [scene.question(lang, number) for lang in LANGUAGES]))
 
-    def write(path: Path, index: int) -> None:
-        Image.fromarray(render(drawn[index][0], seed, index)).save(path)
-
-    write_set(Path(folder), "images", "png", records, len(drawn), write)
-    return records
+    write = partial(write_image, seed=seed)
+    return write_set(Path(folder), "image", "images", "png", parts, write)
 
 
-def asked(scene: Scene, lang: str, seed: int, index: int) -> dict:
-    """The fields of a picture's question, the same question in each language."""
-    rng = np.random.Generator(np.random.PCG64([seed, 2, index]))
-    question, answer = scene.question(lang, int(rng.integers(2**31)))
-    return {"question": question, "answers": [answer]}
+def write_image(path: Path, scene: Scene, seed: int, index: int) -> None:
+    Image.fromarray(render(scene, seed, index)).save(path)
 
 
 def write_set(
     folder: Path,
+    modality: str,
     name: str,
     suffix: str,
-    records: list[dict],
-    number: int,
-    write: Callable[[Path, int], None],
-) -> None:
-    """Write ``drawn.jsonl`` and ``number`` files ``name/0000.suffix`` into ``folder``.
+    parts: list[tuple[Any, str, list[tuple[str, str]]]],
+    write: Callable[..., None],
+) -> list[dict]:
+    """Write ``drawn.jsonl`` and the files ``name/*.suffix``; -> the records, one a language.
 
-    An earlier drawing is replaced. ``write(path, index)`` draws one file.
-
-    Raises:
-        UserError: the folder holds files of somebody's, or a drawing of another modality.
+    A part is what a file shows, its split, and a question with its answer in each language.
+    ``write(path, what it shows, index=index)`` draws the file.
     """
     files, listing = folder / name, folder / "drawn.jsonl"
     if files.is_dir() and any(files.iterdir()) and not listing.exists():
         raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
     if listing.exists() and not files.is_dir():
         raise UserError(f"{listing} lists no files in {files}; name an empty folder", 2)
+    records = [
+        {
+            modality: f"{name}/{index:04d}.{suffix}",
+            "captions": [shown.caption(lang)],
+            "question": question,
+            "answers": [answer],
+            "id": f"{index:04d}",
+            "split": split,
+            "lang": lang,
+            **shown.fields(),
+        }
+        for index, (shown, split, asked) in enumerate(parts)
+        for lang, (question, answer) in zip(LANGUAGES, asked, strict=False)
+    ]
     files.mkdir(parents=True, exist_ok=True)
     for old in files.glob(f"[0-9]*.{suffix}"):
         old.unlink()
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     listing.write_text("".join(lines), encoding="utf-8", newline="\n")
-    for index in range(number):
-        write(files / f"{index:04d}.{suffix}", index)
+    for index, (shown, _, _) in enumerate(parts):
+        write(files / f"{index:04d}.{suffix}", shown, index=index)
+    return records
 
 
 def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:

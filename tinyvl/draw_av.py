@@ -10,8 +10,9 @@ seed. Held-out files are new renders of what training shows.
 from __future__ import annotations
 
 import wave
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product, starmap
 from pathlib import Path
 
@@ -44,9 +45,11 @@ class Motion:
     colour: str
     move: str
 
-    def caption(self) -> str:
+    def caption(self, lang: str = "en") -> str:
         does = "stays still" if self.move == "nowhere" else f"moves {self.move}"
         return f"a {self.colour} {self.shape} {does}"
+
+    fields = asdict
 
     def questions(self) -> list[tuple[str, str]]:
         return [
@@ -65,8 +68,10 @@ class Signal:
     bend: str
     times: str
 
-    def caption(self) -> str:
+    def caption(self, lang: str = "en") -> str:
         return f"a {self.pitch} {self.kind} {self.bend} {self.times}"
+
+    fields = asdict
 
     def questions(self) -> list[tuple[str, str]]:
         return [
@@ -84,8 +89,9 @@ def draw_videos(
 
     Arguments and errors are those of `draw.draw_images`. A video has one record, in English.
     """
-    known = list(starmap(Motion, product(SHAPES, COLOURS, MOVES)))
-    return _draw(folder, ("video", "videos", "avi"), known, write_video, train, held_out, seed)
+    parts = _choose(starmap(Motion, product(SHAPES, COLOURS, MOVES)), train, held_out, seed)
+    write = partial(write_video, seed=seed)
+    return write_set(Path(folder), "video", "videos", "avi", parts, write)
 
 
 def draw_sounds(
@@ -95,53 +101,28 @@ def draw_sounds(
 
     Arguments and errors are those of `draw.draw_images`. A sound has one record, in English.
     """
-    known = list(starmap(Signal, product(KINDS, PITCHES, BENDS, TIMES)))
-    return _draw(folder, ("audio", "sounds", "wav"), known, write_sound, train, held_out, seed)
+    parts = _choose(starmap(Signal, product(KINDS, PITCHES, BENDS, TIMES)), train, held_out, seed)
+    write = partial(write_sound, seed=seed)
+    return write_set(Path(folder), "audio", "sounds", "wav", parts, write)
 
 
-def _draw(
-    folder: str | Path,
-    names: tuple[str, str, str],
-    known: list,
-    write: Callable,
-    train: int,
-    held_out: int,
-    seed: int,
-) -> list[dict]:
-    """Draw what is ``known``. ``names``: the modality, its folder and its suffix."""
-    modality, files, suffix = names
-    rng = np.random.Generator(np.random.PCG64([seed, 3]))
+def _choose(known: Iterable, train: int, held_out: int, seed: int) -> list[tuple]:
+    """What each file shows, its split, and its question: the parts of `draw.write_set`."""
+    known, rng = list(known), np.random.Generator(np.random.PCG64([seed, 3]))
     shown = [known[i] for i in rng.integers(len(known), size=train)]
     # What was shown is held out in turn, so that a small held-out part is pairwise distinct.
     distinct = list(dict.fromkeys(shown))
     order = rng.permutation(len(distinct))
     held = [distinct[order[i % len(distinct)]] for i in range(held_out)]
-    records = []
+    parts = []
     for index, each in enumerate(shown + held):
-        questions = each.questions()
-        question, answer = questions[int(rng.integers(len(questions)))]
-        records.append(
-            {
-                modality: f"{files}/{index:04d}.{suffix}",
-                "captions": [each.caption()],
-                "question": question,
-                "answers": [answer],
-                "id": f"{index:04d}",
-                "split": "train" if index < train else "test",
-                "lang": "en",
-                **asdict(each),
-            }
-        )
-
-    def write_file(path: Path, index: int) -> None:
-        write(path, (shown + held)[index], seed, index)
-
-    write_set(Path(folder), files, suffix, records, len(records), write_file)
-    return records
+        questions, split = each.questions(), "train" if index < train else "test"
+        parts.append((each, split, [questions[rng.integers(len(questions))]]))
+    return parts
 
 
 DRAW = {"image": draw_images, "video": draw_videos, "audio": draw_sounds}
-NAMES = {"image": "drawn-2", "video": "moving-1", "audio": "tones-1"}  # -1 had no questions
+NAMES = {"image": "drawn-2", "video": "moving-1", "audio": "tones-1"}  # drawn-1 had no questions
 
 
 def default_folder(modality: str = "image") -> Path:
