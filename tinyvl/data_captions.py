@@ -18,11 +18,12 @@ from tinyvl.data_records import (
     Record,
     entries,
     get,
-    json_document,
     json_items,
     json_object,
+    matched,
     name_in,
     split_in,
+    splits_beside,
     text_lines,
 )
 from tinyvl.media import is_image
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def read_karpathy(path: Path) -> Iterator[Record]:
     """Karpathy's ``dataset_coco.json``, ``dataset_flickr8k.json``, ``dataset_flickr30k.json``."""
-    for where, entry in entries(json_document(path), "images", path):
+    for where, entry in entries(json_object(path), "images", path):
         name = name_in(entry, "filename", where)
         folder = get(entry, "filepath", str, where, default="")
         captions = [get(each, "raw", str, at) for at, each in entries(entry, "sentences", where)]
@@ -55,7 +56,7 @@ def read_coco(path: Path) -> Iterator[Record]:
 
 
 def _coco(path: Path) -> Iterator[tuple[Record, dict, str]]:
-    document = json_document(path)
+    document = json_object(path)
     images: dict[int | str, tuple[dict, str]] = {}
     captions: dict[int | str, list[str]] = {}
     for where, entry in entries(document, "images", path):
@@ -116,12 +117,8 @@ def read_flickr(path: Path) -> Iterator[Record]:
                 f"found {line[:60]!r}"
             )
         captions.setdefault(name, []).append(",".join(rest))
-    splits = {
-        name: split
-        for split, part in (("train", "train"), ("val", "dev"), ("test", "test"))
-        if (listing := path.with_name(f"Flickr_8k.{part}Images.txt")).exists()
-        for _, name in text_lines(listing)
-    }
+    parts = {"train": "train", "val": "dev", "test": "test"}
+    splits = splits_beside(path, **{k: f"Flickr_8k.{v}Images.txt" for k, v in parts.items()})
     # Flickr8k lists captions of "2258277193_586949ec62.jpg.1", a picture that it does not have.
     odd = {name for name in captions if not is_image(name)}
     if odd:
@@ -156,10 +153,7 @@ def read_cc3m(path: Path) -> Iterator[Record]:
         if CC3M_HEADER.fullmatch(line):
             continue
         number += 1
-        match = CC3M.fullmatch(line)
-        if not match:
-            raise UserError(f"{where}: expected 'caption<tab>url or path', found {line[:60]!r}")
-        caption, address = match.groups()
+        caption, address = matched(CC3M, line, where, "caption<tab>url or path").groups()
         if re.match(r"https?://", address):
             last = re.split("[?#]", address)[0].rsplit("/", 1)[-1]
             names = (
@@ -191,18 +185,14 @@ def read_xtd10(path: Path) -> Iterator[Record]:
         raise UserError(f"{path}: test_image_names.txt, which names its pictures, is not beside it")
     names = [name for _, name in text_lines(names_file)]
     for file in files:
-        match = XTD10.fullmatch(file.name)
-        if not match:
-            raise UserError(f"{file}: expected a name like test_1kcaptions_de.txt")
+        lang = matched(XTD10, file.name, f"{file}", "test_1kcaptions_de.txt")[1]
         # Not text_lines: a blank line is a picture without a caption.
         captions = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         if len(captions) != len(names):
-            raise UserError(
-                f"{file}: has {len(captions)} captions, but {names_file} names {len(names)} "
-                "pictures"
-            )
+            counts = f"{len(captions)} captions, but {names_file} names {len(names)} pictures"
+            raise UserError(f"{file}: has {counts}")
         for name, caption in zip(names, captions, strict=True):
-            yield Record(name, [caption.strip()], name, "test", match[1])
+            yield Record(name, [caption.strip()], name, "test", lang)
 
 
 # ------------------------------------------------------------------------------ videos
@@ -210,7 +200,7 @@ def read_xtd10(path: Path) -> Iterator[Record]:
 
 def read_msrvtt(path: Path) -> Iterator[Record]:
     """MSR-VTT's ``*videodatainfo*.json``: 20 captions a video, split train, val or test."""
-    document = json_document(path)
+    document = json_object(path)
     captions: dict[str, list[str]] = {}
     for where, entry in entries(document, "sentences", path):
         name = name_in(entry, "video_id", where)
@@ -244,21 +234,21 @@ def read_msvd(path: Path) -> Iterator[Record]:
         for where, line in text_lines(path):
             if line.startswith("#"):
                 continue
-            match = MSVD.fullmatch(line)
-            if not match:
-                raise UserError(
-                    f"{where}: expected 'mv89psg6zh4_33_46 a bird is bathing', found {line[:60]!r}"
-                )
-            captions.setdefault(match[1], []).append(match[2])
-    numbers, splits = youtube_mapping(path), {}
-    for clip, number in numbers.items():
-        splits[clip] = "train" if number <= 1200 else "val" if number <= 1300 else "test"
-    for part in ("train", "val", "test"):
-        if (listing := path.with_name(f"{part}_list.txt")).exists():
-            splits |= {line.removesuffix(".avi"): part for _, line in text_lines(listing)}
+            clip, caption = matched(MSVD, line, where, "mv89psg6zh4_33_46 a bird bathes").groups()
+            captions.setdefault(clip, []).append(caption)
+    numbers = youtube_mapping(path)
+    splits = {
+        clip: "train" if number <= 1200 else "val" if number <= 1300 else "test"
+        for clip, number in numbers.items()
+    }
+    listed = splits_beside(path, **{part: f"{part}_list.txt" for part in ("train", "val", "test")})
+    splits |= {name.removesuffix(".avi"): part for name, part in listed.items()}
     for clip, texts in captions.items():
         names = [f"{clip}.avi", *([f"vid{numbers[clip]}.avi"] if clip in numbers else [])]
         yield Record(video=OR.join(names), captions=texts, id=clip, split=splits.get(clip))
+
+
+MAPPED = re.compile(r"(\S+)\s+vid(\d+)")
 
 
 def youtube_mapping(path: Path) -> dict[str, int]:
@@ -266,10 +256,8 @@ def youtube_mapping(path: Path) -> dict[str, int]:
     mapping = path.with_name("youtube_mapping.txt")
     numbers = {}
     for where, line in text_lines(mapping) if mapping.exists() else ():
-        match = re.fullmatch(r"(\S+)\s+vid(\d+)", line)
-        if not match:
-            raise UserError(f"{where}: expected 'mv89psg6zh4_33_46 vid1', found {line[:60]!r}")
-        numbers[match[1]] = int(match[2])
+        clip, number = matched(MAPPED, line, where, "mv89psg6zh4_33_46 vid1").groups()
+        numbers[clip] = int(number)
     return numbers
 
 
@@ -294,9 +282,8 @@ def read_audiocaps(path: Path) -> Iterator[Record]:
             *(f"{name}_{seconds * 1000}_{seconds * 1000 + 10_000}", row["audiocap_id"]),
         )
         sound = OR.join(f"{each}.wav" for each in names)
-        clip = clips.setdefault(
-            (name, start), Record(audio=sound, id=name, split=split_in(path.name))
-        )
+        clip = Record(audio=sound, id=name, split=split_in(path.name))
+        clip = clips.setdefault((name, start), clip)
         clip.captions.append(row["caption"])
     yield from clips.values()
 

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -71,25 +72,32 @@ def locate(
         records: changed in place.
         path: the annotations' file, or folder.
         images: look here instead of in the annotations' folder and its parent.
-        required: whether it is an error that no file is found. If not, each path is what it would
-            be in the first of the places.
-        drop: leave out records whose file is not there.
+        required: whether it is an error that no file is found.
+        drop: leave out records whose file is missing. Otherwise they get the path that it would
+            have beside the first file that is found, or in the first of the places.
 
     Raises:
         UserError: ``required``, and no file is found.
     """
     home = path if path.is_dir() else path.parent
     bases = [home.absolute(), home.absolute().parent] if images is None else [images.absolute()]
-    finder = Finder(bases)
-    first = finder.settle(records)
+    listing, first = cache(_listing), None
+    found, missing, folders = [], [], {}
+    for record in records:
+        kind = record.modality
+        places = folders[kind] if kind in folders else folders.setdefault(kind, _usual(kind, bases))
+        place, file = _find(record, places, listing)
+        (found if file else missing).append(record)
+        if file and first is None:  # look here first for the others
+            first = place
+            places.insert(0, places.pop(places.index(place)))
+        record.path = file or record.path
     if first is None and required:
         where = f"{home} or the usual folders near it" if images is None else f"{images}"
         raise _nowhere(records[0], path, where)
-    found, missing, place = [], [], first or bases[0]
-    for record in records:
-        file = None if first is None else finder.find(record)
-        (found if file else missing).append(record)
-        record.path = file or os.path.normpath(os.path.join(place, record.path.split(OR)[0]))
+    for record in missing:
+        name = record.path.split(OR)[0]
+        record.path = os.path.normpath(os.path.join(first or bases[0], name))
     if missing and first is not None:
         log.warning(
             "%s: %s %d of %d %s: not there, the first is %s",
@@ -107,61 +115,43 @@ def _nowhere(record: Record, path: Path, where: str) -> UserError:
     )
 
 
-class Finder:
-    """Looks for files in the usual folders below ``bases``, and lists each folder once."""
+def _usual(modality: str, bases: list[Path]) -> list[str]:
+    """The usual folders that exist."""
+    places = (os.path.join(base, name) for base in bases for name in FOLDERS[modality])
+    return [place for place in dict.fromkeys(map(os.path.normpath, places)) if os.path.isdir(place)]
 
-    def __init__(self, bases: list[Path]):
-        self.bases = bases
-        self.places: dict[str, list[str]] = {}  # by modality: the folders that exist
-        self.listings: dict[str, dict[str | tuple[str, str], str]] = {}
 
-    def settle(self, records: Iterable[Record]) -> str | None:
-        """The folder of the first file that is found. Other files are looked for there first."""
-        for record in records:
-            places = self._places(record.modality)
-            for place in places:
-                if self._in([place], record):
-                    places.remove(place)
-                    places.insert(0, place)
-                    return place
-        return None
+Listing = dict[str | tuple[str, str], str]
 
-    def find(self, record: Record) -> str | None:
-        """A record's file, or None."""
-        return self._in(self._places(record.modality), record)
 
-    def _places(self, modality: str) -> list[str]:
-        if modality not in self.places:
-            places = [os.path.join(b, name) for b in self.bases for name in FOLDERS[modality]]
-            places = dict.fromkeys(map(os.path.normpath, places))
-            self.places[modality] = [place for place in places if os.path.isdir(place)]
-        return self.places[modality]
+def _find(
+    record: Record, places: list[str], listing: Callable[[str], Listing]
+) -> tuple[str, str] | tuple[None, None]:
+    """The first place that has a record's file, and the file."""
+    modality, names = record.modality, []
+    for name in record.path.split(OR):
+        head, base = os.path.split(name)
+        stem, suffix = os.path.splitext(base)
+        own = KIND_OF.get(suffix.lower()) == modality
+        names.append((head, base, (modality, stem if own else base)))
+    for place in places:
+        for head, base, key in names:
+            folder = os.path.join(place, head) if head else place
+            known = listing(folder)
+            if file := known.get(base) or known.get(key):
+                return place, os.path.normpath(os.path.join(folder, file))
+    return None, None
 
-    def _in(self, places: list[str], record: Record) -> str | None:
-        modality, names = record.modality, []
-        for name in record.path.split(OR):
-            head, base = os.path.split(name)
-            stem, suffix = os.path.splitext(base)
-            own = KIND_OF.get(suffix.lower()) == modality
-            names.append((head, base, (modality, stem if own else base)))
-        for place in places:
-            for head, base, key in names:
-                folder = os.path.join(place, head) if head else place
-                listing = self.listings.get(folder) or self._listing(folder)
-                if file := listing.get(base) or listing.get(key):
-                    return os.path.normpath(os.path.join(folder, file))
-        return None
 
-    def _listing(self, folder: str) -> dict[str | tuple[str, str], str]:
-        """The names in a folder, by themselves and by (kind of file, name without suffix)."""
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError:
-            names = []
-        listing: dict[str | tuple[str, str], str] = {"": ""}
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if kind := KIND_OF.get(suffix.lower()):
-                listing.setdefault((kind, stem), name)
-        self.listings[folder] = listing | {name: name for name in names}
-        return self.listings[folder]
+def _listing(folder: str) -> Listing:
+    """The names in a folder, by themselves and by (kind of file, name without suffix)."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        names = []
+    listing: Listing = {}
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if kind := KIND_OF.get(suffix.lower()):
+            listing.setdefault((kind, stem), name)
+    return listing | {name: name for name in names}

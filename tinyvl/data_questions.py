@@ -16,10 +16,11 @@ from tinyvl.data_records import (
     Record,
     entries,
     get,
-    json_document,
     json_items,
     json_object,
+    matched,
     split_in,
+    splits_beside,
     text_lines,
 )
 
@@ -46,12 +47,12 @@ def read_vqa(path: Path) -> Iterator[Record]:
             f"named {expected[0] if expected else 'as they were published'}"
         )
     else:
-        questions, questions_file, annotations_file = json_document(partner), partner, path
+        questions, questions_file, annotations_file = json_object(partner), partner, path
     year = re.search(r"(train|val|test(-[a-z]+)?)20\d\d", questions_file.name)
     subtype = get(questions, "data_subtype", str, questions_file, *([year[0]] if year else []))
     annotations = {}
     if annotations_file is not None:
-        answered = document if annotations_file is path else json_document(annotations_file)
+        answered = document if annotations_file is path else json_object(annotations_file)
         for where, entry in entries(answered, "annotations", annotations_file):
             annotations[get(entry, "question_id", (int, str), where)] = entry, where
     elif not subtype.startswith("test"):
@@ -138,26 +139,19 @@ def read_daquar(path: Path) -> Iterator[Record]:
     Several answers ("knife, fork") are one text, as annotated. The split is the file name's, or
     that of ``{train,test}_images_list.txt`` or ``{train,test}.txt`` where these lie beside.
     """
-    splits = {}
-    for part in ("train", "test"):
-        for listing in (path.with_name(f"{part}_images_list.txt"), path.with_name(f"{part}.txt")):
-            if listing.exists():
-                splits |= {line: part for _, line in text_lines(listing)}
+    splits = splits_beside(path, train="train_images_list.txt", test="test_images_list.txt")
+    splits |= splits_beside(path, train="train.txt", test="test.txt")
     lines, split = text_lines(path), split_in(path.name)
     for number, (where, line) in enumerate(lines):
-        match = DAQUAR.fullmatch(line)
-        if not match:
-            raise UserError(f"{where}: expected '... in the image7 ?', found {line[:60]!r}")
+        image = f"image{matched(DAQUAR, line, where, '... in the image7 ?')[1]}"
         _, answer = next(lines, (where, ""))
         if not answer or DAQUAR.fullmatch(answer):
             raise UserError(f"{where}: this question is not followed by an answer")
-        image = f"image{match[1]}"
-        question = DAQUAR_END.sub("", line)
         yield Record(
             f"{image}.png",
             id=image,
             split=split or splits.get(image),
-            question=question,
+            question=DAQUAR_END.sub("", line),
             answers=[answer],
             question_id=str(number),
         )

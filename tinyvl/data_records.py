@@ -150,6 +150,26 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path} is not text in UTF-8") from None
 
 
+def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re.Match[str]:
+    """The line's match of the whole pattern, or a `UserError` that shows an example."""
+    if match := pattern.fullmatch(line):
+        return match
+    raise UserError(f"{where}: expected {example!r}, found {line[:60]!r}")
+
+
+def splits_beside(path: Path, **lists: str) -> dict[str, str]:
+    """The split of each name in the lists of names, such as ``train.txt``, that are beside a file.
+
+    ``lists`` maps a split to the name of its list: ``train="train.txt"``.
+    """
+    return {
+        name: split
+        for split, listing in lists.items()
+        if path.with_name(listing).exists()
+        for _, name in text_lines(path.with_name(listing))
+    }
+
+
 def json_document(path: Path) -> Any:
     """A file's JSON."""
     return _parsed(_text(path), path)
