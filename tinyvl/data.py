@@ -41,15 +41,13 @@ def read(
 
     Args:
         path: a file or folder in one of the formats of `data_formats.READERS`, or a folder that
-            holds one such file.
+            has one such file in it.
         format: a name in `data_formats.READERS`. Default: recognised from the content.
         split: keep this split (see `select_split`).
-        images: the folder of the pictures (videos, sounds). Default: paths in JSON Lines are
-            relative to the file, and those of published formats are looked for (see
-            `data_files.locate`).
+        images: the folder of the pictures (videos, sounds). Default: JSON Lines name paths relative
+            to the file, and `data_files.locate` looks for those of published formats.
         lang: keep the records in this language, and those that name none.
-        files: whether it is an error that none of the pictures is there. If not, all records are
-            kept, whether their file is there or not (to score predictions, say).
+        files: False keeps records whose file is missing (to score predictions, say).
         blank: keep captions that are blank, and images without captions in a list of captions.
 
     Raises:
@@ -77,10 +75,8 @@ def read(
         records = [record for record in records if record.lang in (lang, None)]
         if not records:
             raise UserError(f"{path} has no records in {lang!r}, only in {_listed(found)}", 2)
-    if split is None:
-        return records
     try:
-        return select_split(records, split)
+        return records if split is None else select_split(records, split)
     except UserError as error:
         raise UserError(f"{path}: {error}", 2) from None
 

@@ -5,6 +5,7 @@ import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ def check(
 ) -> dict[str, Any]:
     """Read data sets, and look at each of their files.
 
-    Pictures are decoded in worker processes; JPEGs at a small scale, which still reads them to
-    their end. Of a video or a sound the first frame is decoded. If there are several splits, files
-    that are in two of them are looked for, by path and by content; several data sets that name no
-    split are the splits of one.
+    Pictures are decoded, JPEGs at a small scale, which still reads them to their end; of a video or
+    a sound the first frame is. Files in two splits are looked for, by path and by content. Several
+    data sets that name no split are the splits of one.
 
     Args:
         paths, format, split, lang, images: as in `data.read`.
@@ -43,14 +43,13 @@ def check(
         ``details`` (for each problem ``problem``, ``path``, ``record`` and ``error``).
 
     Raises:
-        UserError: a data set cannot be read; its first malformed record, say.
+        UserError: a data set cannot be read (its first malformed record, say).
     """
     sets, records = [], []
     for path in paths:
         path, known = (path, format) if format else data.recognise(path)
-        found = data.read(
-            path, format=known, split=split, lang=lang, images=images, files=False, blank=True
-        )
+        options = {"format": known, "split": split, "lang": lang, "images": images}
+        found = data.read(path, **options, files=False, blank=True)
         for record in found:
             if record.split is None and len(paths) > 1:
                 record.split = path.stem
@@ -58,9 +57,8 @@ def check(
         records += found
     files = {record.path: record.modality for record in records}
     there = {path: kind for path, kind in files.items() if os.path.isfile(path)}
-    details = [
-        _problem("missing", path, "there is no such file") for path in files if path not in there
-    ]
+    missing = [path for path in files if path not in there]
+    details = [_problem("missing", path, "there is no such file") for path in missing]
     if not fast:
         details += unreadable(there, workers, quiet)
     details += text_problems(records)
@@ -103,16 +101,16 @@ def summary(records: list[Record]) -> dict[str, Any]:
     if captions:
         report["captions"] = {
             "total": len(captions),
-            "per_record": _numbers([len(record.captions) for record in records]),
-            "words": _numbers([len(caption.split()) for caption in captions]),
-            "characters": _numbers([len(caption.strip()) for caption in captions]),
+            "per_record": _numbers(len(record.captions) for record in records),
+            "words": _numbers(len(caption.split()) for caption in captions),
+            "characters": _numbers(len(caption.strip()) for caption in captions),
         }
     questions = [record for record in records if record.question is not None]
     if questions:
         report["questions"] = {
             "total": len(questions),
-            "words": _numbers([len(record.question.split()) for record in questions]),
-            "answers_per_question": _numbers([len(record.answers) for record in questions]),
+            "words": _numbers(len(record.question.split()) for record in questions),
+            "answers_per_question": _numbers(len(record.answers) for record in questions),
             "question_types": _counts(record.question_type for record in questions),
             "answer_types": _counts(record.answer_type for record in questions),
         }
@@ -123,7 +121,7 @@ def _counts(names: Iterable[str | None]) -> dict[str, int]:
     return dict(Counter(name for name in names if name is not None).most_common())
 
 
-def _numbers(values: list[int]) -> dict[str, float]:
+def _numbers(values: Iterable[int]) -> dict[str, float]:
     values = sorted(values)
     return {
         "min": values[0],
@@ -183,24 +181,21 @@ def shared_files(records: list[Record], compare: Iterable[str]) -> Iterator[dict
         return
     by_size: dict[int, list[str]] = defaultdict(list)
     for path in compare:
-        if path in splits:
-            by_size[os.path.getsize(path)].append(path)
-    for size, group in by_size.items():
-        if size == 0 or len(set().union(*(splits[path] for path in group))) < 2:
+        if path in splits and (size := os.path.getsize(path)):
+            by_size[size].append(path)
+    by_content: dict[str, list[str]] = defaultdict(list)
+    for group in by_size.values():
+        if len(set().union(*(splits[path] for path in group))) < 2:
             continue
-        by_content: dict[str, list[str]] = defaultdict(list)
         for path in group:
-            try:
-                with open(path, "rb") as file:
-                    by_content[hashlib.file_digest(file, "sha256").hexdigest()].append(path)
-            except OSError:  # reported when it was decoded
-                continue
-        for same in by_content.values():
-            for path in same[1:]:
-                if splits[path] != splits[same[0]]:
-                    where = f"{min(splits[same[0]])} (this in {min(splits[path])})"
-                    error = f"has the same content as {same[0]}, which is in {where}"
-                    yield _problem("same content in two splits", path, error)
+            with suppress(OSError), open(path, "rb") as file:  # decoding has reported it
+                by_content[hashlib.file_digest(file, "sha256").hexdigest()].append(path)
+    for first, *others in by_content.values():
+        for path in others:
+            if splits[path] != splits[first]:
+                where = f"{min(splits[first])} (this in {min(splits[path])})"
+                error = f"has the same content as {first}, which is in {where}"
+                yield _problem("same content in two splits", path, error)
 
 
 def unreadable(

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -81,11 +81,10 @@ def locate(
     """
     home = path if path.is_dir() else path.parent
     bases = [home.absolute(), home.absolute().parent] if images is None else [images.absolute()]
-    listing, first = cache(_listing), None
-    found, missing, folders = [], [], {}
+    usual, listing = cache(partial(_usual, bases)), cache(_listing)
+    found, missing, first = [], [], None
     for record in records:
-        kind = record.modality
-        places = folders[kind] if kind in folders else folders.setdefault(kind, _usual(kind, bases))
+        places = usual(record.modality)
         place, file = _find(record, places, listing)
         (found if file else missing).append(record)
         if file and first is None:  # look here first for the others
@@ -115,7 +114,7 @@ def _nowhere(record: Record, path: Path, where: str) -> UserError:
     )
 
 
-def _usual(modality: str, bases: list[Path]) -> list[str]:
+def _usual(bases: list[Path], modality: str) -> list[str]:
     """The usual folders that exist."""
     places = (os.path.join(base, name) for base in bases for name in FOLDERS[modality])
     return [place for place in dict.fromkeys(map(os.path.normpath, places)) if os.path.isdir(place)]

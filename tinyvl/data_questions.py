@@ -30,9 +30,8 @@ log = logging.getLogger(__name__)
 def read_vqa(path: Path) -> Iterator[Record]:
     """VQA v2 (https://visualqa.org): a questions file or its annotations file, either will do.
 
-    The other file is looked for beside it, or in a folder ``Questions`` or ``Annotations`` beside
-    that, by its official name (``v2_OpenEnded_mscoco_val2014_questions.json`` and
-    ``v2_mscoco_val2014_annotations.json``). Without annotations, as in the test set, questions have
+    The other file is looked for by its official name, beside the first or in a folder ``Questions``
+    or ``Annotations`` beside that folder. Questions without annotations, as in the test set, have
     no answers. VQA v1 (with its choices), its abstract scenes and OK-VQA have the same format. The
     ten answers are kept as annotated.
     """
@@ -70,14 +69,11 @@ def read_vqa(path: Path) -> Iterator[Record]:
             raise UserError(f"{where}: question {number} has no annotation in its other file")
         choices = get(entry, "multiple_choices", list, where, default=[])
         yield Record(
-            picture,
-            id=str(image),
-            split=re.sub(r"20\d\d$", "", subtype),  # train, val, test, test-dev
-            question=get(entry, "question", str, where),
+            picture, id=str(image), split=re.sub(r"20\d\d$", "", subtype),  # train, test-dev, ...
+            question=get(entry, "question", str, where), question_id=str(number),
             choices=[str(choice) for choice in choices],
-            question_id=str(number),
             **_annotation(*annotations[number]) if annotations else {},
-        )
+        )  # fmt: skip
 
 
 def _annotation(entry: dict, where: str) -> dict:
@@ -106,9 +102,9 @@ def partners(path: Path) -> list[Path]:
 def read_gqa(path: Path) -> Iterator[Record]:
     """GQA's ``*_questions.json`` (https://cs.stanford.edu/people/dorarad/gqa): a dict by question.
 
-    ``question_type`` is the structural type (verify, query, choose, logical, compare), and
-    ``answer_type`` is ``open`` for a query and ``binary`` for the rest, as the official program
-    has it. Questions of the test and challenge sets have no answers.
+    ``question_type`` is the structural type (verify, query, choose, logical, compare), and as in
+    the official program ``answer_type`` is ``open`` for a query and ``binary`` for the rest.
+    Questions of the test and challenge sets have no answers.
     """
     for number, entry in json_object(path).items():
         where = f"{path}, question {number}"
@@ -117,15 +113,11 @@ def read_gqa(path: Path) -> Iterator[Record]:
         types = get(entry, "types", dict, where, default={})
         structure = get(types, "structural", str, f"{where}.types", default=None)
         yield Record(
-            f"{image}.jpg",
-            id=image,
-            split=split_in(path.name),
-            question=get(entry, "question", str, where),
-            answers=[] if answer is None else [answer],
-            question_id=number,
+            f"{image}.jpg", id=image, split=split_in(path.name), question_id=number,
+            question=get(entry, "question", str, where), answers=[] if answer is None else [answer],
             question_type=structure,
             answer_type=structure and ("open" if structure == "query" else "binary"),
-        )
+        )  # fmt: skip
 
 
 DAQUAR = re.compile(r".*\bimage(\d+) *\?", re.IGNORECASE)
@@ -148,13 +140,9 @@ def read_daquar(path: Path) -> Iterator[Record]:
         if not answer or DAQUAR.fullmatch(answer):
             raise UserError(f"{where}: this question is not followed by an answer")
         yield Record(
-            f"{image}.png",
-            id=image,
-            split=split or splits.get(image),
-            question=DAQUAR_END.sub("", line),
-            answers=[answer],
-            question_id=str(number),
-        )
+            f"{image}.png", id=image, split=split or splits.get(image), question_id=str(number),
+            question=DAQUAR_END.sub("", line), answers=[answer],
+        )  # fmt: skip
 
 
 def read_msrvtt_qa(path: Path) -> Iterator[Record]:
