@@ -16,6 +16,7 @@ from tinyvl.data_records import (
     OR,
     PARTS,
     Record,
+    decoded,
     entries,
     get,
     json_items,
@@ -25,6 +26,7 @@ from tinyvl.data_records import (
     split_in,
     splits_beside,
     text_lines,
+    whole_text,
 )
 from tinyvl.media import is_image
 
@@ -99,11 +101,11 @@ FLICKR = (FLICKR_HEADER, FLICKR_TOKEN, FLICKR_RESULTS, FLICKR_CSV)  # what the f
 
 
 def read_flickr(path: Path) -> Iterator[Record]:
-    """Flickr8k's and Flickr30k's caption lists, in each of the three shapes they come in.
+    """Flickr8k's and Flickr30k's caption lists, in each of the three forms they come in.
 
     ``1.jpg#0<tab>caption`` (``Flickr8k.token.txt``, ``results_20130124.token``), ``1.jpg,caption``
     under a header (``captions.txt``) and ``1.jpg| 0| caption`` under a header (``results.csv``).
-    The split is that of ``Flickr_8k.{train,dev,test}Images.txt`` where these lie beside the file.
+    The split is that of ``Flickr_8k.{train,dev,test}Images.txt``, if these are beside the file.
     """
     captions: dict[str, list[str]] = {}
     for where, line in text_lines(path):
@@ -145,8 +147,8 @@ def read_cc3m(path: Path) -> Iterator[Record]:
 
     The picture of a URL is looked for under the names that downloaders give it: img2dataset's
     ``00012/000123456.jpg``, the URL's CRC-32 (ViLBERT, LAVIS), ``00123456.jpg`` (VL-BERT), or the
-    last part of the URL. Those that are not there (links die) are left out and counted. The id of
-    a URL is its number in the list, from 0.
+    last part of the URL. Pictures that are not there (links die) are left out and counted. The id
+    of a URL is its number in the list, from 0.
     """
     split, number = split_in(path.name), -1
     for where, line in text_lines(path):
@@ -173,21 +175,20 @@ XTD10 = re.compile(r"test_1kcaptions_(\w+)\.txt")
 def read_xtd10(path: Path) -> Iterator[Record]:
     """XTD10's ``test_1kcaptions_xx.txt``, or a folder of them: a caption a line, a file a language.
 
-    The pictures are COCO's, their names beside in ``test_image_names.txt``, a line a picture. The
-    language is as the file's name has it (Japanese is ``jp`` there).
+    The pictures are COCO's; ``test_image_names.txt``, beside the file, names them, a line each. The
+    language is as in the file's name (Japanese is ``jp`` there).
     """
     folder = path if path.is_dir() else path.parent
-    files = sorted(file for file in folder.glob("test_1kcaptions_*.txt"))
-    if not path.is_dir() and path.name != "test_image_names.txt":
-        files = [path]
     names_file = folder / "test_image_names.txt"
+    whole = path.is_dir() or path.name == names_file.name
+    files = sorted(folder.glob("test_1kcaptions_*.txt")) if whole else [path]
     if not names_file.exists():
         raise UserError(f"{path}: test_image_names.txt, which names its pictures, is not beside it")
     names = [name for _, name in text_lines(names_file)]
     for file in files:
         lang = matched(XTD10, file.name, f"{file}", "test_1kcaptions_de.txt")[1]
         # Not text_lines: a blank line is a picture without a caption.
-        captions = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        captions = whole_text(file).removesuffix("\n").split("\n")
         if len(captions) != len(names):
             counts = f"{len(captions)} captions, but {names_file} names {len(names)} pictures"
             raise UserError(f"{file}: has {counts}")
@@ -221,7 +222,7 @@ MSVD = re.compile(r"([\w-]{11}_\d+_\d+)\s+(\S.*)")
 def read_msvd(path: Path) -> Iterator[Record]:
     """MSVD's ``AllVideoDescriptions.txt``, ``clip caption`` a line; or ``{clip: [captions]}`` JSON.
 
-    The split is that of ``{train,val,test}_list.txt`` where these lie beside the file; else, with
+    The split is that of ``{train,val,test}_list.txt``, if these are beside the file; or else, with
     ``youtube_mapping.txt``, the usual one: videos 1 to 1200, to 1300 and to 1970.
     """
     captions: dict[str, list[str]] = {}
@@ -267,8 +268,8 @@ def youtube_mapping(path: Path) -> dict[str, int]:
 def read_audiocaps(path: Path) -> Iterator[Record]:
     """AudioCaps' ``{train,val,test}.csv`` (https://audiocaps.github.io): a record a clip.
 
-    The sounds are downloaded one by one, and named by the YouTube id (alone, after ``Y``, or before
-    the start in seconds) or the caption's id. Those that are not there are left out and counted.
+    Downloaders name a sound by its YouTube id (alone, after ``Y``, or before the start in seconds)
+    or by the caption's id. Sounds that are not there are left out and counted.
     """
     clips: dict[tuple[str, str], Record] = {}
     for where, row in _rows(path, ("audiocap_id", "youtube_id", "start_time", "caption")):
@@ -301,17 +302,14 @@ def read_clotho(path: Path) -> Iterator[Record]:
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file, of which each column that is asked for must be there."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
+    """The rows of a CSV file, each with all of the columns, after the name of its place."""
+    with decoded(path), open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
-                for column in columns:
-                    if row.get(column) is None:
-                        raise UserError(f"{where}: {column!r} is missing; it should be a text")
+                if lacks := next((name for name in columns if row.get(name) is None), None):
+                    raise UserError(f"{where}: {lacks!r} is missing; it should be a text")
                 yield where, row
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: is not CSV ({error})") from None
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: is not CSV ({error})") from None

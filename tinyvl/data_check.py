@@ -6,6 +6,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -205,21 +206,18 @@ def unreadable(
     from tinyvl import media
     from tinyvl.progress import bar
 
-    def found(path: str, error: str) -> dict[str, str]:
-        return _problem("unreadable", path, error.removeprefix(f"{path}: "))
-
-    problems = []
     images = [path for path, kind in files.items() if kind == "image"]
+    decoded = media.decode_images(images, _nothing, target=64, workers=workers)
+    errors = chain(
+        ((path, found if isinstance(found, media.MediaError) else None) for path, found in decoded),
+        ((path, stream_error(path, kind)) for path, kind in files.items() if kind != "image"),
+    )
+    problems = []
     with bar("decoding", len(files), quiet) as advance:
-        for path, result in media.decode_images(images, _nothing, target=64, workers=workers):
-            if isinstance(result, media.MediaError):
-                problems.append(found(path, str(result)))
+        for path, error in errors:
+            if error is not None:
+                problems.append(_problem("unreadable", path, str(error).removeprefix(f"{path}: ")))
             advance(1)
-        for path, kind in files.items():
-            if kind != "image":
-                if error := stream_error(path, kind):
-                    problems.append(found(path, error))
-                advance(1)
     return problems
 
 

@@ -26,15 +26,12 @@ def read_folder(path: Path) -> Iterator[Record]:
 
     Without pictures the videos are read, and without these the sounds.
     """
-    files = list(_media(path))
-    for kind in MODALITIES:
-        chosen = [name for name in files if KIND_OF[name.suffix.lower()] == kind]
-        for name in chosen:
-            beside = (path / name).with_suffix(".txt")
-            captions = [line for _, line in text_lines(beside)] if beside.exists() else []
-            yield Record(**{kind: name.as_posix()}, captions=captions, id=name.as_posix())
-        if chosen:
-            return
+    files = {name: KIND_OF[name.suffix.lower()] for name in _media(path)}
+    first = next((kind for kind in MODALITIES if kind in files.values()), None)
+    for name in (name for name, kind in files.items() if kind == first):
+        beside = (path / name).with_suffix(".txt")
+        captions = [line for _, line in text_lines(beside)] if beside.exists() else []
+        yield Record(**{first: name.as_posix()}, captions=captions, id=name.as_posix())
 
 
 def read_classes(path: Path) -> Iterator[Record]:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -139,15 +140,21 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
 # ------------------------------------------------------------------------------ fields of a file
 
 
-def text_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank, stripped, each after the name of its place."""
+@contextmanager
+def decoded(path: Path) -> Iterator[None]:
+    """Turns a `UnicodeDecodeError` while a file is read into a `UserError`."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line := line.strip():
-                    yield f"{path}, line {number}", line
+        yield
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8") from None
+
+
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not blank, stripped, each after the name of its place."""
+    with decoded(path), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line := line.strip():
+                yield f"{path}, line {number}", line
 
 
 def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re.Match[str]:
@@ -158,21 +165,15 @@ def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re
 
 
 def splits_beside(path: Path, **lists: str) -> dict[str, str]:
-    """The split of each name in the lists of names, such as ``train.txt``, that are beside a file.
-
-    ``lists`` maps a split to the name of its list: ``train="train.txt"``.
-    """
-    return {
-        name: split
-        for split, listing in lists.items()
-        if path.with_name(listing).exists()
-        for _, name in text_lines(path.with_name(listing))
-    }
+    """The split of each name in the lists (``train="train.txt"``) that are beside a file."""
+    files = ((split, path.with_name(name)) for split, name in lists.items())
+    there = ((split, file) for split, file in files if file.exists())
+    return {line: split for split, file in there for _, line in text_lines(file)}
 
 
 def json_document(path: Path) -> Any:
     """A file's JSON."""
-    return _parsed(_text(path), path)
+    return _parsed(whole_text(path), path)
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def json_items(path: Path) -> Iterator[tuple[str, Any]]:
 
     A published array can be 700 MB long (Visual Genome), and many times that as Python objects.
     """
-    text, decoder = _text(path), json.JSONDecoder()
+    text, decoder = whole_text(path), json.JSONDecoder()
     blank = re.compile(r"[\s,]*")
     position = blank.match(text).end()
     if text[position : position + 1] != "[":
@@ -210,11 +211,10 @@ def _parsed(text: str, where: object) -> Any:
         raise UserError(f"{where} is not JSON: {error}") from None
 
 
-def _text(path: Path) -> str:
-    try:
+def whole_text(path: Path) -> str:
+    """A text file."""
+    with decoded(path):
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
 
 
 REQUIRED = object()
