@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from tinyvl.records import Record
+from tinyvl.data import Record
 
 Built = tuple[Path, list[Record]]
 

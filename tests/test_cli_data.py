@@ -14,7 +14,7 @@ from published import PUBLISHED, coco, vqa, write, write_json, write_tar, xtd10
 from typer.testing import CliRunner
 
 from tinyvl import UserError, cli, cli_data, data, data_check, data_formats
-from tinyvl.records import Record
+from tinyvl.data import Record
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

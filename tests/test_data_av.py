@@ -103,7 +103,7 @@ def test_msvd_split_lists_come_before_the_mapping(tmp_path):
 def test_msvd_names_the_malformed_line(tmp_path):
     path, _ = msvd(tmp_path)
     write(path, f"{CLIP} a squirrel\nno clip here\n")
-    raises(path, ", line 2: expected 'mv89psg6zh4_33_46 a bird is bathing', found 'no clip here'")
+    raises(path, ", line 2: expected 'mv89psg6zh4_33_46 a bird bathes', found 'no clip here'")
     write(path, f"{CLIP} a squirrel\n")
     mapping = write(tmp_path / "youtube_mapping.txt", f"{CLIP} 1\n")
     with pytest.raises(UserError, match=rf"{mapping}, line 1: expected"):

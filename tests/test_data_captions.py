@@ -8,8 +8,8 @@ import pytest
 from published import PUBLISHED, coco, nocaps, touch, visual_genome, write, write_json, xtd10
 
 from tinyvl import UserError, data
+from tinyvl.data import Record, line_of
 from tinyvl.data_formats import READERS, recognise
-from tinyvl.records import Record, line_of
 
 # All formats
 
@@ -306,6 +306,9 @@ def test_xtd10_lines_must_match(tmp_path):
     folder, _ = xtd10(tmp_path)
     path = write(folder / "test_1kcaptions_de.txt", "ein Hund\n\n")
     assert [record.captions for record in data.read(path)] == [["ein Hund"], []]
+    write(path, b"ein Hund\ngr\xfcn\n")
+    with pytest.raises(UserError, match=r"test_1kcaptions_de\.txt is not text in UTF-8"):
+        data.read(path)
     write(path, "ein Hund\n")
     with pytest.raises(UserError, match=r"has 1 captions, but .*test_image_names\.txt names 2"):
         data.read(folder)

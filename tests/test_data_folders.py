@@ -11,8 +11,8 @@ import pytest
 from published import touch, write, write_json, write_tar
 
 from tinyvl import UserError, data, data_folders
+from tinyvl.data import Record
 from tinyvl.data_formats import recognise
-from tinyvl.records import Record
 
 # Folders
 
@@ -65,7 +65,7 @@ def test_classes_split_is_the_folder_named(tmp_path):
 @pytest.mark.parametrize("names", [["cat/1.jpg", "2.jpg"], ["train/cat/1.jpg", "val/2.jpg"]])
 def test_classes_forced_on_what_has_none(tmp_path, names):
     touch(tmp_path, *names)
-    with pytest.raises(UserError, match=r"2\.jpg: lies in no class's folder"):
+    with pytest.raises(UserError, match=r"2\.jpg: is in no class's folder"):
         data.read(tmp_path, format="classes")
 
 

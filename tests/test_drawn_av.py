@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def world(tmp_path_factory) -> Iterator[dict]:
     model.save_pretrained(root / "vision")
     signals = [
         draw_av.Signal(*row)
-        for row in draw_av.every(draw_av.KINDS, draw_av.PITCHES, draw_av.BENDS, draw_av.TIMES)
+        for row in product(draw_av.KINDS, draw_av.PITCHES, draw_av.BENDS, draw_av.TIMES)
     ]
     items = []
     for signal in signals * 60:

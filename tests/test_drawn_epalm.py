@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def clips(tmp_path_factory) -> dict:
     encoder = build_encoder(vision)
     frame = encoder.transform()
     drawn = [(draw_av.Motion(**row), index) for index, row in enumerate(labels)]
-    known = draw_av.every(draw_av.SHAPES, draw_av.COLOURS, draw_av.MOVES)
+    known = list(product(draw_av.SHAPES, draw_av.COLOURS, draw_av.MOVES))
     more = [(draw_av.Motion(*known[i % len(known)]), 10_000 + i) for i in range(RENDERS - CLIPS)]
     drawn = drawn[:CLIPS] + more + drawn[CLIPS:]
     inputs = torch.stack([

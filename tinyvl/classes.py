@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.data_folders import distinct
-from tinyvl.records import text_lines
+from tinyvl.data import first_synonyms, text_lines
 
 SYNSET = r"n\d{8}"  # WordNet's number of a class of ImageNet
 PROMPT = "a photo of {}"  # LilT's one, section 6.5
@@ -110,13 +109,6 @@ def read_names(file: Path) -> tuple[list[dict[str, str]], list[str]]:
     if lines and all(pairs):
         return [{pair[1] or pair[3]: pair[2] or pair[4] for pair in pairs}], []
     return [], lines
-
-
-def first_synonyms(known: dict[str, str]) -> dict[str, str]:
-    """``tench, Tinca tinca`` is a tench; two classes with one name keep all their synonyms."""
-    whole = {label: name.replace("_", " ") for label, name in known.items()}
-    short = {label: name.split(",")[0].strip() for label, name in whole.items()}
-    return distinct(short, whole)
 
 
 def imagenet_names(labels: list[str]) -> dict[str, str]:

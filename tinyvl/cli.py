@@ -106,12 +106,11 @@ def caption(
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     how = search.style(beams, max_tokens)
     from tinyvl import media, models, write
-    from tinyvl.records import SUFFIXES
 
     inputs = inputs or []
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
     config = models.read_config(models.checkpoint_folder(model))
-    suffixes = SUFFIXES[models.modality_of(config)]
+    suffixes = media.SUFFIXES[models.modality_of(config)]
     paths = media.expand(inputs, sys.stdin, null=null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if features is not None:
@@ -229,11 +228,9 @@ def draw_set(
 ) -> None:
     """Draw a small licence-free set with captions and questions: shapes (in two languages), or
     moving shapes, or tones."""
-    from tinyvl import draw, draw_av
+    from tinyvl.draw_av import DRAW
 
-    checked(modality)
-    make = {"image": draw.draw_images, "video": draw_av.draw_videos, "audio": draw_av.draw_sounds}
-    make[modality](folder, train=train, held_out=held_out, seed=seed)
+    DRAW[checked(modality)](folder, train=train, held_out=held_out, seed=seed)
     print(folder / "drawn.jsonl")
 
 

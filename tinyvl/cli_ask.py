@@ -69,11 +69,10 @@ def ask(
     from itertools import repeat
 
     from tinyvl import media, models, write
-    from tinyvl.records import SUFFIXES
 
     one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
     config = models.read_config(models.checkpoint_folder(model, "vqa"))
-    suffixes = SUFFIXES[models.modality_of(config)]
+    suffixes = media.SUFFIXES[models.modality_of(config)]
     paths = media.expand(files, sys.stdin, null=null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if features is not None:

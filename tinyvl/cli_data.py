@@ -10,7 +10,7 @@ import typer
 from tinyvl import UserError
 from tinyvl.cli_options import Workers
 
-FORMATS = (  # as in formats.READERS, which is too heavy to import for the help
+FORMATS = (  # as in data_formats.READERS, which is too heavy to import for the help
     *("jsonl", "karpathy", "coco", "nocaps", "flickr", "visual-genome", "cc3m", "xtd10", "vqa"),
     *("gqa", "daquar", "msrvtt", "msrvtt-qa", "msvd", "msvd-qa", "audiocaps", "clotho"),
     *("webdataset", "classes", "folder"),
@@ -133,13 +133,12 @@ def convert_data(
         raise UserError(f"{out}: this file exists; choose another name, or delete it first.", 2)
     from tinyvl import data
     from tinyvl.files import replace_file
-    from tinyvl.records import line_of
 
     records = data.read(path, format=format, split=split, lang=lang, images=images)
 
     def write(part: Path) -> None:
         with open(part, "w", encoding="utf-8") as file:
-            file.writelines(f"{line_of(record, out.parent)}\n" for record in records)
+            file.writelines(f"{data.line_of(record, out.parent)}\n" for record in records)
 
     replace_file(out, write)
     print(f"tinyvl: {len(records):,} records", file=sys.stderr)

@@ -421,9 +421,9 @@ def launch(
     dtype = choose_precision(training.precision, target)
     data = training.data
     if data is None:
-        from tinyvl import draw
+        from tinyvl import draw_av
 
-        data = str(draw.default_folder(models.modality_in(parts.get("media", {}))))
+        data = str(draw_av.default_folder(models.modality_in(parts.get("media", {}))))
     job = presets.Job(
         method=row.method,
         data=os.path.abspath(data),

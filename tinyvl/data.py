@@ -1,7 +1,9 @@
 """Data sets: reading them, their splits, and the order of training.
 
-`read` turns a file or a folder into a list of `Record`, whatever its format: `formats` names them,
-`locate` finds the files they speak of, and `records` says what a record is.
+`read` turns a file or a folder into a list of `Record`, whatever its format. The other rooms of the
+family are behind this one: `data_records` (the record), `data_formats` (which format a file has),
+`data_captions`, `data_questions` and `data_folders` (a reader for each), `data_files` (where the
+pictures are).
 """
 
 import hashlib
@@ -12,9 +14,14 @@ import numpy as np
 
 from tinyvl import UserError
 from tinyvl.data_files import locate, locate_own
-from tinyvl.data_formats import EITHER, FOLDERS, LINKS, OWN, READERS, recognise
-from tinyvl.records import Record, readable
+from tinyvl.data_folders import first_synonyms
+from tinyvl.data_formats import EITHER, FOLDERS, LINKS, OWN, READERS, readable, recognise
+from tinyvl.data_records import Record, line_of, text_lines
 
+__all__ = [
+    "Record", "epoch_order", "first_synonyms", "hold_out", "length_buckets", "line_of", "read",
+    "recognise", "select_split", "text_lines",
+]  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -30,17 +37,17 @@ def read(
 ) -> list[Record]:
     """Read a data set.
 
+    To take several splits of a file, read it once without ``split`` and then use `select_split`.
+
     Args:
-        path: a file or folder in one of the formats of `formats`, or a folder that holds one such
-            file.
-        format: a name in `data_formats.READERS`; otherwise recognised from the content.
-        split: keep this part (see `select_split`).
-        images: the folder that the pictures (videos, sounds) are in. Otherwise JSON Lines are
-            relative to themselves, and what published formats name is looked for where they keep
-            it (see `locate`).
+        path: a file or folder in one of the formats of `data_formats.READERS`, or a folder that
+            has one such file in it.
+        format: a name in `data_formats.READERS`. Default: recognised from the content.
+        split: keep this split (see `select_split`).
+        images: the folder of the pictures (videos, sounds). Default: JSON Lines name paths relative
+            to the file, and `data_files.locate` looks for those of published formats.
         lang: keep the records in this language, and those that name none.
-        files: whether it is an error that none of the pictures is there. Without, the records are
-            read all the same (to score predictions, say), and none is left out for its file.
+        files: False keeps records whose file is missing (to score predictions, say).
         blank: keep captions that are blank, and images without captions in a list of captions.
 
     Raises:
@@ -50,41 +57,38 @@ def read(
     path = Path(path).expanduser()
     if format is None:
         path, format = recognise(path)
-    check_format(path, format)
+    _check_format(path, format)
     with readable(path):
         records = list(READERS[format](path))
     if not records:
         raise UserError(f"{path} holds no {'pictures' if format in FOLDERS else 'records'}")
     if not blank:
         records = _without_blanks(records, path, format)
-    images = None if images is None else Path(images).expanduser()
     if format in OWN and images is None:
         locate_own(records, path if path.is_dir() else path.parent, path, files)
     else:
+        folder = None if images is None else Path(images).expanduser()
         drop = files and format in LINKS
-        records = locate(records, path, images=images, required=files, drop=drop)
+        records = locate(records, path, images=folder, required=files, drop=drop)
     if lang is not None:
         found = {record.lang for record in records}
         records = [record for record in records if record.lang in (lang, None)]
         if not records:
             raise UserError(f"{path} has no records in {lang!r}, only in {_listed(found)}", 2)
-    if split is None:
-        return records
     try:
-        return select_split(records, split)
+        return records if split is None else select_split(records, split)
     except UserError as error:
         raise UserError(f"{path}: {error}", 2) from None
 
 
-def check_format(path: Path, format: str) -> None:
-    """Whether there is such a format and the path can be in it, or a `UserError`."""
+def _check_format(path: Path, format: str) -> None:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if format not in READERS:
         raise UserError(f"unknown format {format!r}; choose from {', '.join(READERS)}", 2)
     if format not in EITHER and path.is_dir() != (format in FOLDERS):
         wants = "a folder" if format in FOLDERS else "a file"
-        raise UserError(f"format {format!r} reads {wants}, and {path} is none", 2)
+        raise UserError(f"format {format!r} reads {wants}, which {path} is not", 2)
 
 
 def _without_blanks(records: list[Record], path: Path, format: str) -> list[Record]:
@@ -102,10 +106,10 @@ def _without_blanks(records: list[Record], path: Path, format: str) -> list[Reco
 
 
 def select_split(records: list[Record], want: str) -> list[Record]:
-    """The records of one part; ``"train"`` has Karpathy's ``restval`` too (COCO: 113,287 images).
+    """The records of one split. ``"train"`` includes Karpathy's ``restval`` (COCO: 113,287 images).
 
     Raises:
-        UserError: there is no such part.
+        UserError: there is no such split.
     """
     names = {"train", "restval"} if want == "train" else {want}
     chosen = [record for record in records if record.split in names]
@@ -121,8 +125,8 @@ def hold_out(
 ) -> tuple[list[Record], list[Record]]:
     """Split off a validation part by image: ``(train, val)``, each in the order of ``records``.
 
-    An image's side is a hash of its id and the seed, so it stays when records are added, and all
-    records of an image are on one side. ``val`` has about ``fraction`` of the images, at least one.
+    All records of an image are on one side, which a hash of its id and the seed decides: it stays
+    there when records are added. ``val`` has about ``fraction`` of the images, at least one.
 
     Raises:
         UserError: fewer than two images.
@@ -146,10 +150,7 @@ def hold_out(
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of ``n`` examples in an epoch: a pure function of (seed, epoch).
-
-    A permutation from NumPy's PCG64 seeded with ``[seed, epoch]``.
-    """
+    """The order of ``n`` examples in an epoch: a permutation by PCG64, seeded [seed, epoch]."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
 
 

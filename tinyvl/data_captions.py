@@ -1,11 +1,10 @@
-"""Readers of captioned pictures: our JSON Lines and the published formats.
+"""Readers of captioned pictures, videos and sounds, in the formats they were published in.
 
 Each yields the records of a file as the file has them: paths not yet looked for, blank captions
 kept. `data.read` does the rest.
 """
 
 import csv
-import json
 import logging
 import re
 import zlib
@@ -13,49 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.media import is_image
-from tinyvl.records import (
+from tinyvl.data_records import (
     OR,
+    PARTS,
     Record,
+    decoded,
+    entries,
     get,
-    json_document,
     json_items,
+    json_object,
+    matched,
     name_in,
-    records_of,
     split_in,
+    splits_beside,
     text_lines,
+    whole_text,
 )
+from tinyvl.media import is_image
 
 log = logging.getLogger(__name__)
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """This package's own format, a record a line, or a JSON array of such records."""
-    with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"["):
-        for where, entry in json_items(path):
-            yield from records_of(entry, where)
-        return
-    for where, line in text_lines(path):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        yield from records_of(entry, where)
-
-
 def read_karpathy(path: Path) -> Iterator[Record]:
     """Karpathy's ``dataset_coco.json``, ``dataset_flickr8k.json``, ``dataset_flickr30k.json``."""
-    document = json_document(path)
-    for i, entry in enumerate(get(document, "images", list, path)):
-        where = f"{path}, images[{i}]"
+    for where, entry in entries(json_object(path), "images", path):
         name = name_in(entry, "filename", where)
         folder = get(entry, "filepath", str, where, default="")
-        captions = [
-            get(sentence, "raw", str, f"{where}.sentences[{j}]")
-            for j, sentence in enumerate(get(entry, "sentences", list, where))
-        ]
+        captions = [get(each, "raw", str, at) for at, each in entries(entry, "sentences", where)]
         number = get(entry, "imgid", (int, str), where, default=name)
         yield Record(
             f"{folder}/{name}{OR}{name}" if folder else name,
@@ -70,45 +53,41 @@ def read_coco(path: Path) -> Iterator[Record]:
 
     `data.read` leaves out images without a caption where others have one, and counts them.
     """
-    for record, _ in _coco(path):
+    for record, _, _ in _coco(path):
         yield record
 
 
-def _coco(path: Path) -> Iterator[tuple[Record, dict]]:
-    document = json_document(path)
+def _coco(path: Path) -> Iterator[tuple[Record, dict, str]]:
+    document = json_object(path)
+    images: dict[int | str, tuple[dict, str]] = {}
     captions: dict[int | str, list[str]] = {}
-    images: dict[int | str, dict] = {}
-    for i, entry in enumerate(get(document, "images", list, path)):
-        where = f"{path}, images[{i}]"
-        number = get(entry, "id", (int, str), where)
+    for where, entry in entries(document, "images", path):
         name_in(entry, "file_name", where)
-        images[number] = entry
-    for i, entry in enumerate(get(document, "annotations", list, path, default=[])):
-        where = f"{path}, annotations[{i}]"
+        images[get(entry, "id", (int, str), where)] = entry, where
+    for where, entry in entries(document, "annotations", path, default=[]):
         number = get(entry, "image_id", (int, str), where)
         if number not in images:
             raise UserError(f"{where}: 'image_id' {number} is not among the images")
         captions.setdefault(number, []).append(get(entry, "caption", str, where))
-    for number, entry in images.items():
-        yield Record(entry["file_name"], captions.get(number, []), str(number)), entry
+    for number, (entry, where) in images.items():
+        yield Record(entry["file_name"], captions.get(number, []), str(number)), entry, where
 
 
 def read_nocaps(path: Path) -> Iterator[Record]:
-    """NoCaps (https://nocaps.org): COCO's shape, and each image's domain: in, near or out.
+    """NoCaps (https://nocaps.org): COCO's keys, and each image's domain: in, near or out.
 
-    ``nocaps_val_4500_captions.json``, ``nocaps_{val,test}_image_info.json`` (no captions; the test
-    set keeps its domains to itself). The ids are those that the evaluation server wants.
+    ``nocaps_val_4500_captions.json``, ``nocaps_{val,test}_image_info.json`` (without captions; the
+    test set's domains are not published). The ids are those that the evaluation server expects.
     """
-    for i, (record, entry) in enumerate(_coco(path)):
-        domain = get(entry, "domain", str, f"{path}, images[{i}]", default=None)
-        if domain is not None:
-            domain = domain.removesuffix("-domain")
-            if domain not in ("in", "near", "out"):
-                raise UserError(
-                    f"{path}, images[{i}]: 'domain' should be in-domain, near-domain or "
-                    f"out-domain, found {domain!r}"
-                )
-        record.domain, record.split = domain, split_in(path.name)
+    for record, entry, where in _coco(path):
+        domain = get(entry, "domain", str, where, default=None)
+        record.domain = domain and domain.removesuffix("-domain")
+        if record.domain not in (None, "in", "near", "out"):
+            raise UserError(
+                f"{where}: 'domain' should be in-domain, near-domain or out-domain, "
+                f"found {domain!r}"
+            )
+        record.split = split_in(path.name)
         yield record
 
 
@@ -118,14 +97,15 @@ FLICKR_TOKEN = re.compile(r"([^\t]+)#\d+\t\s*(.*)")
 FLICKR_RESULTS = re.compile(r"([^|,]+?)\s*\|\s*\d+\s*\|?\s*(.*)")
 FLICKR_CSV = re.compile(r"[^,\t|]+\.(jpg|jpeg|png)\s*,.*", re.IGNORECASE)
 FLICKR_HEADER = re.compile(r"image,\s*caption|image_name\s*\|\s*comment_number\s*\|\s*comment")
+FLICKR = (FLICKR_HEADER, FLICKR_TOKEN, FLICKR_RESULTS, FLICKR_CSV)  # what the first line may be
 
 
 def read_flickr(path: Path) -> Iterator[Record]:
-    """Flickr8k's and Flickr30k's caption lists, in each of the three shapes they come in.
+    """Flickr8k's and Flickr30k's caption lists, in each of the three forms they come in.
 
     ``1.jpg#0<tab>caption`` (``Flickr8k.token.txt``, ``results_20130124.token``), ``1.jpg,caption``
     under a header (``captions.txt``) and ``1.jpg| 0| caption`` under a header (``results.csv``).
-    The split is that of ``Flickr_8k.{train,dev,test}Images.txt`` where these lie beside the file.
+    The split is that of ``Flickr_8k.{train,dev,test}Images.txt``, if these are beside the file.
     """
     captions: dict[str, list[str]] = {}
     for where, line in text_lines(path):
@@ -139,12 +119,8 @@ def read_flickr(path: Path) -> Iterator[Record]:
                 f"found {line[:60]!r}"
             )
         captions.setdefault(name, []).append(",".join(rest))
-    splits = {
-        name: split
-        for split, part in (("train", "train"), ("val", "dev"), ("test", "test"))
-        if (listing := path.with_name(f"Flickr_8k.{part}Images.txt")).exists()
-        for _, name in text_lines(listing)
-    }
+    parts = {"train": "train", "val": "dev", "test": "test"}
+    splits = splits_beside(path, **{k: f"Flickr_8k.{v}Images.txt" for k, v in parts.items()})
     # Flickr8k lists captions of "2258277193_586949ec62.jpg.1", a picture that it does not have.
     odd = {name for name in captions if not is_image(name)}
     if odd:
@@ -155,12 +131,9 @@ def read_flickr(path: Path) -> Iterator[Record]:
 
 
 def read_visual_genome(path: Path) -> Iterator[Record]:
-    """Visual Genome's ``region_descriptions.json``: the regions' phrases caption the image."""
+    """Visual Genome's ``region_descriptions.json``: the regions' phrases are the captions."""
     for where, entry in json_items(path):
-        phrases = [
-            get(region, "phrase", str, f"{where}.regions[{j}]")
-            for j, region in enumerate(get(entry, "regions", list, where))
-        ]
+        phrases = [get(each, "phrase", str, at) for at, each in entries(entry, "regions", where)]
         number = get(entry, "id", (int, str), where)
         yield Record(f"{number}.jpg", phrases, str(number))
 
@@ -174,18 +147,15 @@ def read_cc3m(path: Path) -> Iterator[Record]:
 
     The picture of a URL is looked for under the names that downloaders give it: img2dataset's
     ``00012/000123456.jpg``, the URL's CRC-32 (ViLBERT, LAVIS), ``00123456.jpg`` (VL-BERT), or the
-    last part of the URL. Those that are not there (links die) are left out and counted. The id of
-    a URL is its number in the list, from 0.
+    last part of the URL. Pictures that are not there (links die) are left out and counted. The id
+    of a URL is its number in the list, from 0.
     """
     split, number = split_in(path.name), -1
     for where, line in text_lines(path):
         if CC3M_HEADER.fullmatch(line):
             continue
         number += 1
-        match = CC3M.fullmatch(line)
-        if not match:
-            raise UserError(f"{where}: expected 'caption<tab>url or path', found {line[:60]!r}")
-        caption, address = match.groups()
+        caption, address = matched(CC3M, line, where, "caption<tab>url or path").groups()
         if re.match(r"https?://", address):
             last = re.split("[?#]", address)[0].rsplit("/", 1)[-1]
             names = (
@@ -205,27 +175,141 @@ XTD10 = re.compile(r"test_1kcaptions_(\w+)\.txt")
 def read_xtd10(path: Path) -> Iterator[Record]:
     """XTD10's ``test_1kcaptions_xx.txt``, or a folder of them: a caption a line, a file a language.
 
-    The pictures are COCO's, their names beside in ``test_image_names.txt``, a line a picture. The
-    language is as the file's name has it (Japanese is ``jp`` there).
+    The pictures are COCO's; ``test_image_names.txt``, beside the file, names them, a line each. The
+    language is as in the file's name (Japanese is ``jp`` there).
     """
     folder = path if path.is_dir() else path.parent
-    files = sorted(file for file in folder.glob("test_1kcaptions_*.txt"))
-    if not path.is_dir() and path.name != "test_image_names.txt":
-        files = [path]
     names_file = folder / "test_image_names.txt"
+    whole = path.is_dir() or path.name == names_file.name
+    files = sorted(folder.glob("test_1kcaptions_*.txt")) if whole else [path]
     if not names_file.exists():
         raise UserError(f"{path}: test_image_names.txt, which names its pictures, is not beside it")
     names = [name for _, name in text_lines(names_file)]
     for file in files:
-        match = XTD10.fullmatch(file.name)
-        if not match:
-            raise UserError(f"{file}: expected a name like test_1kcaptions_de.txt")
+        lang = matched(XTD10, file.name, f"{file}", "test_1kcaptions_de.txt")[1]
         # Not text_lines: a blank line is a picture without a caption.
-        captions = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        captions = whole_text(file).removesuffix("\n").split("\n")
         if len(captions) != len(names):
-            raise UserError(
-                f"{file}: has {len(captions)} captions, but {names_file} names {len(names)} "
-                "pictures"
-            )
+            counts = f"{len(captions)} captions, but {names_file} names {len(names)} pictures"
+            raise UserError(f"{file}: has {counts}")
         for name, caption in zip(names, captions, strict=True):
-            yield Record(name, [caption.strip()], name, "test", match[1])
+            yield Record(name, [caption.strip()], name, "test", lang)
+
+
+# ------------------------------------------------------------------------------ videos
+
+
+def read_msrvtt(path: Path) -> Iterator[Record]:
+    """MSR-VTT's ``*videodatainfo*.json``: 20 captions a video, split train, val or test."""
+    document = json_object(path)
+    captions: dict[str, list[str]] = {}
+    for where, entry in entries(document, "sentences", path):
+        name = name_in(entry, "video_id", where)
+        captions.setdefault(name, []).append(get(entry, "caption", str, where))
+    splits: dict[str, str | None] = {}
+    for where, entry in entries(document, "videos", path):
+        split = get(entry, "split", str, where, default=None)
+        splits[name_in(entry, "video_id", where)] = PARTS.get(split, split)
+    if unknown := captions.keys() - splits:
+        raise UserError(f"{path}: sentences describe {min(unknown)}, which is not among its videos")
+    for name, split in splits.items():
+        yield Record(video=f"{name}.mp4", captions=captions.get(name, []), id=name, split=split)
+
+
+MSVD = re.compile(r"([\w-]{11}_\d+_\d+)\s+(\S.*)")
+
+
+def read_msvd(path: Path) -> Iterator[Record]:
+    """MSVD's ``AllVideoDescriptions.txt``, ``clip caption`` a line; or ``{clip: [captions]}`` JSON.
+
+    The split is that of ``{train,val,test}_list.txt``, if these are beside the file; or else, with
+    ``youtube_mapping.txt``, the usual one: videos 1 to 1200, to 1300 and to 1970.
+    """
+    captions: dict[str, list[str]] = {}
+    if path.suffix == ".json":
+        for clip, texts in json_object(path).items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{path}, {clip}: expected a list of captions")
+            captions[clip.removesuffix(".avi")] = texts
+    else:
+        for where, line in text_lines(path):
+            if line.startswith("#"):
+                continue
+            clip, caption = matched(MSVD, line, where, "mv89psg6zh4_33_46 a bird bathes").groups()
+            captions.setdefault(clip, []).append(caption)
+    numbers = youtube_mapping(path)
+    splits = {
+        clip: "train" if number <= 1200 else "val" if number <= 1300 else "test"
+        for clip, number in numbers.items()
+    }
+    listed = splits_beside(path, **{part: f"{part}_list.txt" for part in ("train", "val", "test")})
+    splits |= {name.removesuffix(".avi"): part for name, part in listed.items()}
+    for clip, texts in captions.items():
+        names = [f"{clip}.avi", *([f"vid{numbers[clip]}.avi"] if clip in numbers else [])]
+        yield Record(video=OR.join(names), captions=texts, id=clip, split=splits.get(clip))
+
+
+MAPPED = re.compile(r"(\S+)\s+vid(\d+)")
+
+
+def youtube_mapping(path: Path) -> dict[str, int]:
+    """``youtube_mapping.txt`` beside a file, ``mv89psg6zh4_33_46 vid1`` a line: clip -> number."""
+    mapping = path.with_name("youtube_mapping.txt")
+    numbers = {}
+    for where, line in text_lines(mapping) if mapping.exists() else ():
+        clip, number = matched(MAPPED, line, where, "mv89psg6zh4_33_46 vid1").groups()
+        numbers[clip] = int(number)
+    return numbers
+
+
+# ------------------------------------------------------------------------------ sounds
+
+
+def read_audiocaps(path: Path) -> Iterator[Record]:
+    """AudioCaps' ``{train,val,test}.csv`` (https://audiocaps.github.io): a record a clip.
+
+    Downloaders name a sound by its YouTube id (alone, after ``Y``, or before the start in seconds)
+    or by the caption's id. Sounds that are not there are left out and counted.
+    """
+    clips: dict[tuple[str, str], Record] = {}
+    for where, row in _rows(path, ("audiocap_id", "youtube_id", "start_time", "caption")):
+        name, start = row["youtube_id"], row["start_time"]
+        try:
+            seconds = int(float(start))
+        except (ValueError, OverflowError):
+            raise UserError(f"{where}: 'start_time' should be seconds, found {start!r}") from None
+        names = (
+            *(name, f"Y{name}", f"{name}_{seconds}", f"Y{name}_{seconds}"),
+            *(f"{name}_{seconds * 1000}_{seconds * 1000 + 10_000}", row["audiocap_id"]),
+        )
+        sound = OR.join(f"{each}.wav" for each in names)
+        clip = Record(audio=sound, id=name, split=split_in(path.name))
+        clip = clips.setdefault((name, start), clip)
+        clip.captions.append(row["caption"])
+    yield from clips.values()
+
+
+def read_clotho(path: Path) -> Iterator[Record]:
+    """Clotho's ``clotho_captions_*.csv`` (https://zenodo.org/records/4783391): 5 captions a sound.
+
+    Its parts development, validation and evaluation are train, val and test here.
+    """
+    columns = [f"caption_{i}" for i in range(1, 6)]
+    for _, row in _rows(path, ("file_name", *columns)):
+        name = row["file_name"]
+        captions = [row[column] for column in columns]
+        yield Record(audio=name, captions=captions, id=name, split=split_in(path.name))
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file, each with all of the columns, after the name of its place."""
+    with decoded(path), open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if lacks := next((name for name in columns if row.get(name) is None), None):
+                    raise UserError(f"{where}: {lacks!r} is missing; it should be a text")
+                yield where, row
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: is not CSV ({error})") from None

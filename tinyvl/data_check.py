@@ -1,17 +1,18 @@
-"""Validate data sets without training: what is in them, and what is wrong with them."""
+"""Data sets checked without training: what is in them, and what is wrong with them."""
 
 import hashlib
 import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tinyvl import data, data_formats
-from tinyvl.records import MODALITIES, Record
-
-NO_SPLIT = "(none)"
+from tinyvl import data
+from tinyvl.data import Record
+from tinyvl.media import MODALITIES
 
 
 def check(
@@ -25,48 +26,44 @@ def check(
     workers: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Reads data sets and looks at each of their files.
+    """Read data sets, and look at each of their files.
 
-    Pictures are decoded in worker processes (JPEGs at a small scale, which reads them to their end
-    all the same). Of a video or a sound the first frame is decoded. Where there are several splits,
-    or several data sets that name none (each is then a split of its own), files in two of them are
-    looked for, by path and by content.
+    Pictures are decoded, JPEGs at a small scale, which still reads them to their end; of a video or
+    a sound the first frame is. Files in two splits are looked for, by path and by content. Several
+    data sets that name no split are the splits of one.
 
     Args:
         paths, format, split, lang, images: as in `data.read`.
         fast: only look whether the files exist; decode and compare nothing.
         workers: processes that decode, as in `media.decode_images`.
-        quiet: no progress.
+        quiet: show no progress.
 
     Returns:
         The report, ready for JSON: counts (``records``, ``files``, ``splits``, ``langs``,
         ``captions``, ``questions``, ``classes``, ``domains``), ``problems`` (a number by kind) and
-        ``details`` (a dictionary a problem: ``problem``, ``path``, ``record``, ``error``).
+        ``details`` (for each problem ``problem``, ``path``, ``record`` and ``error``).
 
     Raises:
-        UserError: a data set cannot be read: its first malformed record, say.
+        UserError: a data set cannot be read (its first malformed record, say).
     """
     sets, records = [], []
     for path in paths:
-        path, known = (path, format) if format else data_formats.recognise(path)
-        found = data.read(
-            path, format=known, split=split, lang=lang, images=images, files=False, blank=True
-        )
+        path, known = (path, format) if format else data.recognise(path)
+        options = {"format": known, "split": split, "lang": lang, "images": images}
+        found = data.read(path, **options, files=False, blank=True)
         for record in found:
             if record.split is None and len(paths) > 1:
                 record.split = path.stem
         sets.append({"path": str(path), "format": known, "records": len(found)})
         records += found
     files = {record.path: record.modality for record in records}
-    missing = {path for path in files if not os.path.isfile(path)}
-    there = {path: kind for path, kind in files.items() if path not in missing}
-    details = [
-        _problem("missing", path, "there is no such file") for path in files if path in missing
-    ]
+    there = {path: kind for path, kind in files.items() if os.path.isfile(path)}
+    missing = [path for path in files if path not in there]
+    details = [_problem("missing", path, "there is no such file") for path in missing]
     if not fast:
         details += unreadable(there, workers, quiet)
-    details += list(text_problems(records))
-    details += list(shared_files(records, set() if fast else there.keys()))
+    details += text_problems(records)
+    details += shared_files(records, [] if fast else there)
     return {
         "data": sets,
         "records": len(records),
@@ -91,9 +88,9 @@ def summary(records: list[Record]) -> dict[str, Any]:
     splits: dict[str, Counter] = defaultdict(Counter)
     files: dict[str, set[str]] = defaultdict(set)
     for record in records:
-        name = record.split or NO_SPLIT
-        counts = {"records": 1, "captions": len(record.captions)}
-        splits[name].update(counts, questions=record.question is not None)
+        name = record.split or "(none)"
+        asks = record.question is not None
+        splits[name].update(records=1, captions=len(record.captions), questions=asks)
         files[name].add(record.path)
     report: dict[str, Any] = {
         "splits": {name: {"files": len(files[name]), **n} for name, n in splits.items()},
@@ -105,16 +102,16 @@ def summary(records: list[Record]) -> dict[str, Any]:
     if captions:
         report["captions"] = {
             "total": len(captions),
-            "per_record": _numbers([len(record.captions) for record in records]),
-            "words": _numbers([len(caption.split()) for caption in captions]),
-            "characters": _numbers([len(caption.strip()) for caption in captions]),
+            "per_record": _numbers(len(record.captions) for record in records),
+            "words": _numbers(len(caption.split()) for caption in captions),
+            "characters": _numbers(len(caption.strip()) for caption in captions),
         }
     questions = [record for record in records if record.question is not None]
     if questions:
         report["questions"] = {
             "total": len(questions),
-            "words": _numbers([len(record.question.split()) for record in questions]),
-            "answers_per_question": _numbers([len(record.answers) for record in questions]),
+            "words": _numbers(len(record.question.split()) for record in questions),
+            "answers_per_question": _numbers(len(record.answers) for record in questions),
             "question_types": _counts(record.question_type for record in questions),
             "answer_types": _counts(record.answer_type for record in questions),
         }
@@ -125,7 +122,7 @@ def _counts(names: Iterable[str | None]) -> dict[str, int]:
     return dict(Counter(name for name in names if name is not None).most_common())
 
 
-def _numbers(values: list[int]) -> dict[str, float]:
+def _numbers(values: Iterable[int]) -> dict[str, float]:
     values = sorted(values)
     return {
         "min": values[0],
@@ -140,7 +137,7 @@ def _numbers(values: list[int]) -> dict[str, float]:
 
 
 def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
-    """Blank texts, captions and answers that others have and these lack, repeated question ids."""
+    """Blank texts, captions and answers missing where others have some, repeated question ids."""
     captioned = {(record.modality, record.split) for record in records if record.captions}
     answered = {record.split for record in records if any(map(str.strip, record.answers))}
     ids: set[tuple[str | None, str]] = set()
@@ -169,10 +166,10 @@ def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
 
 
 def shared_files(records: list[Record], compare: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Files that are in two splits, and those to ``compare`` whose bytes are.
+    """Files that are in two splits, and files of ``compare`` with the same bytes in two splits.
 
-    Only files of one size are read. What is in no split, or is Karpathy's train and restval at
-    once, leaks nothing.
+    Only files of equal size are read. Files in no split do not count, and Karpathy's ``restval`` is
+    part of train.
     """
     splits: dict[str, set[str]] = defaultdict(set)
     for record in records:
@@ -185,26 +182,21 @@ def shared_files(records: list[Record], compare: Iterable[str]) -> Iterator[dict
         return
     by_size: dict[int, list[str]] = defaultdict(list)
     for path in compare:
-        if path in splits:
-            by_size[os.path.getsize(path)].append(path)
-    for size, group in by_size.items():
-        if size == 0 or len(set().union(*(splits[path] for path in group))) < 2:
+        if path in splits and (size := os.path.getsize(path)):
+            by_size[size].append(path)
+    by_content: dict[str, list[str]] = defaultdict(list)
+    for group in by_size.values():
+        if len(set().union(*(splits[path] for path in group))) < 2:
             continue
-        by_content: dict[str, list[str]] = defaultdict(list)
         for path in group:
-            try:
-                with open(path, "rb") as file:
-                    by_content[hashlib.file_digest(file, "sha256").hexdigest()].append(path)
-            except OSError:  # decoding it has said so
-                continue
-        for same in by_content.values():
-            for path in same[1:]:
-                if splits[path] != splits[same[0]]:
-                    (one, *_), (other, *_) = sorted(splits[same[0]]), sorted(splits[path])
-                    error = (
-                        f"has the same content as {same[0]}, which is in {one} (this in {other})"
-                    )
-                    yield _problem("same content in two splits", path, error)
+            with suppress(OSError), open(path, "rb") as file:  # decoding has reported it
+                by_content[hashlib.file_digest(file, "sha256").hexdigest()].append(path)
+    for first, *others in by_content.values():
+        for path in others:
+            if splits[path] != splits[first]:
+                where = f"{min(splits[first])} (this in {min(splits[path])})"
+                error = f"has the same content as {first}, which is in {where}"
+                yield _problem("same content in two splits", path, error)
 
 
 def unreadable(
@@ -214,31 +206,26 @@ def unreadable(
     from tinyvl import media
     from tinyvl.progress import bar
 
-    problems = []
     images = [path for path, kind in files.items() if kind == "image"]
+    decoded = media.decode_images(images, _nothing, target=64, workers=workers)
+    errors = chain(
+        ((path, found if isinstance(found, media.MediaError) else None) for path, found in decoded),
+        ((path, stream_error(path, kind)) for path, kind in files.items() if kind != "image"),
+    )
+    problems = []
     with bar("decoding", len(files), quiet) as advance:
-        decoded = media.decode_images(images, _nothing, target=64, workers=workers)
-        for path, result in decoded:
-            if isinstance(result, media.MediaError):
-                problems.append(_problem("unreadable", path, _reason(path, str(result))))
+        for path, error in errors:
+            if error is not None:
+                problems.append(_problem("unreadable", path, str(error).removeprefix(f"{path}: ")))
             advance(1)
-        for path, kind in files.items():
-            if kind != "image":
-                if error := stream_error(path, kind):
-                    problems.append(_problem("unreadable", path, error))
-                advance(1)
     return problems
 
 
 def _nothing(image: Any) -> Any:
-    """The least that a picture can be made into: only whether it decodes is asked."""
+    """The smallest tensor: all that is asked is whether the picture decodes."""
     import torch
 
     return torch.zeros(1, dtype=torch.uint8)
-
-
-def _reason(path: str, message: str) -> str:
-    return message.removeprefix(f"{path}: ")
 
 
 def stream_error(path: str, kind: str) -> str | None:

@@ -1,18 +1,22 @@
-"""Where the files of a published data set are: it says their names, rarely their folder."""
+"""Where the files of a published data set are: it gives their names, rarely their folder."""
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.records import KIND_OF, OR, Record
+from tinyvl.data_records import OR, Record
+from tinyvl.media import KIND_OF
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("", "train", "val", "test", "training", "validation", "development", "evaluation")
-# Where they are kept, seen from the folder of the annotations or its parent.
+_CLOTHO = ("validation", "development", "evaluation")
+_PARTS = ("", "train", "val", "test", "training", *_CLOTHO)
+_SOUNDS = (".", "audio", "audios", "wav", "wavs", "waveforms", "clotho_audio_files")
+# The usual folders, below the folder of the annotations or below its parent.
 FOLDERS = {
     "image": (
         *("", "images", "Images", "images/train", "images/val", "images/test"),
@@ -25,32 +29,24 @@ FOLDERS = {
     ),
     "video": (
         *("", "videos", "video", "clips", "YouTubeClips", "TrainValVideo", "TestVideo", "all"),
-        *("videos/all", "train-video", "test-video"),
-        *(f"videos/{part}" for part in ("train", "val", "test")),
+        *("videos/all", "train-video", "test-video", "videos/train", "videos/val", "videos/test"),
     ),
-    "audio": tuple(
-        f"{folder}/{part}".strip("/")
-        for folder, part in product(
-            ("", "audio", "audios", "wav", "wavs", "waveforms", "clotho_audio_files"), _PARTS
-        )
-    )
-    + tuple(
-        f"clotho_audio_{part}{inner}"
-        for part in ("development", "validation", "evaluation")
-        for inner in ("", f"/{part}")
+    "audio": (
+        *(f"{folder}/{part}" for folder, part in product(_SOUNDS, _PARTS)),
+        *(f"clotho_audio_{part}/{inner}" for part in _CLOTHO for inner in ("", part)),
     ),
 }
-WORDS = {
-    "image": ("picture", "pictures"),
-    "video": ("video", "videos"),
-    "audio": ("sound", "sounds"),
-}
+PLURAL = {"image": "pictures", "video": "videos", "audio": "sounds"}
 
 
 def locate_own(records: list[Record], folder: Path, path: Path, required: bool = True) -> None:
-    """Make the paths of records absolute that are relative to a folder.
+    """Make paths that are relative to a folder absolute.
 
-    Only the first few are looked for: a run reads its records often, and says then what is missing.
+    Only the first few files are looked for: a run reads its records often, and says later what is
+    missing.
+
+    Raises:
+        UserError: ``required``, and none of the first few is there.
     """
     if required and not any((folder / record.path).is_file() for record in records[:5]):
         raise _nowhere(records[0], path, f"{folder}")
@@ -70,110 +66,91 @@ def locate(
     """Find the files of a published data set, and make their paths absolute.
 
     A file is looked for under each name it may have (`OR`), with any suffix of its kind, in each of
-    the usual folders. Folders are listed once; no file is touched.
+    the usual folders. Folders are listed once, and no file is opened.
 
     Args:
         records: changed in place.
         path: the annotations' file, or folder.
         images: look here instead of in the annotations' folder and its parent.
-        required: whether it is an error that none is found; else they are where the first of the
-            places would have them.
-        drop: leave out those that are not there.
+        required: whether it is an error that no file is found.
+        drop: leave out records whose file is missing. Otherwise they get the path that it would
+            have beside the first file that is found, or in the first of the places.
 
     Raises:
-        UserError: none of the files is there.
+        UserError: ``required``, and no file is found.
     """
     home = path if path.is_dir() else path.parent
     bases = [home.absolute(), home.absolute().parent] if images is None else [images.absolute()]
-    finder = Finder(bases)
-    first = finder.settle(records)
+    usual, listing = cache(partial(_usual, bases)), cache(_listing)
+    found, missing, first = [], [], None
+    for record in records:
+        places = usual(record.modality)
+        place, file = _find(record, places, listing)
+        (found if file else missing).append(record)
+        if file and first is None:  # look here first for the others
+            first = place
+            places.insert(0, places.pop(places.index(place)))
+        record.path = file or record.path
     if first is None and required:
         where = f"{home} or the usual folders near it" if images is None else f"{images}"
         raise _nowhere(records[0], path, where)
-    found, missing = [], []
-    for record in records:
-        file = None if first is None else finder.find(record)
-        if file is None:
-            missing.append(record)
-            name = record.path.split(OR)[0]
-            file = os.path.normpath(os.path.join(first or bases[0], name))
-            if not drop:
-                found.append(record)
-        else:
-            found.append(record)
-        record.path = file
+    for record in missing:
+        name = record.path.split(OR)[0]
+        record.path = os.path.normpath(os.path.join(first or bases[0], name))
     if missing and first is not None:
         log.warning(
             "%s: %s %d of %d %s: not there, the first is %s",
             *(path, "left out" if drop else "did not find", len(missing), len(records)),
-            *(WORDS[missing[0].modality][1], missing[0].path),
+            *(PLURAL[missing[0].modality], missing[0].path),
         )
-    return found
+    return found if drop else records
 
 
 def _nowhere(record: Record, path: Path, where: str) -> UserError:
-    one, many = WORDS[record.modality]
+    many, name = PLURAL[record.modality], record.path.split(OR)[0]
     return UserError(
-        f"{path}: its first {one}, {record.path.split(OR)[0]}, is not in {where}; "
-        f"say with --images which folder the {many} are in"
+        f"{path}: its first {many[:-1]}, {name}, is not in {where}; "
+        f"name the folder of the {many} with --images"
     )
 
 
-class Finder:
-    """Looks for files in the usual folders of some bases; lists each folder once."""
+def _usual(bases: list[Path], modality: str) -> list[str]:
+    """The usual folders that exist."""
+    places = (os.path.join(base, name) for base in bases for name in FOLDERS[modality])
+    return [place for place in dict.fromkeys(map(os.path.normpath, places)) if os.path.isdir(place)]
 
-    def __init__(self, bases: Sequence[Path]):
-        self.bases = bases
-        self.places: dict[str, list[str]] = {}  # by modality: the folders that exist
-        self.listings: dict[str, dict[str | tuple[str, str], str]] = {}
 
-    def settle(self, records: Iterable[Record]) -> str | None:
-        """The folder of the first file that is found: others are looked for there first."""
-        for record in records:
-            places = self._places(record.modality)
-            for place in places:
-                if self._in([place], record):
-                    places.remove(place)
-                    places.insert(0, place)
-                    return place
-        return None
+Listing = dict[str | tuple[str, str], str]
 
-    def find(self, record: Record) -> str | None:
-        """A record's file, or None."""
-        return self._in(self._places(record.modality), record)
 
-    def _places(self, modality: str) -> list[str]:
-        if modality not in self.places:
-            places = [os.path.join(b, name) for b in self.bases for name in FOLDERS[modality]]
-            places = dict.fromkeys(map(os.path.normpath, places))
-            self.places[modality] = [place for place in places if os.path.isdir(place)]
-        return self.places[modality]
+def _find(
+    record: Record, places: list[str], listing: Callable[[str], Listing]
+) -> tuple[str, str] | tuple[None, None]:
+    """The first place that has a record's file, and the file."""
+    modality, names = record.modality, []
+    for name in record.path.split(OR):
+        head, base = os.path.split(name)
+        stem, suffix = os.path.splitext(base)
+        own = KIND_OF.get(suffix.lower()) == modality
+        names.append((head, base, (modality, stem if own else base)))
+    for place in places:
+        for head, base, key in names:
+            folder = os.path.join(place, head) if head else place
+            known = listing(folder)
+            if file := known.get(base) or known.get(key):
+                return place, os.path.normpath(os.path.join(folder, file))
+    return None, None
 
-    def _in(self, places: list[str], record: Record) -> str | None:
-        modality, names = record.modality, []
-        for name in record.path.split(OR):
-            head, base = os.path.split(name)
-            stem, suffix = os.path.splitext(base)
-            own = KIND_OF.get(suffix.lower()) == modality
-            names.append((head, base, (modality, stem if own else base)))
-        for place in places:
-            for head, base, key in names:
-                folder = os.path.join(place, head) if head else place
-                listing = self.listings.get(folder) or self._listing(folder)
-                if file := listing.get(base) or listing.get(key):
-                    return os.path.normpath(os.path.join(folder, file))
-        return None
 
-    def _listing(self, folder: str) -> dict[str | tuple[str, str], str]:
-        """The names in a folder, by themselves and by (kind of file, name without suffix)."""
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError:
-            names = []
-        listing: dict[str | tuple[str, str], str] = {"": ""}
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if kind := KIND_OF.get(suffix.lower()):
-                listing.setdefault((kind, stem), name)
-        self.listings[folder] = listing | {name: name for name in names}
-        return self.listings[folder]
+def _listing(folder: str) -> Listing:
+    """The names in a folder, by themselves and by (kind of file, name without suffix)."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        names = []
+    listing: Listing = {}
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if kind := KIND_OF.get(suffix.lower()):
+            listing.setdefault((kind, stem), name)
+    return listing | {name: name for name in names}

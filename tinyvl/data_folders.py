@@ -7,24 +7,16 @@ import logging
 import os
 import shutil
 import tarfile
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from tinyvl import UserError
+from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in, text_lines
+from tinyvl.files import building
 from tinyvl.hub import cache_dir
-from tinyvl.records import (
-    KIND_OF,
-    MODALITIES,
-    PARTS,
-    Record,
-    json_document,
-    records_of,
-    split_in,
-    text_lines,
-)
+from tinyvl.media import KIND_OF, MODALITIES
 
 log = logging.getLogger(__name__)
 
@@ -32,34 +24,29 @@ log = logging.getLogger(__name__)
 def read_folder(path: Path) -> Iterator[Record]:
     """The pictures in a folder and below it, by name; ``x.txt`` beside ``x.jpg`` has captions.
 
-    A folder without pictures gives its videos, and one without these its sounds.
+    Without pictures the videos are read, and without these the sounds.
     """
-    files = list(_media(path))
-    for kind in MODALITIES:
-        chosen = [name for name in files if KIND_OF[name.suffix.lower()] == kind]
-        for name in chosen:
-            beside = (path / name).with_suffix(".txt")
-            captions = [line for _, line in text_lines(beside)] if beside.exists() else []
-            yield Record(**{kind: name.as_posix()}, captions=captions, id=name.as_posix())
-        if chosen:
-            return
+    files = {name: KIND_OF[name.suffix.lower()] for name in _media(path)}
+    first = next((kind for kind in MODALITIES if kind in files.values()), None)
+    for name in (name for name, kind in files.items() if kind == first):
+        beside = (path / name).with_suffix(".txt")
+        captions = [line for _, line in text_lines(beside)] if beside.exists() else []
+        yield Record(**{first: name.as_posix()}, captions=captions, id=name.as_posix())
 
 
 def read_classes(path: Path) -> Iterator[Record]:
     """A folder of classes: ``<class>/x.jpg``, or ``<split>/<class>/x.jpg`` under train, val, test.
 
-    Videos and sounds are read alike. A class is called by its folder, or as a list beside the
-    folders (or in the folder above) has it: ``LOC_synset_mapping.txt``, ``synset_words.txt``,
-    ``words.txt``, ``imagenet_class_index.json`` or ``Labels.json``, of which the first synonym is
-    taken.
+    Videos and sounds are read alike. The class's name is its folder's, or the first synonym in a
+    list beside the folders (or in the folder above): ``LOC_synset_mapping.txt``,
+    ``synset_words.txt``, ``words.txt``, ``imagenet_class_index.json`` or ``Labels.json``.
     """
     files = [(name, name.parts) for name in _media(path)]
     by_split = all(parts[0].lower() in PARTS for _, parts in files)
-    folders = {parts[by_split] for _, parts in files if len(parts) > 1 + by_split}
-    names = _class_names(path, folders)
+    names = _class_names(path, {parts[by_split] for _, parts in files if len(parts) > 1 + by_split})
     for name, parts in files:
         if len(parts) < 2 + by_split:
-            raise UserError(f"{path / name}: lies in no class's folder")
+            raise UserError(f"{path / name}: is in no class's folder")
         yield Record(
             **{KIND_OF[name.suffix.lower()]: name.as_posix()},
             id=name.as_posix(),
@@ -71,8 +58,8 @@ def read_classes(path: Path) -> Iterator[Record]:
 def is_classes(path: Path) -> bool:
     """Whether a folder looks like one of classes, from the first file of each folder in it.
 
-    That is: two folders or more, or some called train, val or test that look so, each with
-    pictures (or videos, or sounds) right in it, none of them with captions beside, and no picture
+    It has two folders or more, each with pictures (or videos, or sounds) right in it that have no
+    captions beside them; or folders called train, val or test that look so. There are no pictures
     beside the folders.
     """
     folders = []
@@ -85,17 +72,16 @@ def is_classes(path: Path) -> bool:
             return False
     if folders and all(folder.name.lower() in PARTS for folder in folders):
         return all(map(is_classes, folders))
-    firsts = [next(_first_media(folder), None) for folder in folders]
+    firsts = [_first_media(folder) for folder in folders]
     return len(firsts) > 1 and all(
         first is not None and not first.with_suffix(".txt").exists() for first in firsts
     )
 
 
-def _first_media(folder: Path) -> Iterator[Path]:
+def _first_media(folder: Path) -> Path | None:
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if Path(entry.name).suffix.lower() in KIND_OF and not entry.name.startswith("."):
-                yield Path(entry.path)
+        paths = (Path(entry.path) for entry in entries if not entry.name.startswith("."))
+        return next((path for path in paths if path.suffix.lower() in KIND_OF), None)
 
 
 def _media(path: Path) -> Iterator[Path]:
@@ -108,7 +94,7 @@ def _media(path: Path) -> Iterator[Path]:
 
 
 def _class_names(path: Path, folders: set[str]) -> dict[str, str]:
-    """What a list beside the folders calls their classes; nothing where no list knows them all."""
+    """The classes' names in a list beside the folders, if there is one that has them all."""
     lists = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
     lists += ("imagenet_class_index.json", "Labels.json")
     for file in (place / name for place in (path, path.absolute().parent) for name in lists):
@@ -117,24 +103,26 @@ def _class_names(path: Path, folders: set[str]) -> dict[str, str]:
         if file.suffix == ".json":
             document = json_document(file)
             pairs = document.items() if isinstance(document, dict) else ()
-            pairs = [pair[1] if isinstance(pair[1], list) else list(pair) for pair in pairs]
+            pairs = [pair[1] if isinstance(pair[1], list) else pair for pair in pairs]
         else:
             pairs = [line.split(None, 1) for _, line in text_lines(file)]
         pairs = [pair for pair in pairs if len(pair) == 2 and isinstance(pair[1], str)]
-        known = {name: called for name, called in pairs if name in folders}
-        if not folders <= known.keys():
-            continue
-        # A class must stay one: ImageNet has two cranes, and two maillots.
-        names = {folder: name.replace("_", " ") for folder, name in known.items()}
-        short = {folder: name.split(",")[0].strip() for folder, name in names.items()}
-        return distinct(short, names)
+        known = {folder: name for folder, name in pairs if folder in folders}
+        if folders <= known.keys():
+            return first_synonyms(known)
     return {}
 
 
-def distinct(short: dict[str, str], long: dict[str, str]) -> dict[str, str]:
-    """The first synonym; all of them where two classes share it; with the folder where need be."""
-    times = Counter(short.values())
-    names = {key: name if times[name] == 1 else long[key] for key, name in short.items()}
+def first_synonyms(known: dict[str, str]) -> dict[str, str]:
+    """Names of classes by label: ``tench, Tinca tinca`` becomes ``tench``.
+
+    Two classes stay two, as ImageNet's two cranes: where the first synonym is shared, all synonyms
+    are kept, and where these are shared too, the label is added.
+    """
+    whole = {label: name.replace("_", " ") for label, name in known.items()}
+    names = {label: name.split(",")[0].strip() for label, name in whole.items()}
+    times = Counter(names.values())
+    names = {label: name if times[name] == 1 else whole[label] for label, name in names.items()}
     times = Counter(names.values())
     return {key: name if times[name] == 1 else f"{name} ({key})" for key, name in names.items()}
 
@@ -151,14 +139,12 @@ def read_webdataset(path: Path) -> Iterator[Record]:
     (``TINYVL_CACHE``), so that its pictures are files like all others; delete them there.
     """
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-    home = path if path.is_dir() else path.parent
-    listing = home / "classnames.txt"
+    listing = (path if path.is_dir() else path.parent) / "classnames.txt"
     classes = [line for _, line in text_lines(listing)] if listing.exists() else []
-    folders = [_unpacked(tar) for tar in tars]
-    waiting = [tar for tar, folder in zip(tars, folders, strict=True) if not folder.exists()]
-    if waiting:
-        _fits(waiting)
-    for tar, folder in zip(tars, folders, strict=True):
+    folders = {tar: _unpacked(tar) for tar in tars}
+    if waiting := [tar for tar, folder in folders.items() if not folder.exists()]:
+        _check_space(waiting)
+    for tar, folder in folders.items():
         if not folder.exists():
             _unpack(tar, folder)
         for where, line in text_lines(folder / "samples.jsonl"):
@@ -182,7 +168,7 @@ def _unpacked(tar: Path) -> Path:
     return cache_dir() / "webdataset" / f"{tar.stem}-{digest}"
 
 
-def _fits(tars: list[Path]) -> None:
+def _check_space(tars: list[Path]) -> None:
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     need, free = sum(tar.stat().st_size for tar in tars), shutil.disk_usage(cache).free
@@ -197,30 +183,16 @@ def _fits(tars: list[Path]) -> None:
 
 def _unpack(tar: Path, folder: Path) -> None:
     """Write a tar's samples as files and ``samples.jsonl``; the folder appears when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for rest in folder.parent.glob(f"{glob.escape(folder.name)}.*"):  # of a run that was killed
+    for rest in folder.parent.glob(f".{glob.escape(folder.name)}-*"):  # of a run that was killed
         if time.time() - rest.stat().st_mtime > 24 * 3600:
             shutil.rmtree(rest, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        part.chmod(0o755)  # a cache may be shared
-        with open(part / "samples.jsonl", "w", encoding="utf-8") as lines:
-            for number, sample in enumerate(_samples(tar)):
-                entry, suffix, content = _sample_entry(sample, f"{tar}, {sample['__key__']}")
-                if suffix is not None:
-                    name = f"{number:07d}{suffix}"  # never the archive's own: it may point anywhere
-                    (part / name).write_bytes(content)
-                    entry[KIND_OF[suffix]] = name
-                    lines.write(json.dumps(entry) + "\n")
-        try:
-            part.rename(folder)
-        except OSError:  # another process was first
-            if not folder.exists():
-                raise
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with building(folder) as part, open(part / "samples.jsonl", "w", encoding="utf-8") as lines:
+        for number, sample in enumerate(_samples(tar)):
+            entry, suffix, content = _sample_entry(sample, f"{tar}, {sample['__key__']}")
+            if suffix is not None:
+                name = f"{number:07d}{suffix}"  # never the archive's own: it may point anywhere
+                (part / name).write_bytes(content)
+                lines.write(json.dumps(entry | {KIND_OF[suffix]: name}) + "\n")
 
 
 def _samples(tar: Path) -> Iterator[dict]:

@@ -1,95 +1,60 @@
-"""The formats of data sets, and how one is recognised: from a file's keys, not from its name.
-
-| format | what |
-|---|---|
-| jsonl | this package's own: JSON Lines, or a JSON array, of records |
-| karpathy | ``dataset_{coco,flickr8k,flickr30k}.json`` |
-| coco | ``captions_*.json``, ``image_info_*.json`` |
-| nocaps | ``nocaps_val_4500_captions.json``, ``nocaps_*_image_info.json`` |
-| flickr | Flickr8k's and Flickr30k's token files, ``captions.txt``, ``results.csv`` |
-| visual-genome | ``region_descriptions.json`` |
-| cc3m | Conceptual Captions: ``caption<tab>url`` or ``caption<tab>path`` |
-| xtd10 | ``test_1kcaptions_xx.txt``, or their folder |
-| vqa | VQA v2 (v1, OK-VQA): ``*_questions.json`` or ``*_annotations.json`` |
-| gqa | GQA's ``*_questions.json`` |
-| daquar | DAQUAR's questions and answers, a line each |
-| msrvtt, msrvtt-qa | ``*videodatainfo*.json``; ``{train,val,test}_qa.json`` |
-| msvd, msvd-qa | ``AllVideoDescriptions.txt`` or JSON; ``{train,val,test}_qa.json`` |
-| audiocaps, clotho | their CSV files |
-| webdataset | a ``.tar``, or a folder of them (needs ``tinyvl[webdataset]``) |
-| classes | a folder of classes: ``<class>/x.jpg``, or ``<split>/<class>/x.jpg`` |
-| folder | any other folder of pictures, with captions in ``x.txt`` beside ``x.jpg`` |
-"""
+"""The formats of data sets, and how one is recognised: by a file's content, not by its name."""
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.data_av import (
-    MSVD,
-    read_audiocaps,
-    read_clotho,
-    read_msrvtt,
-    read_msrvtt_qa,
-    read_msvd,
-    read_msvd_qa,
-)
-from tinyvl.data_captions import (
-    CC3M_HEADER,
-    FLICKR_CSV,
-    FLICKR_HEADER,
-    FLICKR_RESULTS,
-    FLICKR_TOKEN,
-    XTD10,
-    read_cc3m,
-    read_coco,
-    read_flickr,
-    read_jsonl,
-    read_karpathy,
-    read_nocaps,
-    read_visual_genome,
-    read_xtd10,
-)
-from tinyvl.data_folders import is_classes, read_classes, read_folder, read_webdataset
-from tinyvl.data_questions import DAQUAR, partners, read_daquar, read_gqa, read_vqa
-from tinyvl.records import Record, readable
+from tinyvl import data_captions as captions
+from tinyvl import data_folders as folders
+from tinyvl import data_questions as questions
+from tinyvl.data_records import Record, read_jsonl
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    "jsonl": read_jsonl,
-    "karpathy": read_karpathy,
-    "coco": read_coco,
-    "nocaps": read_nocaps,
-    "flickr": read_flickr,
-    "visual-genome": read_visual_genome,
-    "cc3m": read_cc3m,
-    "xtd10": read_xtd10,
-    "vqa": read_vqa,
-    "gqa": read_gqa,
-    "daquar": read_daquar,
-    "msrvtt": read_msrvtt,
-    "msrvtt-qa": read_msrvtt_qa,
-    "msvd": read_msvd,
-    "msvd-qa": read_msvd_qa,
-    "audiocaps": read_audiocaps,
-    "clotho": read_clotho,
-    "webdataset": read_webdataset,
-    "classes": read_classes,
-    "folder": read_folder,
+    "jsonl": read_jsonl,  # this package's own
+    "karpathy": captions.read_karpathy,  # dataset_{coco,flickr8k,flickr30k}.json
+    "coco": captions.read_coco,  # captions_*.json, image_info_*.json
+    "nocaps": captions.read_nocaps,  # nocaps_val_4500_captions.json, nocaps_*_image_info.json
+    "flickr": captions.read_flickr,  # Flickr8k's and Flickr30k's token files and CSV files
+    "visual-genome": captions.read_visual_genome,  # region_descriptions.json
+    "cc3m": captions.read_cc3m,  # Conceptual Captions: caption<tab>url
+    "xtd10": captions.read_xtd10,  # test_1kcaptions_xx.txt, or their folder
+    "vqa": questions.read_vqa,  # VQA v1 and v2, OK-VQA: *_questions.json, *_annotations.json
+    "gqa": questions.read_gqa,  # *_questions.json
+    "daquar": questions.read_daquar,  # questions and answers, a line each
+    "msrvtt": captions.read_msrvtt,  # *videodatainfo*.json
+    "msrvtt-qa": questions.read_msrvtt_qa,  # {train,val,test}_qa.json
+    "msvd": captions.read_msvd,  # AllVideoDescriptions.txt, or JSON
+    "msvd-qa": questions.read_msvd_qa,  # {train,val,test}_qa.json
+    "audiocaps": captions.read_audiocaps,  # {train,val,test}.csv
+    "clotho": captions.read_clotho,  # clotho_captions_*.csv
+    "webdataset": folders.read_webdataset,  # a .tar or a folder of them; needs an extra package
+    "classes": folders.read_classes,  # <class>/x.jpg, or <split>/<class>/x.jpg
+    "folder": folders.read_folder,  # any other folder of pictures, captions in x.txt beside x.jpg
 }
-FOLDERS = {"classes", "folder"}  # formats that are folders
-EITHER = {"webdataset", "xtd10"}  # a file or a folder
+FOLDERS = {"classes", "folder"}  # the path is a folder
+EITHER = {"webdataset", "xtd10"}  # the path is a file or a folder
 OWN = {"jsonl", "classes", "folder", "webdataset"}  # paths are where the file says
 LINKS = {"cc3m", "audiocaps"}  # downloaded from links, of which some are dead
-# What a folder is searched for. Not all text files: each picture may have one beside it.
+# The files looked at in a folder. Not all text files: each picture may have one beside it.
 LISTINGS = (
     *("*.jsonl", "*.json", "*.csv", "*.tsv", "*.token", "*.token.txt", "captions.txt"),
-    *("results.csv", "qa.*.txt", "all_qa_pairs.txt", "AllVideoDescriptions.txt"),
+    *("qa.*.txt", "all_qa_pairs.txt", "AllVideoDescriptions.txt"),
 )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns an `OSError` while a data set is read into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
 
 
 def recognise(path: Path) -> tuple[Path, str]:
-    """The file to read and its format; for a folder, the one data set in it or the folder.
+    """The file to read and its format. Of a folder, the one data set in it, or the folder itself.
 
     Raises:
         UserError: no such file, no known format, or a folder that holds several data sets.
@@ -117,7 +82,7 @@ def _in_folder(path: Path) -> tuple[Path, str]:
     files = sorted({file for pattern in LISTINGS for file in path.glob(pattern) if file.is_file()})
     found = [(file, format) for file in files if (format := sniff(file)) not in (None, "results")]
     pairs = {file for file, format in found if format == "vqa" and "_questions" in file.name}
-    answers = {other for file in pairs for other in partners(file)}
+    answers = {other for file in pairs for other in questions.partners(file)}
     found = [(file, format) for file, format in found if file not in answers]
     if len(found) > 1:
         names = ", ".join(file.name for file, _ in found[:3]) + (", …" if len(found) > 3 else "")
@@ -128,17 +93,17 @@ def _in_folder(path: Path) -> tuple[Path, str]:
         return path, "xtd10"
     if any(path.glob("*.tar")):
         return path, "webdataset"
-    return path, "classes" if is_classes(path) else "folder"
+    return path, "classes" if folders.is_classes(path) else "folder"
 
 
 def sniff(path: Path) -> str | None:
     """The format of a file, from its first megabyte: COCO's files are too large to parse twice.
 
-    ``"results"`` is a list of predictions, which no reader takes.
+    A list of predictions is ``"results"``, which has no reader.
     """
     if path.suffix == ".tar":
         return "webdataset"
-    if XTD10.fullmatch(path.name) or path.name == "test_image_names.txt":
+    if captions.XTD10.fullmatch(path.name) or path.name == "test_image_names.txt":
         return "xtd10"
     with open(path, "rb") as file:
         text = file.read(2**20).decode("utf-8-sig", errors="ignore").lstrip()
@@ -150,13 +115,14 @@ def sniff(path: Path) -> str | None:
         return "audiocaps"
     if first.startswith("file_name,caption_1"):
         return "clotho"
-    if DAQUAR.fullmatch(first) and second and not DAQUAR.fullmatch(second):
+    asks = questions.DAQUAR.fullmatch
+    if asks(first) and second and not asks(second):
         return "daquar"
-    if any(s.fullmatch(first) for s in (FLICKR_HEADER, FLICKR_TOKEN, FLICKR_RESULTS, FLICKR_CSV)):
+    if any(line.fullmatch(first) for line in captions.FLICKR):
         return "flickr"
-    if CC3M_HEADER.fullmatch(first) or CC3M_LINE.fullmatch(first):
+    if captions.CC3M_HEADER.fullmatch(first) or CC3M_LINE.fullmatch(first):
         return "cc3m"
-    return "msvd" if MSVD.fullmatch(first) else None
+    return "msvd" if captions.MSVD.fullmatch(first) else None
 
 
 CC3M_LINE = re.compile(r"[^\t]+\t(https?://\S+|[^\t]+\.(jpe?g|png|webp|gif))", re.IGNORECASE)

@@ -1,93 +1,86 @@
-"""Readers of questions about pictures: VQA v2, GQA, DAQUAR. A record is a question."""
+"""Readers of questions: VQA v2, GQA and DAQUAR about pictures, MSRVTT-QA and MSVD-QA about videos.
+
+A record is a question, as in `data_captions`: its path is not yet looked for.
+"""
 
 import logging
 import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from tinyvl import UserError
-from tinyvl.records import OR, Record, get, json_document, json_object, split_in, text_lines
+from tinyvl.data_captions import youtube_mapping
+from tinyvl.data_records import (
+    OR,
+    Record,
+    entries,
+    get,
+    json_items,
+    json_object,
+    matched,
+    split_in,
+    splits_beside,
+    text_lines,
+)
 
 log = logging.getLogger(__name__)
 
 
 def read_vqa(path: Path) -> Iterator[Record]:
-    """VQA v2 (https://visualqa.org): a questions file or its annotations, whichever is named.
+    """VQA v2 (https://visualqa.org): a questions file or its annotations file, either will do.
 
-    The partner is found beside it, or in a folder ``Questions`` or ``Annotations`` beside that, by
-    the official names (``v2_OpenEnded_mscoco_val2014_questions.json`` and
-    ``v2_mscoco_val2014_annotations.json``). Questions without annotations have no answers: those of
-    the test set. VQA v1 (with its choices), its abstract scenes and OK-VQA share the format. The
+    The other file is looked for by its official name, beside the first or in a folder ``Questions``
+    or ``Annotations`` beside that folder. Questions without annotations, as in the test set, have
+    no answers. VQA v1 (with its choices), its abstract scenes and OK-VQA have the same format. The
     ten answers are kept as annotated.
     """
     document = json_object(path)
+    partner = next((file for file in partners(path) if file.exists()), None)
     if "questions" in document:
-        questions_file, questions = path, document
-        annotations_file = _partner(path)
+        questions, questions_file, annotations_file = document, path, partner
+    elif partner is None:
+        expected = [file.name for file in partners(path)[:1]]
+        raise UserError(
+            f"{path}: its questions are not beside it; they should be in the same folder, "
+            f"named {expected[0] if expected else 'as they were published'}"
+        )
     else:
-        annotations_file, questions_file = path, _partner(path)
-        if questions_file is None:
-            expected = [file.name for file in partners(path)[:1]]
-            raise UserError(
-                f"{path}: its questions are not beside it; they should be in the same folder, "
-                f"named {expected[0] if expected else 'as they were published'}"
-            )
-        questions = json_document(questions_file)
-    annotations = {}
+        questions, questions_file, annotations_file = json_object(partner), partner, path
     year = re.search(r"(train|val|test(-[a-z]+)?)20\d\d", questions_file.name)
-    subtype = get(questions, "data_subtype", str, path, *([year[0]] if year else []))
-    if annotations_file is None and not subtype.startswith("test"):
-        log.warning("%s: no annotations are beside it, so its questions have no answers", path)
+    subtype = get(questions, "data_subtype", str, questions_file, *([year[0]] if year else []))
+    annotations = {}
     if annotations_file is not None:
-        answered = document if annotations_file is path else json_document(annotations_file)
-        for i, entry in enumerate(get(answered, "annotations", list, annotations_file)):
-            where = f"{annotations_file}, annotations[{i}]"
+        answered = document if annotations_file is path else json_object(annotations_file)
+        for where, entry in entries(answered, "annotations", annotations_file):
             annotations[get(entry, "question_id", (int, str), where)] = entry, where
+    elif not subtype.startswith("test"):
+        log.warning("%s: no annotations are beside it, so its questions have no answers", path)
     kind = get(questions, "data_type", str, questions_file, default="mscoco")
-    split = re.sub(r"20\d\d$", "", subtype)  # train, val, test, test-dev
-    picture = _coco_names if kind == "mscoco" else f"{kind}_{{1}}_{{0:012d}}.png".format
     years = re.sub("test-[a-z]+", "test", subtype)  # test-dev2015's pictures are test2015's
-    for i, entry in enumerate(get(questions, "questions", list, questions_file)):
-        where = f"{questions_file}, questions[{i}]"
+    for where, entry in entries(questions, "questions", questions_file):
         image = get(entry, "image_id", int, where)
+        if kind == "mscoco":  # the name has the split in it in 2014, and not in 2017
+            picture = f"COCO_{years}_{image:012d}.jpg{OR}{image:012d}.jpg"
+        else:
+            picture = f"{kind}_{years}_{image:012d}.png"
         number = get(entry, "question_id", (int, str), where)
-        answers, types = [], (None, None)
-        if annotations_file is not None:
-            if number not in annotations:
-                raise UserError(f"{where}: question {number} has no annotation in its other file")
-            answers, types = _annotation(*annotations[number])
+        if annotations_file is not None and number not in annotations:
+            raise UserError(f"{where}: question {number} has no annotation in its other file")
         choices = get(entry, "multiple_choices", list, where, default=[])
         yield Record(
-            picture(image, years),
-            id=str(image),
-            split=split,
-            question=get(entry, "question", str, where),
-            answers=answers,
+            picture, id=str(image), split=re.sub(r"20\d\d$", "", subtype),  # train, test-dev, ...
+            question=get(entry, "question", str, where), question_id=str(number),
             choices=[str(choice) for choice in choices],
-            question_id=str(number),
-            question_type=types[0],
-            answer_type=types[1],
-        )
+            **_annotation(*annotations[number]) if annotations else {},
+        )  # fmt: skip
 
 
-def _coco_names(image: int, years: str) -> str:
-    """A COCO picture is named with its split in 2014 and without in 2017; the numbers are one."""
-    return f"COCO_{years}_{image:012d}.jpg{OR}{image:012d}.jpg"
-
-
-def _annotation(entry: Any, where: str) -> tuple[list[str], tuple[str | None, str | None]]:
-    answers = [
-        get(answer, "answer", str, f"{where}.answers[{j}]")
-        for j, answer in enumerate(get(entry, "answers", list, where))
-    ]
-    types = (get(entry, key, str, where, default=None) for key in ("question_type", "answer_type"))
-    return answers, tuple(types)
-
-
-def _partner(path: Path) -> Path | None:
-    return next((file for file in partners(path) if file.exists()), None)
+def _annotation(entry: dict, where: str) -> dict:
+    """The answers to a question, its type and theirs."""
+    types = ("question_type", "answer_type")
+    answers = [get(each, "answer", str, at) for at, each in entries(entry, "answers", where)]
+    return {"answers": answers} | {key: get(entry, key, str, where, default=None) for key in types}
 
 
 def partners(path: Path) -> list[Path]:
@@ -109,9 +102,9 @@ def partners(path: Path) -> list[Path]:
 def read_gqa(path: Path) -> Iterator[Record]:
     """GQA's ``*_questions.json`` (https://cs.stanford.edu/people/dorarad/gqa): a dict by question.
 
-    ``question_type`` is the structural type (verify, query, choose, logical, compare), and
-    ``answer_type`` is ``open`` for a query and ``binary`` for the rest, as the official program
-    has it. Questions of the test and challenge sets have no answers.
+    ``question_type`` is the structural type (verify, query, choose, logical, compare), and as in
+    the official program ``answer_type`` is ``open`` for a query and ``binary`` for the rest.
+    Questions of the test and challenge sets have no answers.
     """
     for number, entry in json_object(path).items():
         where = f"{path}, question {number}"
@@ -120,15 +113,11 @@ def read_gqa(path: Path) -> Iterator[Record]:
         types = get(entry, "types", dict, where, default={})
         structure = get(types, "structural", str, f"{where}.types", default=None)
         yield Record(
-            f"{image}.jpg",
-            id=image,
-            split=split_in(path.name),
-            question=get(entry, "question", str, where),
-            answers=[] if answer is None else [answer],
-            question_id=number,
+            f"{image}.jpg", id=image, split=split_in(path.name), question_id=number,
+            question=get(entry, "question", str, where), answers=[] if answer is None else [answer],
             question_type=structure,
             answer_type=structure and ("open" if structure == "query" else "binary"),
-        )
+        )  # fmt: skip
 
 
 DAQUAR = re.compile(r".*\bimage(\d+) *\?", re.IGNORECASE)
@@ -142,26 +131,48 @@ def read_daquar(path: Path) -> Iterator[Record]:
     Several answers ("knife, fork") are one text, as annotated. The split is the file name's, or
     that of ``{train,test}_images_list.txt`` or ``{train,test}.txt`` where these lie beside.
     """
-    splits = {}
-    for part in ("train", "test"):
-        for listing in (path.with_name(f"{part}_images_list.txt"), path.with_name(f"{part}.txt")):
-            if listing.exists():
-                splits |= {line: part for _, line in text_lines(listing)}
+    splits = splits_beside(path, train="train_images_list.txt", test="test_images_list.txt")
+    splits |= splits_beside(path, train="train.txt", test="test.txt")
     lines, split = text_lines(path), split_in(path.name)
     for number, (where, line) in enumerate(lines):
-        match = DAQUAR.fullmatch(line)
-        if not match:
-            raise UserError(f"{where}: expected '... in the image7 ?', found {line[:60]!r}")
+        image = f"image{matched(DAQUAR, line, where, '... in the image7 ?')[1]}"
         _, answer = next(lines, (where, ""))
         if not answer or DAQUAR.fullmatch(answer):
             raise UserError(f"{where}: this question is not followed by an answer")
-        image = f"image{match[1]}"
-        question = DAQUAR_END.sub("", line)
         yield Record(
-            f"{image}.png",
-            id=image,
-            split=split or splits.get(image),
-            question=question,
-            answers=[answer],
-            question_id=str(number),
+            f"{image}.png", id=image, split=split or splits.get(image), question_id=str(number),
+            question=DAQUAR_END.sub("", line), answers=[answer],
+        )  # fmt: skip
+
+
+def read_msrvtt_qa(path: Path) -> Iterator[Record]:
+    """MSRVTT-QA's ``{train,val,test}_qa.json`` (https://github.com/xudejing/video-question-answering)."""
+    for record, number in _video_questions(path):
+        record.video, record.id = f"video{number}.mp4", f"video{number}"
+        yield record
+
+
+def read_msvd_qa(path: Path) -> Iterator[Record]:
+    """MSVD-QA's ``{train,val,test}_qa.json``, of the same authors and shape.
+
+    Video 7 is ``vid7``, or the clip that ``youtube_mapping.txt`` gives it where that lies beside.
+    """
+    clips = {number: clip for clip, number in youtube_mapping(path).items()}
+    for record, number in _video_questions(path):
+        clip, name = clips.get(number), f"vid{number}"
+        record.video = f"{clip}.avi{OR}{name}.avi" if clip else f"{name}.avi"
+        record.id = clip or name
+        yield record
+
+
+def _video_questions(path: Path) -> Iterator[tuple[Record, int]]:
+    for where, entry in json_items(path):
+        answer = get(entry, "answer", str, where, default=None)
+        number = get(entry, "id", (int, str), where, default=None)
+        record = Record(
+            split=split_in(path.name),
+            question=get(entry, "question", str, where),
+            answers=[] if answer is None else [answer],
+            question_id=None if number is None else str(number),
         )
+        yield record, get(entry, "video_id", int, where)

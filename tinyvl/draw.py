@@ -1,23 +1,25 @@
-"""The drawn set: pictures of shapes with captions in English and German, made by this file alone.
+"""The drawn set: pictures of shapes with captions in English and German.
 
 A scene is one object at a place ("a small red circle on the left of a grey picture") or two
 objects side by side or above one another ("a big black star above a small red ring in a pink
 picture"). A caption is a function of its scene, and everything it says can be seen at 64 x 64
-pixels, so a model that has learnt the set captions new renders exactly.
+pixels, so a model that has learnt the set captions new renders exactly. Each picture also has a
+question with a short answer ("what colour is the star?", "black").
 
-Each picture also has a question with a short answer ("what colour is the star?", "black").
-
-In training, the `WITHHELD` pairs of shape and colour never occur. The held-out part has new renders
-of scenes that training shows too (``"combination": "seen"``) and, one in five, scenes with a
-withheld pair (``"unseen"``). No two held-out scenes share a caption.
+Training never shows the `WITHHELD` pairs of shape and colour. The held-out part has new renders of
+scenes that training shows (``"combination": "seen"``) and, one in five, scenes with a withheld pair
+(``"unseen"``). No two held-out scenes share a caption.
 
 Everything is a pure function of the seed. The shapes are inequalities on a supersampled grid and
 not Pillow's, so that the pixels do not depend on the version of a rasteriser.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,55 +31,36 @@ SUPERSAMPLE = 4  # sub-pixels per pixel and axis
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
-    "red": (214, 32, 36),
-    "green": (32, 148, 60),
-    "blue": (36, 70, 205),
-    "yellow": (246, 226, 34),
-    "purple": (126, 40, 152),
-    "orange": (243, 130, 20),
-    "white": (252, 252, 252),
-    "black": (18, 18, 20),
-}
+    "red": (214, 32, 36), "green": (32, 148, 60), "blue": (36, 70, 205),
+    "yellow": (246, 226, 34), "purple": (126, 40, 152), "orange": (243, 130, 20),
+    "white": (252, 252, 252), "black": (18, 18, 20),
+}  # fmt: skip
 SIZES = {"small": (7.5, 8.5), "big": (12.5, 13.5)}  # radius in pixels, from and to
 PLACES = {  # of one object: its centre in pixels
-    "left": (16, 32),
-    "right": (48, 32),
-    "top": (32, 16),
-    "bottom": (32, 48),
-    "middle": (32, 32),
-}
+    "left": (16, 32), "right": (48, 32), "top": (32, 16), "bottom": (32, 48), "middle": (32, 32),
+}  # fmt: skip
 RELATIONS = {  # of two objects: the centres of the first and of the second
-    "left of": ((16, 32), (48, 32)),
-    "above": ((32, 16), (32, 48)),
-}
+    "left of": ((16, 32), (48, 32)), "above": ((32, 16), (32, 48)),
+}  # fmt: skip
 BACKGROUNDS = {"grey": (140, 140, 142), "beige": (222, 206, 170), "pink": (238, 178, 196)}
 WITHHELD = {  # shape: the colour it never has in training
-    "circle": "yellow",
-    "square": "purple",
-    "triangle": "white",
-    "star": "blue",
-    "cross": "orange",
-    "ring": "green",
-}
+    "circle": "yellow", "square": "purple", "triangle": "white",
+    "star": "blue", "cross": "orange", "ring": "green",
+}  # fmt: skip
 LANGUAGES = ("en", "de")
 
 ENGLISH_PLACE = {
-    "left": "on the left of",
-    "right": "on the right of",
-    "top": "at the top of",
-    "bottom": "at the bottom of",
-    "middle": "in the middle of",
-}
+    "left": "on the left of", "right": "on the right of", "top": "at the top of",
+    "bottom": "at the bottom of", "middle": "in the middle of",
+}  # fmt: skip
 GERMAN = {
-    **{"small": "klein", "big": "groß"},
-    **{"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "purple": "violett"},
-    **{"orange": "orangefarben", "white": "weiß", "black": "schwarz"},
-    **{"circle": "Kreis", "square": "Quadrat", "triangle": "Dreieck", "star": "Stern"},
-    **{"cross": "Kreuz", "ring": "Ring"},
-    **{"left": "links", "right": "rechts", "top": "oben", "bottom": "unten"},
-    **{"middle": "in der Mitte", "left of": "links neben", "above": "über"},
-    **{"grey": "grauem", "beige": "beigem", "pink": "rosa"},
-}
+    "small": "klein", "big": "groß", "red": "rot", "green": "grün", "blue": "blau",
+    "yellow": "gelb", "purple": "violett", "orange": "orangefarben", "white": "weiß",
+    "black": "schwarz", "circle": "Kreis", "square": "Quadrat", "triangle": "Dreieck",
+    "star": "Stern", "cross": "Kreuz", "ring": "Ring", "left": "links", "right": "rechts",
+    "top": "oben", "bottom": "unten", "middle": "in der Mitte", "left of": "links neben",
+    "above": "über", "grey": "grauem", "beige": "beigem", "pink": "rosa",
+}  # fmt: skip
 GERMAN_ALONE = {"grey": "grau", "beige": "beige", "pink": "rosa"}
 ENGLISH_QUESTIONS = {
     "colour": "what colour is {the} {shape}?",
@@ -108,6 +91,7 @@ class Thing:
 
     @property
     def withheld(self) -> bool:
+        """Whether training never shows this pair of shape and colour."""
         return WITHHELD[self.shape] == self.colour
 
     def english(self) -> str:
@@ -123,9 +107,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; its captions follow from it.
+    """What a picture shows.
 
-    ``place`` is one of `PLACES` for one object and one of `RELATIONS` when there is a ``second``.
+    ``place`` is one of `PLACES` for one object, and one of `RELATIONS` if there is a ``second``.
     """
 
     first: Thing
@@ -152,11 +136,10 @@ class Scene:
 
     def question(self, lang: str, number: int) -> tuple[str, str]:
         """One of the questions that the picture answers, and its answer."""
-        ask, say = (
-            (ENGLISH_QUESTIONS, lambda word: word)
-            if lang == "en"
-            else (GERMAN_QUESTIONS, lambda word: GERMAN_ALONE.get(word) or GERMAN[word])
-        )
+        ask = ENGLISH_QUESTIONS if lang == "en" else GERMAN_QUESTIONS
+
+        def say(word: str) -> str:
+            return word if lang == "en" else GERMAN_ALONE.get(word) or GERMAN[word]
 
         def named(thing: Thing) -> dict[str, str]:
             the = "the" if lang == "en" else "der" if thing.shape in MASCULINE else "das"
@@ -173,14 +156,14 @@ class Scene:
         return asked[number % len(asked)]
 
     def labels(self) -> dict[str, str | None]:
-        """The attributes by name, for fitting an image encoder; the second object's end in 2."""
+        """The attributes by name, to fit an image encoder; the second object's end in 2."""
         second = asdict(self.second) if self.second else dict.fromkeys(asdict(self.first))
-        return {
-            **asdict(self.first),
-            "place": self.place,
-            "background": self.background,
-            **{f"{name}2": value for name, value in second.items()},
-        }
+        own = {"place": self.place, "background": self.background}
+        return asdict(self.first) | own | {f"{name}2": value for name, value in second.items()}
+
+    def fields(self) -> dict[str, str | None]:
+        """What a record says of the scene: its labels, and whether training shows such pairs."""
+        return {"combination": "unseen" if self.unseen else "seen", **self.labels()}
 
 
 def draw_images(
@@ -200,79 +183,71 @@ def draw_images(
         The records as written.
 
     Raises:
-        UserError: the folder holds pictures that are not a drawing, or the held-out part asks for
-            more distinct scenes than the training part has.
+        UserError: the folder has files that tinyvl did not draw, or the held-out part asks for more
+            distinct scenes than the training part has.
     """
-    folder = Path(folder)
-    pictures, listing = folder / "images", folder / "drawn.jsonl"
-    check_empty(pictures, listing)
-    drawn = scenes(train, held_out, seed)
-    records = [
-        {
-            "image": f"images/{index:04d}.png",
-            "captions": [scene.caption(lang)],
-            **asked(scene, lang, seed, index),
-            "id": f"{index:04d}",
-            "split": split,
-            "lang": lang,
-            "combination": "unseen" if scene.unseen else "seen",
-            **scene.labels(),
-        }
-        for index, (scene, split) in enumerate(drawn)
-        for lang in LANGUAGES
-    ]
-    write_listing(pictures, listing, records, "png")
-    for index, (scene, _) in enumerate(drawn):
-        Image.fromarray(render(scene, seed, index)).save(pictures / f"{index:04d}.png")
-    return records
+    parts = []
+    for index, (scene, split) in enumerate(scenes(train, held_out, seed)):
+        rng = np.random.Generator(np.random.PCG64([seed, 2, index]))
+        number = int(rng.integers(2**31))
+        parts.append((scene, split, [scene.question(lang, number) for lang in LANGUAGES]))
+
+    write = partial(write_image, seed=seed)
+    return write_set(Path(folder), "image", "images", "png", parts, write)
 
 
-def check_empty(files: Path, listing: Path) -> None:
-    """Refuses a folder with files of somebody's, or with a drawing of another modality."""
+def write_image(path: Path, scene: Scene, seed: int, index: int) -> None:
+    Image.fromarray(render(scene, seed, index)).save(path)
+
+
+def write_set(
+    folder: Path,
+    modality: str,
+    name: str,
+    suffix: str,
+    parts: list[tuple[Any, str, list[tuple[str, str]]]],
+    write: Callable[..., None],
+) -> list[dict]:
+    """Write ``drawn.jsonl`` and the files ``name/*.suffix``; -> the records, one a language.
+
+    A part is what a file shows, its split, and a question with its answer in each language.
+    ``write(path, what it shows, index=index)`` draws the file.
+    """
+    files, listing = folder / name, folder / "drawn.jsonl"
     if files.is_dir() and any(files.iterdir()) and not listing.exists():
         raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
     if listing.exists() and not files.is_dir():
         raise UserError(f"{listing} lists no files in {files}; name an empty folder", 2)
-
-
-def write_listing(files: Path, listing: Path, records: list[dict], suffix: str) -> None:
-    """The records, and a folder for their files without those of an earlier drawing."""
+    records = [
+        {
+            modality: f"{name}/{index:04d}.{suffix}",
+            "captions": [shown.caption(lang)],
+            "question": question,
+            "answers": [answer],
+            "id": f"{index:04d}",
+            "split": split,
+            "lang": lang,
+            **shown.fields(),
+        }
+        for index, (shown, split, asked) in enumerate(parts)
+        for lang, (question, answer) in zip(LANGUAGES, asked, strict=False)
+    ]
     files.mkdir(parents=True, exist_ok=True)
     for old in files.glob(f"[0-9]*.{suffix}"):
         old.unlink()
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     listing.write_text("".join(lines), encoding="utf-8", newline="\n")
-
-
-def asked(scene: Scene, lang: str, seed: int, index: int) -> dict:
-    """The fields of a picture's question, the same one in each language."""
-    rng = np.random.Generator(np.random.PCG64([seed, 2, index]))
-    question, answer = scene.question(lang, int(rng.integers(2**31)))
-    return {"question": question, "answers": [answer]}
-
-
-def default_folder(modality: str = "image") -> Path:
-    """The drawn set of "image", "video" or "audio" in the cache, drawn there the first time."""
-    import os
-    import tempfile
-
-    from tinyvl import draw_av
-    from tinyvl.hub import cache_dir
-
-    name = {"image": "drawn-2", "video": "moving-1", "audio": "tones-1"}[modality]
-    draw = {"image": draw_images, "video": draw_av.draw_videos, "audio": draw_av.draw_sounds}
-    folder = cache_dir() / name  # the first of pictures had no questions
-    if not (folder / "drawn.jsonl").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".drawn-") as scratch:
-            draw[modality](Path(scratch) / "new")
-            if not folder.exists():
-                os.replace(Path(scratch) / "new", folder)
-    return folder
+    for index, (shown, _, _) in enumerate(parts):
+        write(files / f"{index:04d}.{suffix}", shown, index=index)
+    return records
 
 
 def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:
-    """The scenes of both parts with their split: first ``"train"``, then ``"test"``."""
+    """The scenes of both parts with their split: first ``"train"``, then ``"test"``.
+
+    Raises:
+        UserError: the held-out part needs more distinct scenes than the training part shows.
+    """
     rng = np.random.Generator(np.random.PCG64([seed, 0]))
     shown = [_invent(rng, unseen=False) for _ in range(train)]
     distinct = list(dict.fromkeys(shown))
@@ -291,13 +266,9 @@ def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:
 
 
 def render(scene: Scene, seed: int, index: int) -> np.ndarray:
-    """Paint a scene with the jitter of picture ``index``.
+    """Paint a scene with the jitter of picture ``index``: (64, 64, 3), uint8.
 
-    Place, size, tilt, hue and background differ from render to render, less than any word of the
-    caption does.
-
-    Returns:
-        Pixels, (64, 64, 3), uint8.
+    Place, size, tilt, hue and background vary between renders, less than any word of the caption.
     """
     rng = np.random.Generator(np.random.PCG64([seed, 1, index]))
     ramp = np.linspace(-1, 1, SIDE)
@@ -320,7 +291,7 @@ def render(scene: Scene, seed: int, index: int) -> np.ndarray:
 def _invent(rng: np.random.Generator, *, unseen: bool) -> Scene:
     """A random scene, one object or two, that has a withheld pair or has none."""
 
-    def pick(options) -> str:
+    def pick(options: Iterable[str]) -> str:
         options = list(options)
         return options[rng.integers(len(options))]
 
@@ -337,7 +308,10 @@ def _invent(rng: np.random.Generator, *, unseen: bool) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, radius: float, tilt: float) -> np.ndarray:
-    """The share of each pixel that a shape covers, (64, 64), centred on (x, y), tilt in radians."""
+    """The share of each pixel that a shape covers, (64, 64).
+
+    Its centre (x, y) and its radius are in pixels, the tilt in radians.
+    """
 
     def span(centre: float) -> tuple[slice, np.ndarray]:
         """The pixels that the shape can reach on one axis, and their sub-pixels in radii."""

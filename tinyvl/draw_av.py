@@ -1,29 +1,26 @@
-"""The drawn sets of videos and sounds, made by this file alone: shapes that move, and tones.
+"""The drawn sets of videos and sounds: shapes that move, and tones.
 
 A video is a shape of a colour that moves left, right, up or down, or stays, for a second: only the
 order of its frames tells left from right ("a red circle moves left"). A sound is a tone or a buzz
-of a pitch, that holds it, rises or falls, up to three times in a second ("a high buzz falls
-twice"). A caption is a function of what is drawn, and so are the questions; everything is a pure
-function of the seed. Held-out files are new renders of what training shows too.
+of a pitch that holds, rises or falls, up to three times in a second ("a high buzz falls twice").
+Captions and questions are functions of what is drawn, and everything is a pure function of the
+seed. Held-out files are new renders of what training shows.
 """
 
 from __future__ import annotations
 
 import wave
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product, starmap
 from pathlib import Path
 
 import numpy as np
 
-from tinyvl.draw import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    SIDE,
-    check_empty,
-    coverage,
-    write_listing,
-)
+from tinyvl.draw import BACKGROUNDS, COLOURS, SHAPES, SIDE, coverage, draw_images, write_set
+from tinyvl.files import building
+from tinyvl.hub import cache_dir
 
 FRAMES, FPS = 8, 8
 MOVES = {  # where a shape is in the first frame and in the last, in pixels from the middle
@@ -48,9 +45,11 @@ class Motion:
     colour: str
     move: str
 
-    def caption(self) -> str:
+    def caption(self, lang: str = "en") -> str:
         does = "stays still" if self.move == "nowhere" else f"moves {self.move}"
         return f"a {self.colour} {self.shape} {does}"
+
+    fields = asdict
 
     def questions(self) -> list[tuple[str, str]]:
         return [
@@ -69,8 +68,10 @@ class Signal:
     bend: str
     times: str
 
-    def caption(self) -> str:
+    def caption(self, lang: str = "en") -> str:
         return f"a {self.pitch} {self.kind} {self.bend} {self.times}"
+
+    fields = asdict
 
     def questions(self) -> list[tuple[str, str]]:
         return [
@@ -86,10 +87,11 @@ def draw_videos(
 ) -> list[dict]:
     """Draw videos into ``folder``: ``drawn.jsonl`` and ``videos/*.avi`` (64 x 64, 8 frames, PNG).
 
-    As `draw.draw_images`, in English, a record a video.
+    Arguments and errors are those of `draw.draw_images`. A video has one record, in English.
     """
-    records = [Motion(*each) for each in every(SHAPES, COLOURS, MOVES)]
-    return draw(folder, "video", "avi", records, write_video, train, held_out, seed)
+    parts = _choose(starmap(Motion, product(SHAPES, COLOURS, MOVES)), train, held_out, seed)
+    write = partial(write_video, seed=seed)
+    return write_set(Path(folder), "video", "videos", "avi", parts, write)
 
 
 def draw_sounds(
@@ -97,51 +99,39 @@ def draw_sounds(
 ) -> list[dict]:
     """Draw sounds into ``folder``: ``drawn.jsonl`` and ``sounds/*.wav`` (a second, 16 kHz mono).
 
-    As `draw.draw_images`, in English, a record a sound.
+    Arguments and errors are those of `draw.draw_images`. A sound has one record, in English.
     """
-    records = [Signal(*each) for each in every(KINDS, PITCHES, BENDS, TIMES)]
-    return draw(folder, "audio", "wav", records, write_sound, train, held_out, seed)
+    parts = _choose(starmap(Signal, product(KINDS, PITCHES, BENDS, TIMES)), train, held_out, seed)
+    write = partial(write_sound, seed=seed)
+    return write_set(Path(folder), "audio", "sounds", "wav", parts, write)
 
 
-def every(*options) -> list[tuple[str, ...]]:
-    """All combinations."""
-    import itertools
-
-    return list(itertools.product(*options))
-
-
-def draw(folder, modality, suffix, known, write, train, held_out, seed) -> list[dict]:
-    """Files of what is ``known``, drawn by ``write``; -> their records."""
-    folder = Path(folder)
-    files, listing = folder / {"audio": "sounds"}.get(modality, "videos"), folder / "drawn.jsonl"
-    check_empty(files, listing)
-    rng = np.random.Generator(np.random.PCG64([seed, 3]))
+def _choose(known: Iterable, train: int, held_out: int, seed: int) -> list[tuple]:
+    """What each file shows, its split, and its question: the parts of `draw.write_set`."""
+    known, rng = list(known), np.random.Generator(np.random.PCG64([seed, 3]))
     shown = [known[i] for i in rng.integers(len(known), size=train)]
-    # New renders of what was shown: all of that in turn, for a small part is pairwise distinct.
+    # What was shown is held out in turn, so that a small held-out part is pairwise distinct.
     distinct = list(dict.fromkeys(shown))
     order = rng.permutation(len(distinct))
     held = [distinct[order[i % len(distinct)]] for i in range(held_out)]
-    parts = [(each, "train") for each in shown] + [(each, "test") for each in held]
-    records = []
-    for index, (each, split) in enumerate(parts):
-        questions = each.questions()
-        question, answer = questions[int(rng.integers(len(questions)))]
-        records.append(
-            {
-                modality: f"{files.name}/{index:04d}.{suffix}",
-                "captions": [each.caption()],
-                "question": question,
-                "answers": [answer],
-                "id": f"{index:04d}",
-                "split": split,
-                "lang": "en",
-                **asdict(each),
-            }
-        )
-    write_listing(files, listing, records, suffix)
-    for index, (each, _) in enumerate(parts):
-        write(files / f"{index:04d}.{suffix}", each, seed, index)
-    return records
+    parts = []
+    for index, each in enumerate(shown + held):
+        questions, split = each.questions(), "train" if index < train else "test"
+        parts.append((each, split, [questions[rng.integers(len(questions))]]))
+    return parts
+
+
+DRAW = {"image": draw_images, "video": draw_videos, "audio": draw_sounds}
+NAMES = {"image": "drawn-2", "video": "moving-1", "audio": "tones-1"}  # drawn-1 had no questions
+
+
+def default_folder(modality: str = "image") -> Path:
+    """The drawn set of "image", "video" or "audio" in the cache, drawn there the first time."""
+    folder = cache_dir() / NAMES[modality]
+    if not (folder / "drawn.jsonl").exists():
+        with building(folder) as new:
+            DRAW[modality](new)
+    return folder
 
 
 # ------------------------------------------------------------------------------------- videos

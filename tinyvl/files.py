@@ -1,6 +1,7 @@
 """Files that are replaced in one stroke: a reader, and a kill, find the old one or the new one."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,41 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"{file}: cannot be written ({error.strerror}).") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``target`` at once when the body ends without an error.
+
+    Two processes may build the same thing: the one that ends first has made it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
+        ) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            yield new
+            for file in filter(Path.is_file, new.iterdir()):
+                file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
+            try:
+                os.replace(new, target)
+            except OSError:
+                made = {file.name for file in new.iterdir()}
+                if not target.is_dir():
+                    raise
+                if not made <= {file.name for file in target.iterdir()}:  # not whole: ours is
+                    os.replace(target, new.with_name("old"))
+                    os.replace(new, target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror or error}); free some space, or set "
+            "TINYVL_CACHE to another folder."
+        ) from error
 
 
 @contextmanager

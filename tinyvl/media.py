@@ -32,10 +32,24 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .webp .avif .heic .heif .hif "  # noqa: SIM905
-    ".bmp .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm".split()
-)
+MODALITIES = ("image", "video", "audio")
+SUFFIXES = {
+    kind: frozenset(suffixes.split())
+    for kind, suffixes in {
+        "image": ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .webp .avif .heic .heif .hif "
+        ".bmp .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm",
+        "video": ".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp .ogv .ts",
+        "audio": ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .aif .aiff .wma",
+    }.items()
+}
+KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
+# What a model of each modality reads: a picture is a video of one frame, and a video has a sound.
+READABLE = {
+    "image": ("image", "video"),
+    "video": ("video", "image"),
+    "audio": ("audio", "video"),
+}
+IMAGE_SUFFIXES = SUFFIXES["image"]
 # No EPS: Pillow would run Ghostscript on a stranger's program. No TGA: it has no magic number.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
 # Larger pictures are refused unread. Pillow itself refuses at twice PIL.Image.MAX_IMAGE_PIXELS,

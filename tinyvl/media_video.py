@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from tinyvl.media import MAX_PIXELS, MediaError, is_image, load_image
+from tinyvl.media import MAX_PIXELS, SUFFIXES, MediaError, is_image, load_image
 from tinyvl.media_augment import content
 
 if TYPE_CHECKING:
@@ -80,8 +80,6 @@ class Clips:
 
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Whether the name ends like a video's."""
-    from tinyvl.records import SUFFIXES
-
     return os.path.splitext(path)[1].lower() in SUFFIXES["video"]
 
 

@@ -1,4 +1,4 @@
-"""What a record is, its line in a JSON Lines file, and how readers take fields from a file.
+"""The record, its line in a JSON Lines file, and what every reader takes fields from a file with.
 
 A record is one line of JSON, its path relative to the file:
 
@@ -6,8 +6,8 @@ A record is one line of JSON, its path relative to the file:
     {"video": "clips/7.mp4", "question": "what runs?", "answers": ["dog"], "question_id": "70"}
     {"audio": "audio/1.ogg", "label": "dog bark"}
 
-Only the path is needed. A field that is missing or malformed is a `UserError` that names the file
-and the record.
+Only the path is required. Every function here raises `UserError` where a field is missing or
+malformed, and names the file and the record.
 """
 
 import json
@@ -20,28 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyvl import UserError
-from tinyvl.media import IMAGE_SUFFIXES
+from tinyvl.media import MODALITIES
 
-MODALITIES = ("image", "video", "audio")
-SUFFIXES = {
-    "image": IMAGE_SUFFIXES,
-    "video": frozenset(
-        ".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp .ogv .ts".split()  # noqa: SIM905
-    ),
-    "audio": frozenset(
-        ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .aif .aiff .wma".split()  # noqa: SIM905
-    ),
-}
-# What a model of each modality reads besides its own: a picture is a video of one frame, and the
-# sound of a video is a sound.
-READABLE = {
-    "image": ("image", "video"),
-    "video": ("video", "image"),
-    "audio": ("audio", "video"),
-}
-KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
-# Where a published format does not say what its files are called, a reader joins the names they
-# may have by this (no path holds it), the likeliest first; `locate` settles on one.
+# Some published formats do not say what a file is called. A reader then joins the names it may
+# have, the likeliest first, by this character, which no path holds; `data_files.locate` picks one.
 OR = "\0"
 
 
@@ -49,9 +31,9 @@ OR = "\0"
 class Record:
     """A picture, a video or a sound with its captions, its question or its class.
 
-    Exactly one of ``image``, ``video`` and ``audio`` is set, to an absolute path (in what a reader
-    yields, the path as the file has it). ``id`` names the picture on any machine. What the file
-    does not say is None or empty; ``answers`` are as annotated, repeats kept.
+    Exactly one of ``image``, ``video`` and ``audio`` is set, to an absolute path (a reader yields
+    the path as the file has it). ``id`` names the picture on any machine. What the file does not
+    say is None or empty. ``answers`` are as annotated, repeats kept.
     """
 
     image: str | None = None
@@ -77,7 +59,7 @@ class Record:
 
     @property
     def path(self) -> str:
-        """Where the picture, the video or the sound is."""
+        """The path of the picture, the video or the sound."""
         return getattr(self, self.modality)
 
     @path.setter
@@ -104,12 +86,24 @@ def line_of(record: Record, folder: Path) -> str:
     return line
 
 
-def records_of(entry: Any, where: object) -> Iterator[Record]:
-    """The records of one JSON object: one, or one a language where its captions go by language.
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """This package's own format: a record a line, or a JSON array of such records."""
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
+        for where, entry in json_items(path):
+            yield from records_of(entry, where)
+        return
+    for where, line in text_lines(path):
+        yield from records_of(_parsed(line, where), where)
 
-    A text does for a list of one, and ``caption`` and ``answer`` for ``captions`` and ``answers``;
-    ``image_id`` does for ``id``. ``{"image": ..., "en": [...], "de": [...]}`` has captions by
-    language.
+
+def records_of(entry: Any, where: object) -> Iterator[Record]:
+    """The records of one JSON object: one, or one per language.
+
+    ``captions`` and ``answers`` may be one text instead of a list, and may be called ``caption``
+    and ``answer``; ``id`` may be called ``image_id``. ``{"image": ..., "en": [...], "de": [...]}``
+    has captions by language.
     """
     named = [kind for kind in MODALITIES if isinstance(entry, dict) and entry.get(kind) is not None]
     if len(named) > 1:
@@ -117,24 +111,19 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
     kind = named[0] if named else "image"
     path = name_in(entry, kind, where)
 
-    def text(key: str, kinds: tuple[type, ...] = (str,)) -> str | None:
+    def text(key: str, *kinds: type) -> str | None:
         value = get(entry, key, kinds, where, default=None)
         return None if value is None else str(value)
 
+    plain = ("split", "lang", "question", "question_type", "answer_type", "domain")
     record = Record(
         **{kind: path},
+        **{key: text(key, str) for key in plain},
+        **{key: text(key, str, int) for key in ("question_id", "label")},
+        id=text("id", str, int) or text("image_id", str, int) or path,
         captions=texts_in(entry, "captions", "caption", where),
-        id=text("id", (str, int)) or text("image_id", (str, int)) or path,
-        split=text("split"),
-        lang=text("lang"),
-        question=text("question"),
         answers=texts_in(entry, "answers", "answer", where),
         choices=texts_in(entry, "choices", "choices", where),
-        question_id=text("question_id", (str, int)),
-        question_type=text("question_type"),
-        answer_type=text("answer_type"),
-        label=text("label", (str, int)),
-        domain=text("domain"),
     )
     languages = [
         key
@@ -152,31 +141,39 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """What the system refuses while a data set is read becomes one sentence."""
+def decoded(path: Path) -> Iterator[None]:
+    """Turns a `UnicodeDecodeError` while a file is read into a `UserError`."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
-
-
-def text_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank, stripped, each after the name of its place."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line := line.strip():
-                    yield f"{path}, line {number}", line
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8") from None
 
 
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not blank, stripped, each after the name of its place."""
+    with decoded(path), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line := line.strip():
+                yield f"{path}, line {number}", line
+
+
+def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re.Match[str]:
+    """The line's match of the whole pattern, or a `UserError` that shows an example."""
+    if match := pattern.fullmatch(line):
+        return match
+    raise UserError(f"{where}: expected {example!r}, found {line[:60]!r}")
+
+
+def splits_beside(path: Path, **lists: str) -> dict[str, str]:
+    """The split of each name in the lists (``train="train.txt"``) that are beside a file."""
+    files = ((split, path.with_name(name)) for split, name in lists.items())
+    there = ((split, file) for split, file in files if file.exists())
+    return {line: split for split, file in there for _, line in text_lines(file)}
+
+
 def json_document(path: Path) -> Any:
     """A file's JSON."""
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    return _parsed(whole_text(path), path)
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -192,7 +189,7 @@ def json_items(path: Path) -> Iterator[tuple[str, Any]]:
 
     A published array can be 700 MB long (Visual Genome), and many times that as Python objects.
     """
-    text, decoder = _text(path), json.JSONDecoder()
+    text, decoder = whole_text(path), json.JSONDecoder()
     blank = re.compile(r"[\s,]*")
     position = blank.match(text).end()
     if text[position : position + 1] != "[":
@@ -207,11 +204,17 @@ def json_items(path: Path) -> Iterator[tuple[str, Any]]:
         position, number = blank.match(text, position).end(), number + 1
 
 
-def _text(path: Path) -> str:
+def _parsed(text: str, where: object) -> Any:
     try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+
+
+def whole_text(path: Path) -> str:
+    """A text file."""
+    with decoded(path):
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
 
 
 REQUIRED = object()
@@ -234,6 +237,13 @@ def get(
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         raise UserError(f"{where}: {key!r} should be {wanted}, found {str(value)[:60]!r}")
     return value
+
+
+def entries(document: Any, key: str, where: object, **default: Any) -> Iterator[tuple[str, Any]]:
+    """The items of the list ``document[key]``, each after the name of its place."""
+    place = f"{where}, {key}" if isinstance(where, Path) else f"{where}.{key}"
+    for i, entry in enumerate(get(document, key, list, where, **default)):
+        yield f"{place}[{i}]", entry
 
 
 def name_in(entry: Any, key: str, where: object) -> str:
