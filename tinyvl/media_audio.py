@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinyvl.media import MediaError
-from tinyvl.media_video import why
+from tinyvl.media_av import why
 
 if TYPE_CHECKING:
     from torch import Tensor

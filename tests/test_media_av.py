@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyvl import draw_av, media, media_video
+from tinyvl import draw_av, media, media_av
 from tinyvl.media import MediaError
 from tinyvl.media_augment import RandomCrop, View
 
@@ -68,7 +68,7 @@ def test_frames_are_those_of_a_full_decode(suffix, times, tmp_path):
     path = write(tmp_path / f"a.{suffix}", times)
     whole = length(path)
     for count in (1, 8, 16):
-        found = media_video.load_frames(path, count)
+        found = media_av.load_frames(path, count)
         expected = slow(path, [whole * (i + 0.5) / count for i in range(count)])
         assert len(found) == count
         for one, other in zip(found, expected, strict=True):
@@ -78,7 +78,7 @@ def test_frames_are_those_of_a_full_decode(suffix, times, tmp_path):
 def test_each_frame_is_somewhere_in_its_part(tmp_path):
     path = write(tmp_path / "a.mkv", even(200))
     whole, places = length(path), iter([0.01, 0.99, 0.5, 0.2])
-    found = media_video.load_frames(path, 4, moment=lambda: next(places))
+    found = media_av.load_frames(path, 4, moment=lambda: next(places))
     times = [whole * (i + p) / 4 for i, p in enumerate([0.01, 0.99, 0.5, 0.2])]
     for one, other in zip(found, slow(path, times), strict=True):
         assert np.array_equal(np.asarray(one), other)
@@ -86,21 +86,21 @@ def test_each_frame_is_somewhere_in_its_part(tmp_path):
 
 def counted(monkeypatch) -> list[int]:
     """How many frames are decoded from now on."""
-    number, following = [0], media_video.following
+    number, following = [0], media_av.following
 
     def count(container, stream):
         for frame in following(container, stream):
             number[0] += 1
             yield frame
 
-    monkeypatch.setattr(media_video, "following", count)
+    monkeypatch.setattr(media_av, "following", count)
     return number
 
 
 def test_a_long_video_is_sought_in(tmp_path, monkeypatch):
     path = write(tmp_path / "long.mp4", even(6000), size=(32, 32))  # four minutes
     number = counted(monkeypatch)
-    found = media_video.load_frames(path, 8)
+    found = media_av.load_frames(path, 8)
     assert number[0] < 8 * 30, number
     expected = slow(path, [length(path) * (i + 0.5) / 8 for i in range(8)])
     for one, other in zip(found, expected, strict=True):
@@ -110,7 +110,7 @@ def test_a_long_video_is_sought_in(tmp_path, monkeypatch):
 def test_key_frames_far_apart_are_not_decoded_again_and_again(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", even(1500), gop=600, size=(32, 32))
     number = counted(monkeypatch)
-    found = media_video.load_frames(path, 16)
+    found = media_av.load_frames(path, 16)
     assert number[0] < 2 * 1500, number
     expected = slow(path, [length(path) * (i + 0.5) / 16 for i in range(16)])
     for one, other in zip(found, expected, strict=True):
@@ -137,7 +137,7 @@ def test_a_display_matrix_turns_the_frames(matrix, turn, tmp_path):
     at = content.index(b"tkhd") + 44
     content[at : at + 36] = b"".join(value.to_bytes(4, "big") for value in rows)
     path.write_bytes(bytes(content))
-    (frame,) = media_video.load_frames(path, 1)
+    (frame,) = media_av.load_frames(path, 1)
     white = Image.fromarray(pixels).rotate(turn, expand=True)
     assert frame.size == white.size
     assert np.abs(np.asarray(frame).astype(int) - np.asarray(white)).mean() < 12
@@ -146,7 +146,7 @@ def test_a_display_matrix_turns_the_frames(matrix, turn, tmp_path):
 def test_what_is_no_video_is_refused_in_a_sentence(tmp_path):
     def refused(path, words):
         with pytest.raises(MediaError, match=words) as raised:
-            media_video.load_frames(path, 4)
+            media_av.load_frames(path, 4)
         assert str(raised.value).startswith(f"{path}: ")
         assert "\n" not in str(raised.value)
 
@@ -170,7 +170,7 @@ def test_of_a_video_that_is_cut_short_what_is_there_is_used(tmp_path):
     whole = write(tmp_path / "whole.avi", even(50), codec="png")
     cut = tmp_path / "cut.avi"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    found = media_video.load_frames(cut, 8)
+    found = media_av.load_frames(cut, 8)
     levels = [int(np.asarray(frame)[0, 0, 0]) for frame in found]
     assert len(found) == 8
     assert levels == sorted(levels)
@@ -194,7 +194,7 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
         container.mux(cover.encode(picture))
         container.mux(cover.encode())
     with pytest.raises(MediaError, match="has sound, but no video"):
-        media_video.load_frames(path, 4)
+        media_av.load_frames(path, 4)
 
 
 def resized(picture: Image.Image) -> torch.Tensor:
@@ -203,11 +203,11 @@ def resized(picture: Image.Image) -> torch.Tensor:
 
 def test_clips_are_random_by_key_and_varied_alike(tmp_path):
     path = str(write(tmp_path / "a.mkv", even(200)))
-    plain = media_video.Clips(resized, 4)
+    plain = media_av.Clips(resized, 4)
     assert torch.equal(plain(plain.load(path, 32)), plain(plain.load(path, None)))
     made = {}
     for key in ("0/1", "0/2", "0/1 again"):
-        clips = media_video.Clips(resized, 4, key=key.partition(" ")[0])
+        clips = media_av.Clips(resized, 4, key=key.partition(" ")[0])
         made[key] = clips(clips.load(path, 32))
     assert made["0/1"].shape == (4, 3, 32, 32)
     assert torch.equal(made["0/1"], made["0/1 again"])
@@ -216,12 +216,12 @@ def test_clips_are_random_by_key_and_varied_alike(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     moved = str(moved.rename(other / "a.mkv"))
-    clips = media_video.Clips(resized, 4, key="0/1")
+    clips = media_av.Clips(resized, 4, key="0/1")
     assert torch.equal(clips(clips.load(moved, 32)), made["0/1"])  # another folder, the same frames
 
     still = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8))
     for transform in (RandomCrop(32, 3, 0, 0.5), View(resized, 2, 0)):
-        frames = media_video.Clips(transform, 3)([still, still.copy(), still.copy()])
+        frames = media_av.Clips(transform, 3)([still, still.copy(), still.copy()])
         assert torch.equal(frames[0], transform(still))
         assert torch.equal(frames[1], frames[0])
         assert torch.equal(frames[2], frames[0])
@@ -233,18 +233,18 @@ def test_workers_decode_clips_and_pictures(tmp_path):
     (tmp_path / "bad.mkv").write_bytes(b"no")
     paths += [str(tmp_path / "a.png"), str(tmp_path / "bad.mkv")]
     for workers in (0, 2):
-        found = dict(media.decode_images(paths, media_video.Clips(resized, 4), workers=workers))
+        found = dict(media.decode_images(paths, media_av.Clips(resized, 4), workers=workers))
         assert [found[path].shape for path in paths[:3]] == [(4, 3, 32, 32)] * 3
         assert found[paths[3]].shape == (1, 3, 32, 32)
         assert "damaged" in str(found[paths[4]])
-    still = dict(media.decode_images(paths, media_video.Clips(resized, 4, still=True), workers=0))
+    still = dict(media.decode_images(paths, media_av.Clips(resized, 4, still=True), workers=0))
     assert still[paths[3]].shape == (3, 32, 32)
     assert still[paths[0]].shape == (4, 3, 32, 32)
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips here")
 def test_real_clips_decode():
-    clips = [path for path in sorted(CLIPS.iterdir()) if media_video.is_video(path)]
+    clips = [path for path in sorted(CLIPS.iterdir()) if media_av.is_video(path)]
     assert len(clips) > 10
     for path in clips[:4]:
-        assert len(media_video.load_frames(path, 8, target=224)) == 8
+        assert len(media_av.load_frames(path, 8, target=224)) == 8
