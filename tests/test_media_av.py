@@ -1,6 +1,8 @@
-"""Frames of videos against all of a video decoded; and the files that people have."""
+"""Frames against all of a video decoded, spectrograms against transformers' extractors."""
 
+import random
 import shutil
+import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,11 +10,12 @@ import av
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
-from tinyvl import draw_av, media, media_av
-from tinyvl.media import MediaError
-from tinyvl.media_augment import RandomCrop, View
+from tinyvl import draw_av, media_av, media_workers
+from tinyvl.media import MediaError, kind_of
+from tinyvl.media_augment import Clips, RandomCrop, View
 
 CLIPS = Path(__file__).parents[2] / "shared" / "data" / "video"
 
@@ -203,11 +206,11 @@ def resized(picture: Image.Image) -> torch.Tensor:
 
 def test_clips_are_random_by_key_and_varied_alike(tmp_path):
     path = str(write(tmp_path / "a.mkv", even(200)))
-    plain = media_av.Clips(resized, 4)
+    plain = Clips(resized, 4)
     assert torch.equal(plain(plain.load(path, 32)), plain(plain.load(path, None)))
     made = {}
     for key in ("0/1", "0/2", "0/1 again"):
-        clips = media_av.Clips(resized, 4, key=key.partition(" ")[0])
+        clips = Clips(resized, 4, key=key.partition(" ")[0])
         made[key] = clips(clips.load(path, 32))
     assert made["0/1"].shape == (4, 3, 32, 32)
     assert torch.equal(made["0/1"], made["0/1 again"])
@@ -216,12 +219,12 @@ def test_clips_are_random_by_key_and_varied_alike(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     moved = str(moved.rename(other / "a.mkv"))
-    clips = media_av.Clips(resized, 4, key="0/1")
+    clips = Clips(resized, 4, key="0/1")
     assert torch.equal(clips(clips.load(moved, 32)), made["0/1"])  # another folder, the same frames
 
     still = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8))
     for transform in (RandomCrop(32, 3, 0, 0.5), View(resized, 2, 0)):
-        frames = media_av.Clips(transform, 3)([still, still.copy(), still.copy()])
+        frames = Clips(transform, 3)([still, still.copy(), still.copy()])
         assert torch.equal(frames[0], transform(still))
         assert torch.equal(frames[1], frames[0])
         assert torch.equal(frames[2], frames[0])
@@ -233,18 +236,161 @@ def test_workers_decode_clips_and_pictures(tmp_path):
     (tmp_path / "bad.mkv").write_bytes(b"no")
     paths += [str(tmp_path / "a.png"), str(tmp_path / "bad.mkv")]
     for workers in (0, 2):
-        found = dict(media.decode_images(paths, media_av.Clips(resized, 4), workers=workers))
+        found = dict(media_workers.decode_images(paths, Clips(resized, 4), workers=workers))
         assert [found[path].shape for path in paths[:3]] == [(4, 3, 32, 32)] * 3
         assert found[paths[3]].shape == (1, 3, 32, 32)
         assert "damaged" in str(found[paths[4]])
-    still = dict(media.decode_images(paths, media_av.Clips(resized, 4, still=True), workers=0))
+    still = dict(media_workers.decode_images(paths, Clips(resized, 4, still=True), workers=0))
     assert still[paths[3]].shape == (3, 32, 32)
     assert still[paths[0]].shape == (4, 3, 32, 32)
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips here")
 def test_real_clips_decode():
-    clips = [path for path in sorted(CLIPS.iterdir()) if media_av.is_video(path)]
+    clips = [path for path in sorted(CLIPS.iterdir()) if kind_of(path) == "video"]
     assert len(clips) > 10
     for path in clips[:4]:
         assert len(media_av.load_frames(path, 8, target=224)) == 8
+
+
+# ------------------------------------------------------------------------------ sounds
+
+
+def write_wave(path: Path, samples: np.ndarray, rate: int = 16000, channels: int = 1) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return path
+
+
+def sine(seconds: float, hertz: float = 440, rate: int = 16000) -> np.ndarray:
+    return 12000 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def test_samples_are_as_written(tmp_path):
+    path = write_wave(tmp_path / "a.wav", sine(1.5))
+    found = media_av.load_sound(path, 10)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, sine(1.5).astype("<i2") / 32768, atol=1e-6)
+    assert len(media_av.load_sound(path, 0.5)) == 8000
+
+
+def test_other_rates_and_channels_become_16_khz_mono(tmp_path):
+    one, other = sine(1, 440, 44100), sine(1, 880, 44100)
+    path = write_wave(tmp_path / "a.wav", np.stack([one, other], 1).ravel(), 44100, 2)
+    found = media_av.load_sound(path, 10)
+    assert abs(len(found) - 16000) < 50
+    middle = slice(2000, 14000)
+    expected = (sine(1, 440) + sine(1, 880))[: len(found)] / 2 / 32768
+    np.testing.assert_allclose(found[middle], expected[middle], atol=0.01)
+
+
+def test_only_the_beginning_of_a_long_sound_is_decoded(tmp_path, monkeypatch):
+    path = write_wave(tmp_path / "long.wav", sine(120))
+    frames = [0]
+    resampler = av.AudioResampler
+
+    class Counting:
+        def __init__(self, **options):
+            self.own = resampler(**options)
+
+        def resample(self, frame):
+            frames[0] += 0 if frame is None else frame.samples
+            return self.own.resample(frame)
+
+    monkeypatch.setattr(av, "AudioResampler", Counting)
+    assert len(media_av.load_sound(path, 2)) == 32000
+    assert frames[0] < 3 * 16000
+
+
+def test_what_has_no_sound_is_refused_in_a_sentence(tmp_path):
+    def refused(path, words):
+        with pytest.raises(MediaError, match=words) as raised:
+            media_av.load_sound(path, 1)
+        assert str(raised.value).startswith(f"{path}: ")
+
+    refused(tmp_path / "none.wav", "there is no such file")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    refused(tmp_path / "empty.wav", "the file is empty")
+    (tmp_path / "text.ogg").write_text("no sound " * 50)
+    refused(tmp_path / "text.ogg", "damaged, or in no format")
+    refused(write_wave(tmp_path / "zero.wav", np.zeros(0)), "no samples|damaged")
+    draw_av.write_video(tmp_path / "a.avi", draw_av.Motion("star", "red", "left"), 0, 0)
+    refused(tmp_path / "a.avi", "has no sound in it")
+
+
+EXTRACTORS = {
+    "ast": transformers.ASTFeatureExtractor(),
+    "whisper": transformers.WhisperFeatureExtractor(),
+}
+
+
+@pytest.mark.parametrize("seconds", [0.01, 3, 40])
+@pytest.mark.parametrize("kind", EXTRACTORS)
+def test_spectrograms_are_transformers_own_padded_or_cut(kind, seconds):
+    extractor = EXTRACTORS[kind]
+    rng = np.random.default_rng(0)
+    sound = rng.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    found = media_av.spectrogram(extractor, sound)
+    if kind == "ast":
+        assert found.shape == (1024, 128)
+        whole = np.pad(sound, (0, max(0, 400 - sound.size)))
+        expected = extractor(whole, sampling_rate=16000, return_tensors="np")["input_values"][0]
+    else:
+        assert found.shape == (3000, 80)
+        expected = extractor(sound, sampling_rate=16000, return_tensors="np")
+        expected = expected["input_features"][0].T
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", EXTRACTORS)
+def test_masks_lie_over_the_padded_spectrogram_and_look_like_padding(kind):
+    extractor = EXTRACTORS[kind]
+    sound = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)  # 1 s: 100 frames
+    plain = media_av.spectrogram(extractor, sound)
+    silent = media_av.silence(extractor, plain)
+    assert np.allclose(plain[-1], silent)  # the padding
+    behind, widest = 0, [0, 0]
+    for view in range(40):
+        sounds = media_av.Sounds(extractor, 10, key=f"0/{view}")
+        seen = sounds(sound)[0].numpy()
+        changed = seen != plain
+        assert np.allclose(seen[changed], silent)
+        bins, frames = changed[:20].all(0).sum(), changed.all(1).sum()
+        widest = [max(widest[0], bins), max(widest[1], frames)]
+        # A mask of frames that fell on the padding changes nothing: it was drawn over all of it.
+        behind += frames == 0
+        assert np.array_equal(sounds(sound)[0].numpy(), seen)  # the same again
+    assert behind > 20
+    assert 12 < widest[0] <= 24
+    assert widest[1] <= 96
+
+
+def test_masks_have_the_widths_and_places_asked_for():
+    seen, widths, firsts = np.ones((1024, 128), np.float32), [], []
+    for i in range(300):
+        changed = media_av.masked(seen, random.Random(i), (24, 96), 0.0) == 0
+        frames, bins = np.flatnonzero(changed.all(1)), np.flatnonzero(changed.all(0))
+        widths.append((len(bins), len(frames)))
+        firsts += [frames[0]] if len(frames) else []
+        assert len(frames) == 0 or np.ptp(frames) == len(frames) - 1  # one band
+    bins, frames = np.array(widths).T
+    assert bins.max() == 24
+    assert frames.max() in (95, 96)
+    assert abs(frames.mean() - 48) < 6
+    assert abs(bins.mean() - 12) < 2
+    assert max(firsts) > 900
+    assert np.array_equal(media_av.masked(seen, random.Random(0), (0, 0), 0.0), seen)
+
+
+def test_workers_decode_sounds(tmp_path):
+    good = str(write_wave(tmp_path / "a.wav", sine(0.5)))
+    (tmp_path / "bad.wav").write_bytes(b"no")
+    bad = str(tmp_path / "bad.wav")
+    sounds = media_av.Sounds(EXTRACTORS["ast"], 10)
+    for workers in (0, 1):
+        found = dict(media_workers.decode_images([good, bad], sounds, workers=workers))
+        assert found[good].shape == (1, 1024, 128)
+        assert "damaged" in str(found[bad])

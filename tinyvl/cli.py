@@ -106,7 +106,7 @@ def caption(
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     how = search.style(beams, max_tokens)
     from tinyvl import media, models, write
-    from tinyvl.records import SUFFIXES
+    from tinyvl.media import SUFFIXES
 
     inputs = inputs or []
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()

@@ -69,7 +69,7 @@ def ask(
     from itertools import repeat
 
     from tinyvl import media, models, write
-    from tinyvl.records import SUFFIXES
+    from tinyvl.media import SUFFIXES
 
     one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
     config = models.read_config(models.checkpoint_folder(model, "vqa"))

@@ -35,7 +35,7 @@ def check(
     Args:
         paths, format, split, lang, images: as in `data.read`.
         fast: only look whether the files exist; decode and compare nothing.
-        workers: processes that decode, as in `media.decode_images`.
+        workers: processes that decode, as in `media_workers.decode_images`.
         quiet: no progress.
 
     Returns:
@@ -211,13 +211,13 @@ def unreadable(
     files: dict[str, str], workers: int | None = None, quiet: bool = False
 ) -> list[dict[str, str]]:
     """The files (path -> modality) that cannot be decoded."""
-    from tinyvl import media
+    from tinyvl import media, media_workers
     from tinyvl.progress import bar
 
     problems = []
     images = [path for path, kind in files.items() if kind == "image"]
     with bar("decoding", len(files), quiet) as advance:
-        decoded = media.decode_images(images, _nothing, target=64, workers=workers)
+        decoded = media_workers.decode_images(images, _nothing, target=64, workers=workers)
         for path, result in decoded:
             if isinstance(result, media.MediaError):
                 problems.append(_problem("unreadable", path, _reason(path, str(result))))

@@ -149,7 +149,7 @@ class ImageEncoder(nn.Module):
         """The transform, of the frames of videos too where these are read."""
         if self.frames is None:
             return transform
-        from tinyvl.media_av import Clips
+        from tinyvl.media_augment import Clips
 
         return Clips(transform, self.frames, still=self.modality == "image", key=key)
 

@@ -24,7 +24,7 @@ from tinyvl.encoders import (
     build_image_encoder,
     load_image_encoder,
 )
-from tinyvl.media_audio import MASKS, Sounds
+from tinyvl.media_av import MASKS, Sounds
 
 FRAMES = 8
 KINDS = {  # model_type: the class in transformers, and where its layers and its final norm are
@@ -120,7 +120,7 @@ class TimeSformer(Layered, ImageEncoder):
 class AudioEncoder(Layered):
     """AST (https://arxiv.org/abs/2104.01778) or Whisper's encoder (https://arxiv.org/abs/2212.04356).
 
-    Sounds come as float32 (B, 1, frames, mel bins), as `media_audio.Sounds` makes them.
+    Sounds come as float32 (B, 1, frames, mel bins), as `media_av.Sounds` makes them.
     """
 
     modality, frames, size, fit, below, larger = "audio", None, None, "crop", (), 0

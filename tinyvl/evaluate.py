@@ -33,8 +33,8 @@ from tinyvl import (
 from tinyvl.data import Record
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store
+from tinyvl.media import READABLE
 from tinyvl.progress import bar
-from tinyvl.records import READABLE
 
 
 @dataclass

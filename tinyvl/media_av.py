@@ -1,21 +1,29 @@
-"""Videos become a few frames, one from each equal part of their length.
+"""Videos and sounds: frames for a video encoder, spectrograms for an audio encoder.
 
-Frames are sought, not streamed: of an hour of video only what lies between a key frame and a
-chosen frame is decoded, and only chosen frames are kept. A moment shows the frame that a player
-shows then, so that a variable rate needs no care; a video of fewer frames repeats some.
+Of a video, one frame from each equal part of its length is read. Frames are sought, not streamed:
+of an hour of video, only what lies between a key frame and a chosen frame is decoded, and only
+chosen frames are kept. A moment gives the frame that a player shows then, whatever the frame rate;
+a video of fewer frames repeats some.
+
+Of a sound, the beginning is decoded to 16 kHz mono. The spectrograms are those of transformers'
+feature extractors: AST's has 128 mel bins by 1,024 frames of 10 ms, Whisper's 80 by 3,000. A
+shorter sound is padded; masks (SpecAugment, https://arxiv.org/abs/1904.08779) come after that, as
+in eP-ALM's code.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
-from tinyvl.media import MAX_PIXELS, MediaError, is_image, load_image
-from tinyvl.media_augment import content
+from tinyvl.media import MAX_PIXELS, MediaError, why_unopened
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -24,65 +32,40 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEAR = 2.0  # seconds: a frame further ahead is sought, a nearer one decoded up to
-UPRIGHT = {  # degrees against the clock that a display matrix asks for
+UPRIGHT = {  # degrees counterclockwise, from the file's display matrix
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
     -180: Image.Transpose.ROTATE_180,
     -90: Image.Transpose.ROTATE_270,
 }
+RATE = 16_000  # samples a second
+MASKS = (24, 96)  # mel bins and frames: the widest masks of eP-ALM's appendix A
 
 
-class Clips:
-    """A file to what an encoder takes of it: frames (T, 3, H, W) of a video. Picklable.
+@contextmanager
+def opened(name: str, kind: str) -> Iterator[InputContainer]:
+    """A video's or sound's container, closed at the end.
 
-    A picture is a video of one frame, or with ``still`` just a picture (3, H, W). The frames are
-    in the middle of their parts, or with ``key`` at random places, which depend on the key and on
-    the file's name and size. Whatever is varied is varied alike in all frames.
+    Raises:
+        MediaError: it cannot be opened, or PyAV fails in the body.
     """
+    import av
 
-    def __init__(
-        self,
-        transform: Callable[[Image.Image], Tensor],
-        frames: int,
-        *,
-        still: bool = False,
-        key: str | None = None,
-    ):
-        self.transform, self.frames, self.still, self.key = transform, frames, still, key
-
-    def load(self, path: str, target: int | None) -> Image.Image | list[Image.Image]:
-        """What `media.decode_images` calls in the place of `load_image`."""
-        if is_image(path) or (self.still and not is_video(path)):
-            return load_image(path, target)
-        moment = None
-        if self.key is not None:
-            size = os.path.getsize(path) if os.path.exists(path) else 0
-            moment = random.Random(f"{self.key}/{os.path.basename(path)}/{size}").random
-        return load_frames(path, self.frames, moment=moment, target=target)
-
-    def __call__(self, seen: Image.Image | list[Image.Image]) -> Tensor:
-        import numpy as np
-        import torch
-
-        frames = [seen] if isinstance(seen, Image.Image) else seen
-        vary = getattr(self.transform, "vary", None)
-        if vary is None:
-            views = [self.transform(frame) for frame in frames]
-        else:
-            first = content(frames[0])
-            views = [vary(frame, first) for frame in frames]
-        if self.still and isinstance(seen, Image.Image):
-            return views[0]
-        # numpy's stack: this may run in a thread, where torch's would start OpenMP threads of its
-        # own; with more of these than cores, all that follows in the main thread is a fifth slower.
-        return torch.from_numpy(np.stack([view.numpy() for view in views]))
+    try:
+        with av.open(name) as container:
+            yield container
+    except MediaError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = why_unopened(error, kind)
+        if reason is None and os.path.isfile(name) and not os.path.getsize(name):
+            reason = "the file is empty"
+        said = getattr(error, "strerror", None) or str(error)
+        reason = reason or f"damaged, or in no format that can be read ({said})"
+        raise MediaError(f"{name}: {reason}") from error
 
 
-def is_video(path: str | os.PathLike[str]) -> bool:
-    """Whether the name ends like a video's."""
-    from tinyvl.records import SUFFIXES
-
-    return os.path.splitext(path)[1].lower() in SUFFIXES["video"]
+# ------------------------------------------------------------------------------ videos
 
 
 def load_frames(
@@ -104,26 +87,19 @@ def load_frames(
             can be decoded, or frames of more than ``media.MAX_PIXELS``. Of a video that is cut
             short or damaged on the way, what can be decoded is used.
     """
-    import av
-
     name = os.fspath(path)
-    try:
-        with av.open(name) as container:
-            videos = [s for s in container.streams.video if not is_cover(s)]
-            if not videos:
-                sound = container.streams.audio
-                raise MediaError(f"{name}: {'has sound, but no video' if sound else 'is no video'}")
-            stream = videos[0]
-            if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-                raise MediaError(f"{name}: too large to decode safely (over {MAX_PIXELS:,} pixels)")
-            start, length = span(name, container, stream)
-            places = [0.5 if moment is None else moment() for _ in range(count)]
-            times = [start + length * (i + place) / count for i, place in enumerate(places)]
-            frames = [picture(frame, target) for frame in shown(container, stream, times)]
-    except MediaError:
-        raise
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"{name}: {why(error, name)}") from error
+    with opened(name, "video") as container:
+        videos = [s for s in container.streams.video if not is_cover(s)]
+        if not videos:
+            sound = container.streams.audio
+            raise MediaError(f"{name}: {'has sound, but no video' if sound else 'is no video'}")
+        stream = videos[0]
+        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+            raise MediaError(f"{name}: too large to decode safely (over {MAX_PIXELS:,} pixels)")
+        start, length = span(name, container, stream)
+        places = [0.5 if moment is None else moment() for _ in range(count)]
+        times = [start + length * (i + place) / count for i, place in enumerate(places)]
+        frames = [picture(frame, target) for frame in shown(container, stream, times)]
     if not frames:
         raise MediaError(f"{name}: no frame of this video can be decoded")
     return frames
@@ -132,7 +108,7 @@ def load_frames(
 def shown(
     container: InputContainer, stream: VideoStream, times: list[float]
 ) -> Iterator[VideoFrame]:
-    """The frame that is shown at each of these times, in ascending order; none if there is none."""
+    """The frame that a player shows at each of these times (seconds, ascending)."""
     import av
 
     follow, near = following(container, stream), NEAR
@@ -168,7 +144,7 @@ def shown(
 
 
 def following(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """The frames from here on; the end, or damage that cannot be passed, ends it."""
+    """The frames from here on, until the end or until damage."""
     import av
 
     try:
@@ -187,7 +163,7 @@ def picture(frame: VideoFrame, target: int | None) -> Image.Image:
 
 
 def is_cover(stream: VideoStream) -> bool:
-    """Whether this is the picture on the cover of a sound."""
+    """Whether a stream is a sound's cover picture."""
     import av
 
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
@@ -196,7 +172,7 @@ def is_cover(stream: VideoStream) -> bool:
 def span(name: str, container: InputContainer, stream: VideoStream) -> tuple[float, float]:
     """When a video starts and how long it is, in seconds.
 
-    Where the file does not say how long, its packets do: they are read, not decoded.
+    Where the file does not say how long it is, its packets are read, not decoded.
     """
     import av
 
@@ -213,16 +189,96 @@ def span(name: str, container: InputContainer, stream: VideoStream) -> tuple[flo
     return start, end - start
 
 
-def why(error: Exception, name: str) -> str:
-    """A clause for what PyAV or the system raised."""
-    match error:
-        case FileNotFoundError():
-            return "there is no such file"
-        case IsADirectoryError():
-            return "is a folder"
-        case PermissionError():
-            return "permission denied"
-    if os.path.isfile(name) and not os.path.getsize(name):
-        return "the file is empty"
-    reason = getattr(error, "strerror", None) or str(error)
-    return f"damaged, or in no format that can be read ({reason})"
+# ------------------------------------------------------------------------------ sounds
+
+
+def load_sound(path: str | os.PathLike[str], seconds: float) -> np.ndarray:
+    """The first seconds of a sound, or of a video's sound track: float32 (N,), 16 kHz mono.
+
+    Raises:
+        MediaError: no such file, no sound in it, or none that can be decoded. Of a sound that is
+            cut short or damaged on the way, what can be decoded is used.
+    """
+    import av
+
+    name, wanted = os.fspath(path), round(seconds * RATE)
+    parts, have = [np.empty(0, np.float32)], 0
+    with opened(name, "sound") as container:
+        if not container.streams.audio:
+            raise MediaError(f"{name}: has no sound in it")
+        # Mono is the mean of the channels; FFmpeg's own would be up to 1.4 times as loud.
+        resampler = av.AudioResampler(format="fltp", rate=RATE)
+        try:
+            for frame in container.decode(container.streams.audio[0]):
+                for part in resampler.resample(frame):
+                    parts.append(part.to_ndarray().mean(0))
+                    have += parts[-1].size
+                if have >= wanted:
+                    break
+            else:
+                parts += [part.to_ndarray().mean(0) for part in resampler.resample(None)]
+        except (av.FFmpegError, ValueError):
+            if not have:
+                raise
+    sound = np.concatenate(parts)[:wanted]
+    if not sound.size:
+        raise MediaError(f"{name}: the sound in it has no samples")
+    return sound
+
+
+class Sounds:
+    """A sound file to an audio encoder's input: float32 (1, frames, mel bins). Picklable.
+
+    With ``key`` a band of mel bins and a band of frames of the padded spectrogram are silenced.
+    The bands depend only on the key and the sound.
+    """
+
+    def __init__(
+        self, extractor: Any, seconds: float, *, key: str | None = None, masks: tuple = MASKS
+    ):
+        self.extractor, self.seconds, self.key, self.masks = extractor, seconds, key, masks
+
+    def load(self, path: str, target: int | None) -> np.ndarray:
+        """What `media_workers.decode_images` calls in place of `load_image`."""
+        return load_sound(path, self.seconds)
+
+    def __call__(self, sound: np.ndarray) -> Tensor:
+        import torch
+
+        seen = spectrogram(self.extractor, sound)
+        if self.key is not None:
+            rng = random.Random(f"{self.key}/{zlib.crc32(sound.tobytes())}")
+            seen = masked(seen, rng, self.masks, silence(self.extractor, seen))
+        return torch.from_numpy(seen)[None]
+
+
+def spectrogram(extractor: Any, sound: np.ndarray) -> np.ndarray:
+    """(N,) -> float32 (frames, mel bins), padded or cut to what the encoder reads."""
+    if hasattr(extractor, "n_fft"):  # Whisper's: (mel bins, frames)
+        found = extractor(sound, sampling_rate=RATE, return_tensors="np")["input_features"][0].T
+    else:
+        if sound.size < 400:  # AST's is of whole windows of 25 ms
+            sound = np.pad(sound, (0, 400 - sound.size))
+        found = extractor(sound, sampling_rate=RATE, return_tensors="np")["input_values"][0]
+    return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def silence(extractor: Any, seen: np.ndarray) -> float:
+    """The value of padding: AST's is a normalised zero, Whisper's the spectrogram's minimum."""
+    if hasattr(extractor, "n_fft"):
+        return float(seen.min())
+    return extractor.normalize(0.0) if extractor.do_normalize else 0.0
+
+
+def masked(seen: np.ndarray, rng: random.Random, masks: tuple, value: float) -> np.ndarray:
+    """A spectrogram (frames, mel bins) with a band of each axis at ``value``.
+
+    The widths are drawn from 0 up to ``masks`` (mel bins, frames), the places from those that fit.
+    """
+    seen = seen.copy()
+    for axis, widest in ((1, masks[0]), (0, masks[1])):
+        width = round(rng.uniform(0, min(widest, seen.shape[axis])))
+        first = rng.randint(0, seen.shape[axis] - width)
+        band = slice(first, first + width)
+        seen[(slice(None), band) if axis else band] = value
+    return seen

@@ -20,26 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyvl import UserError
-from tinyvl.media import IMAGE_SUFFIXES
+from tinyvl.media import KIND_OF, MODALITIES, READABLE, SUFFIXES  # noqa: F401
 
-MODALITIES = ("image", "video", "audio")
-SUFFIXES = {
-    "image": IMAGE_SUFFIXES,
-    "video": frozenset(
-        ".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp .ogv .ts".split()  # noqa: SIM905
-    ),
-    "audio": frozenset(
-        ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .aif .aiff .wma".split()  # noqa: SIM905
-    ),
-}
-# What a model of each modality reads besides its own: a picture is a video of one frame, and the
-# sound of a video is a sound.
-READABLE = {
-    "image": ("image", "video"),
-    "video": ("video", "image"),
-    "audio": ("audio", "video"),
-}
-KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
 # Where a published format does not say what its files are called, a reader joins the names they
 # may have by this (no path holds it), the likeliest first; `locate` settles on one.
 OR = "\0"
