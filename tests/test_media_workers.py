@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_media import photo
+from test_media import encoded, photo, scene
 
 from tinyvl import media_workers
-from tinyvl.media import MediaError
+from tinyvl.media import MediaError, expand
 from tinyvl.media_workers import decode_images
 
 
