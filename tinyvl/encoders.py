@@ -119,7 +119,7 @@ class ImageEncoder(Encoder):
             raise UserError(f"--lower {lower}: this image encoder has {has}.", 2)
         self.larger = self.enlarged(larger)
         self.below = below[::-1][:lower]
-        self.double = below is not stages  # the last stage is the last map
+        self.last_is_map = below is not stages  # the last stage is the last map
         if self.maps and stages:
             stages = [*stages[:-1], self.width]
         self.widths = stages[-(levels or 0) :]
@@ -214,7 +214,7 @@ class ImageEncoder(Encoder):
         x = self.normalised(images).contiguous(memory_format=torch.channels_last)
         flat = {"norm": True, "return_prefix_tokens": True, "output_fmt": "NLC"}
         flat = {} if self.maps else flat
-        wanted = self.levels and max(self.levels, len(self.below) + self.double)
+        wanted = self.levels and max(self.levels, len(self.below) + self.last_is_map)
         try:
             last, levels = self.model.forward_intermediates(x, indices=wanted, **flat)
         except TypeError:  # a model with prefix tokens of another kind, or none to return
@@ -224,7 +224,7 @@ class ImageEncoder(Encoder):
         if not self.final_norm:
             tokens = normal(tokens)
         if self.below:
-            maps = levels[::-1][self.double :][: len(self.below)]
+            maps = levels[::-1][self.last_is_map :][: len(self.below)]
             if levels[-1].shape[-2:].numel() != tokens.shape[1]:
                 raise UserError("--lower: the stages of this image encoder do not fit its map.", 2)
             tokens = torch.cat([tokens, *(normal(laid(x, levels[-1])) for x in maps)], -1)
@@ -245,7 +245,7 @@ def laid(x: Tensor, on: Tensor) -> Tensor:
     """A map (B, C, H, W) averaged to the cells of a smaller one: (B, S, C)."""
     if x.device.type == "mps":  # which has this only where the one side divides the other
         return laid(x.cpu(), on).to(x.device)
-    return F.adaptive_avg_pool2d(x, on.shape[-2:]).flatten(2).transpose(1, 2)
+    return F.adaptive_avg_pool2d(x, (on.shape[-2], on.shape[-1])).flatten(2).transpose(1, 2)
 
 
 def normal(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ authors' code then drops only the time embeddings, and keeps the temporal attent
 
 import json
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ KINDS = {  # model_type: the class in transformers, and where its layers and its
 class Layered(Encoder):
     """A transformers encoder that records a summary of each layer."""
 
-    def watch(self, model: nn.Module, kind: str, levels: int | None) -> None:
+    def watch(self, model: Any, kind: str, levels: int | None) -> None:
         """Freezes a model and finds its layers and its final norm."""
         self.model = model.requires_grad_(False).eval()
         _, layers, norm = KINDS[kind]
@@ -39,9 +40,8 @@ class Layered(Encoder):
         self.first = len(self.layers) - (levels or len(self.layers))
         self.widths = [self.width] * (len(self.layers) - self.first)
 
-    @contextmanager
-    def watching(self, summary):
-        """A list that gets ``summary(norm, states)`` of each layer, lowest first."""
+    def run(self, x: Tensor, summary: Callable[[nn.Module, Tensor], Tensor]) -> Percept:
+        """The model's last states, and ``summary(norm, states)`` of each layer, lowest first."""
         found: list[Tensor] = []
 
         def keep(layer, inputs, output):
@@ -50,7 +50,8 @@ class Layered(Encoder):
 
         hooks = [layer.register_forward_hook(keep) for layer in self.layers[self.first :]]
         try:
-            yield found
+            with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+                return Percept(self.model(x).last_hidden_state, found)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -64,9 +65,7 @@ def cls(norm: nn.Module, states: Tensor) -> Tensor:
 class TimeSformer(Layered, ImageEncoder):
     """Bertasius, Wang and Torresani, https://arxiv.org/abs/2102.05095. uint8 (B, T, 3, H, W)."""
 
-    def __init__(
-        self, model: nn.Module, *, fit: str, levels: int | None, processor: dict | None = None
-    ):
+    def __init__(self, model: Any, *, fit: str, levels: int | None, processor: dict | None = None):
         Encoder.__init__(self)
         self.watch(model, "timesformer", levels)
         processor = processor or {}
@@ -84,14 +83,8 @@ class TimeSformer(Layered, ImageEncoder):
     def forward(self, images: Tensor) -> Percept:
         """uint8 (B, T, 3, H, W), or pictures (B, 3, H, W) -> Percept."""
         images = images[:, None] if images.ndim == 4 else images
-        x = self.normalised(images)
-        with (
-            torch.set_grad_enabled(self.learns and torch.is_grad_enabled()),
-            self.spatial(images.shape[1]),
-            self.watching(cls) as summaries,
-        ):
-            tokens = self.model(x).last_hidden_state
-        return Percept(tokens, summaries)
+        with self.spatial(images.shape[1]):
+            return self.run(self.normalised(images), cls)
 
     @contextmanager
     def spatial(self, frames: int):
@@ -118,7 +111,7 @@ class AudioEncoder(Layered):
     modality = "audio"
 
     def __init__(
-        self, model: nn.Module, *, levels: int | None, masks: tuple, processor: dict | None = None
+        self, model: Any, *, levels: int | None, masks: tuple, processor: dict | None = None
     ):
         super().__init__()
         kind, c, self.masks = model.config.model_type, model.config, tuple(masks)
@@ -164,13 +157,9 @@ class AudioEncoder(Layered):
     def forward(self, sounds: Tensor) -> Percept:
         """float32 (B, 1, frames, mel bins) -> Percept."""
         x = sounds[:, 0].to(next(self.model.parameters()).dtype)
-        summary = self.sounding(sounds[:, 0]) if self.whisper else cls
-        with (
-            torch.set_grad_enabled(self.learns and torch.is_grad_enabled()),
-            self.watching(summary) as summaries,
-        ):
-            tokens = self.model(x.transpose(1, 2) if self.whisper else x).last_hidden_state
-        return Percept(tokens, summaries)
+        if self.whisper:
+            return self.run(x.transpose(1, 2), self.sounding(sounds[:, 0]))
+        return self.run(x, cls)
 
     @staticmethod
     def sounding(x: Tensor):
@@ -213,9 +202,8 @@ def load_model(config: dict[str, Any], folder: Path | None) -> tuple[nn.Module, 
         from safetensors.torch import load_file
 
         model = kind(made)
-        state = load_file(folder / "model.safetensors")
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        parts = ((name.partition("encoder."), tensor) for name, tensor in state.items())
+        found = load_file(folder / "model.safetensors").items()
+        parts = ((name.removeprefix("model.").partition("encoder."), t) for name, t in found)
         state = {rest: tensor for (before, _, rest), tensor in parts if not before}
         missing, _ = model.load_state_dict(state, strict=False)
     else:

@@ -29,7 +29,7 @@ POOLS = ("token", "mean")
 class TextEncoder(nn.Module):
     """A transformers text encoder: ids (B, T) and mask (B, T) -> final hidden states (B, T, D)."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, clean: bool = False):
+    def __init__(self, model: Any, tokenizer: Any = None, *, clean: bool = False):
         """Args:
         tokenizer: transformers' own; None where only parameters are counted.
         clean: texts go through `clean_caption` first.
@@ -81,7 +81,7 @@ def refuse_missing(names: Iterable[str], folder: Path, depth: int) -> None:
 # ------------------------------------------------------------------------------ transformers'
 
 
-def build_text_model(config: dict[str, Any], *, grow: int = 0) -> nn.Module:
+def build_text_model(config: dict[str, Any], *, grow: int = 0) -> Any:
     """The encoder that a transformers ``config.json`` describes, with random weights, no pooler.
 
     ``grow`` more layers come on top.
@@ -120,7 +120,7 @@ def load_text_model(folder: Path, *, grow: int = 0) -> nn.Module:
 
     raw = read_config(folder)
     with torch.device("meta"):
-        template: Any = build_text_model(raw, grow=grow)
+        template = build_text_model(raw, grow=grow)
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of the layers that are meant to be new
     logging.disable_progress_bar()
@@ -164,7 +164,7 @@ class Layer(nn.Module):
         width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         self.heads = config.num_attention_heads
         qkv = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
-        self.attention = nn.ModuleDict(
+        self.attention: Any = nn.ModuleDict(
             {"self": nn.ModuleDict(qkv), "output": Residual(width, width, eps)}
         )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
@@ -194,10 +194,10 @@ class Bert(nn.Module):
         }
         # Without _weight torch draws one, which on the meta device imports torch's compiler.
         tables = {n: nn.Embedding(r, width, _weight=torch.empty(r, width)) for n, r in rows.items()}
-        self.embeddings = nn.ModuleDict(tables)
+        self.embeddings: Any = nn.ModuleDict(tables)
         self.embeddings["LayerNorm"] = nn.LayerNorm(width, eps=config.layer_norm_eps)
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layer": layers})
+        self.encoder: Any = nn.ModuleDict({"layer": layers})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         table = self.embeddings
@@ -257,7 +257,7 @@ def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
         state[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
     missing, _ = model.load_state_dict(state, strict=False, assign=True)  # a pooler may be extra
     refuse_missing(missing, folder, depth)
-    for layer in list(model.encoder["layer"])[depth:]:
+    for layer in model.encoder["layer"][depth:]:
         layer.to_empty(device="cpu")
     tokenizer = Tokenizer(folder / "tokenizer.json", raw.get("pad_token_id") or 0)
     return model.eval(), tokenizer
