@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.hub import cache_dir
+from tinyvl.files import cache_dir
 from tinyvl.records import (
     KIND_OF,
     MODALITIES,

@@ -257,7 +257,7 @@ def default_folder(modality: str = "image") -> Path:
     import tempfile
 
     from tinyvl import draw_av
-    from tinyvl.hub import cache_dir
+    from tinyvl.files import cache_dir
 
     name = {"image": "drawn-2", "video": "moving-1", "audio": "tones-1"}[modality]
     draw = {"image": draw_images, "video": draw_av.draw_videos, "audio": draw_av.draw_sounds}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tinyvl import UserError
 from tinyvl.text import clean_caption, tidy
@@ -46,12 +47,10 @@ class TextEncoder(nn.Module):
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T)."""
-        width = max(map(len, ids))
-        out = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0)
-        mask = torch.zeros(len(ids), width, dtype=torch.long)
-        for row, line in enumerate(ids):
-            out[row, : len(line)] = torch.tensor(line)
-            mask[row, : len(line)] = 1
+        rows = [torch.tensor(line, dtype=torch.long) for line in ids]
+        padding = self.tokenizer.pad_token_id or 0
+        out = pad_sequence(rows, batch_first=True, padding_value=padding)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return out, mask
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

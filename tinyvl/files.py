@@ -1,6 +1,7 @@
 """Files and folders that appear in one stroke: a reader, and a kill, find the old or the new."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,3 +110,14 @@ def locked(folder: Path, message: str) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def cache_dir() -> Path:
+    """$TINYVL_CACHE, or the platform's folder for what can be fetched again; need not exist."""
+    if own := os.environ.get("TINYVL_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "tinyvl"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/tinyvl"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"

