@@ -109,6 +109,7 @@ class AudioEncoder(Layered):
     """
 
     modality = "audio"
+    extractor: Any
 
     def __init__(
         self, model: Any, *, levels: int | None, masks: tuple, processor: dict | None = None
@@ -191,7 +192,7 @@ def load_model(config: dict[str, Any], folder: Path | None) -> tuple[nn.Module, 
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     name = KINDS[config["model_type"]][0]
-    kind = WhisperEncoder if name == "WhisperEncoder" else getattr(transformers, name)
+    kind: Any = WhisperEncoder if name == "WhisperEncoder" else getattr(transformers, name)
     settings = {k: v for k, v in config.items() if k != "model_type"}
     made = kind.config_class(**settings)
     if folder is None:

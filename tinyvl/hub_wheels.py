@@ -112,7 +112,7 @@ def pip_download(
     command += ["--progress-bar=raw"] if raw else ["--quiet"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--retries=2"]
     command += ["--dest", str(folder), *wheel.options, wheel.requirement]
-    with tempfile.TemporaryFile("w+") as said:  # a pipe of its own could fill and hold pip up
+    with tempfile.TemporaryFile("w+") as said:  # a second pipe could fill and block pip
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True
         ) as pip:

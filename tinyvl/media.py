@@ -43,7 +43,7 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG200
 # the same number: to read larger ones, raise both.
 MAX_PIXELS = 178_956_970
 
-_UPRIGHT = {  # EXIF orientation -> what makes the picture upright
+_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -87,7 +87,7 @@ def load_image(
     else:
         name, opened = os.fspath(source), None
     try:
-        # Pillow warns of bombs, odd EXIF and more; either we refuse in a sentence or all is well.
+        # Pillow warns of bombs, odd EXIF and more; what matters we refuse in a sentence.
         with warnings.catch_warnings(), opened or open(name, "rb") as file:
             warnings.simplefilter("ignore")
             return _read(file, name, target)
@@ -152,7 +152,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image) >> 8  # (H, W), 65535 -> 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        # Neither says what is white: the smallest usual range that holds the values, else theirs.
+        # Neither says what is white: the smallest usual range that fits, else that of the values.
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # (H, W)
         low, high = min(0.0, float(grey.min())), float(grey.max())
         usual = (255.0, 65535.0) if image.mode == "I" else (1.0,)
@@ -283,9 +283,8 @@ def _files_below(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
 
 
 def _lines(stdin: TextIO | BinaryIO, null: bool) -> Iterator[str]:
-    # The unbuffered file, of which nobody has read yet: its read returns what is there; and a
-    # thread that waits in it holds no lock, while one waiting in sys.stdin would hang forked
-    # children and abort the exit.
+    # The unbuffered file: its read returns what is there, and a thread that waits in it holds no
+    # lock. A thread that waits in sys.stdin would hang forked children and abort the exit.
     file = getattr(stdin, "buffer", stdin)
     file = getattr(file, "raw", file)
     end, rest = (b"\0" if null else b"\n"), b""

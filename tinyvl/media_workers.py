@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # one thread and never touches the device. Outside Linux, system libraries do not survive a fork.
 _CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 _IN_PROCESS = 4  # the first few pictures cost less than starting workers
-WAKE = 0.5  # seconds: the longest that this program waits without looking up
+WAKE = 0.5  # seconds: the longest wait, see `_get`
 _START = threading.Lock()  # one start at a time: no child may inherit another's half-made pipe
 
 
@@ -106,8 +106,8 @@ def _in_workers(
     workers: int,
     lookahead: int,
 ) -> Iterator[tuple[str, np.ndarray | str]]:
-    # A thread reads paths; a thread per worker hands it one path and waits, so that a worker that
-    # dies does so on a known picture; and here the answers leave in order.
+    # One thread reads paths. One thread per worker sends it a path and waits, so that it is known
+    # which picture kills a worker. The answers leave here, in order.
     Image.init()  # all of Pillow's plugins, once instead of in every fork
     slots = threading.Semaphore(lookahead)
     order: queue.SimpleQueue[tuple[str, Future] | BaseException | None] = queue.SimpleQueue()
@@ -157,11 +157,7 @@ def _in_workers(
 
 
 def _get(order: queue.SimpleQueue) -> Any:
-    """What comes next.
-
-    A Control-C that arrives in the instant before a thread begins to wait does not wake it, so
-    nothing here waits for long.
-    """
+    """The next item. No wait is long: a Control-C just before it began would not end it."""
     while True:
         try:
             return order.get(timeout=WAKE)
@@ -218,7 +214,7 @@ def _serve(
     transform: Callable[[Image.Image], Tensor],
     target: int | None,
 ) -> None:
-    """What a worker runs: paths in, arrays or sentences out, until the parent is gone."""
+    """A worker's loop: paths in, arrays or sentences out, until the parent is gone."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Control-C means
@@ -234,7 +230,7 @@ def _serve(
 
 @contextmanager
 def _control_c_held() -> Iterator[None]:
-    """A child forked in here cannot die of Control-C, with a traceback, before it ignores it."""
+    """Holds Control-C back, so that a child forked here can begin to ignore it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
