@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvl import UserError, data, draw_av, media_video
+from tinyvl import UserError, data, draw_av, media_av
 
 MAKE = {"video": draw_av.draw_videos, "audio": draw_av.draw_sounds}
 FOLDER = {"video": "videos", "audio": "sounds"}
@@ -65,7 +65,7 @@ def test_the_default_sets_stay_what_they_are(modality, tmp_path):
 def test_a_shape_moves_where_its_caption_says(move, tmp_path):
     motion = draw_av.Motion("circle", "black", move)
     draw_av.write_video(tmp_path / "a.avi", motion, 0, 3)
-    frames = [np.asarray(f).astype(int) for f in media_video.load_frames(tmp_path / "a.avi", 8)]
+    frames = [np.asarray(f).astype(int) for f in media_av.load_frames(tmp_path / "a.avi", 8)]
     expected = draw_av.render_video(motion, 0, 3)
     assert all(np.array_equal(a, b) for a, b in zip(frames, expected, strict=True))
     centres = []

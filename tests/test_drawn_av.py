@@ -15,7 +15,7 @@ from shell import apart as tinyvl
 from tiny import SEEING, fit_encoder, fit_seeing_decoder
 
 from tinyvl import data, draw_av
-from tinyvl.encoders_av import build_encoder
+from tinyvl.encoders_build import build_encoder
 
 TRAIN, HELD_OUT = 640, 120
 AST = {

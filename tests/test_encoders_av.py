@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny import VIT, write_vision
 
 from tinyvl import UserError, presets
-from tinyvl.encoders_av import build_encoder
+from tinyvl.encoders_build import build_encoder
 
 SMALL = {
     "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,

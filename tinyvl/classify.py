@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, media
+from tinyvl import UserError, media_workers
 from tinyvl.indexing import embed_images
 from tinyvl.write import gathered
 
@@ -66,7 +66,9 @@ def classify(
     """
     classes, temperature = classes.float().cpu(), float(model.temperature)
     encoder = model.encoder
-    decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
+    decoded = media_workers.decode_images(
+        paths, encoder.transform(), target=encoder.size, workers=workers
+    )
     for group in gathered(decoded, batch):
         good = [picture for _, picture in group if isinstance(picture, Tensor)]
         found = iter(())

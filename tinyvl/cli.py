@@ -210,9 +210,9 @@ def samples(
     folder: Annotated[Path, typer.Argument(help="Where to write them.")] = Path("samples"),
 ) -> None:
     """Write a few public-domain photos to try things on; prints their paths."""
-    from tinyvl import hub
+    from tinyvl import hub_wheels
 
-    for path in hub.samples(folder):
+    for path in hub_wheels.samples(folder):
         print(path)
 
 

@@ -197,7 +197,7 @@ def told(
 ) -> dict[str, Any]:  # fmt: skip
     """What the encoder of a modality is told, and was told ``before``."""
     from tinyvl import presets
-    from tinyvl.media_audio import MASKS
+    from tinyvl.media_av import MASKS
 
     if frames is not None and kind != "video":
         raise UserError("--frames goes with --modality video.", 2)

@@ -35,7 +35,7 @@ def check(
     Args:
         paths, format, split, lang, images: as in `data.read`.
         fast: only look whether the files exist; decode and compare nothing.
-        workers: processes that decode, as in `media.decode_images`.
+        workers: processes that decode, as in `media_workers.decode_images`.
         quiet: show no progress.
 
     Returns:
@@ -203,11 +203,11 @@ def unreadable(
     files: dict[str, str], workers: int | None = None, quiet: bool = False
 ) -> list[dict[str, str]]:
     """The files (path -> modality) that cannot be decoded."""
-    from tinyvl import media
+    from tinyvl import media, media_workers
     from tinyvl.progress import bar
 
     images = [path for path, kind in files.items() if kind == "image"]
-    decoded = media.decode_images(images, _nothing, target=64, workers=workers)
+    decoded = media_workers.decode_images(images, _nothing, target=64, workers=workers)
     errors = chain(
         ((path, found if isinstance(found, media.MediaError) else None) for path, found in decoded),
         ((path, stream_error(path, kind)) for path, kind in files.items() if kind != "image"),

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from tinyvl import UserError
 from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in, text_lines
-from tinyvl.files import building
-from tinyvl.hub import cache_dir
+from tinyvl.files import building, cache_dir
 from tinyvl.media import KIND_OF, MODALITIES
 
 log = logging.getLogger(__name__)

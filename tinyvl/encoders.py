@@ -1,34 +1,29 @@
-"""Frozen perceptual encoders behind one result, `Percept`: any timm image model by name.
+"""Frozen perceptual encoders behind one result, `Percept`; here timm's image models, by name.
 
 ``tokens`` is the map a method may attend to (I-Tuning): the final tokens of a transformer, [CLS]
 included and before any projection, or the cells of a CNN's last feature map. They arrive
-normalised: after the encoder's own final norm, or after a LayerNorm without parameters where it
-has none. ``summaries`` has one vector a level (eP-ALM): the [CLS] token of each block after the
+normalised: by the encoder's own final norm, or where it has none by a LayerNorm without
+parameters. ``summaries`` has one vector a level (eP-ALM): the [CLS] token of each block after the
 final norm. An encoder without [CLS] gives the mean of each stage's feature map after a LayerNorm
-without parameters, and for the last stage that of its final features, a CNN's head included.
+without parameters; for the last stage that is the mean of its final features, after a CNN's head.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.media_augment import RandomCrop, View
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from PIL.Image import Image
-
+from tinyvl.media_augment import Clips, RandomCrop, SmallJpeg, View
 
 FITS = ("crop", "squash", "jpeg")
+FRAMES = 8  # of a video, where nobody says how many
 # Pictures that a CPU encodes at once. The layers' outputs of more outgrow what malloc keeps (at
 # most 32 MB a block): of EfficientNet-Lite2 on 32, page faults took 35 of 75 ms a picture.
 CPU_PICTURES = 4  # of the model's own size; of larger ones fewer
@@ -36,30 +31,53 @@ CPU_PICTURES = 4  # of the model's own size; of larger ones fewer
 
 @dataclass
 class Percept:
-    """What an encoder makes of a batch of pictures."""
+    """What an encoder makes of a batch of pictures, videos or sounds."""
 
     tokens: Tensor  # (B, S, D)
-    summaries: list[Tensor]  # a level each, lowest first: (B, D_level)
+    summaries: list[Tensor]  # one a level, lowest first: (B, D_level)
 
     @staticmethod
     def join(parts: "list[Percept]") -> "Percept":
-        """One percept of all their pictures."""
+        """One percept of several batches."""
         levels = zip(*(part.summaries for part in parts), strict=True)
         return Percept(
             torch.cat([part.tokens for part in parts]), [torch.cat(level) for level in levels]
         )
 
 
-class ImageEncoder(nn.Module):
+class Encoder(nn.Module):
+    """A frozen encoder of pictures, videos or sounds: a batch of inputs -> `Percept`.
+
+    What makes a file into an input are picklable transforms for `media_workers.decode_images`:
+    ``view()``, and for training ``view(number, seed)`` and ``crop(epoch, seed, area)``.
+    """
+
+    modality = "image"
+    frames: int | None = None  # of a video; None: videos are not read
+    size: int | None = None  # side of the pictures, in pixels
+    below: Sequence[int] = ()  # widths of the lower stages' parts of the tokens
+    larger = 0  # side of the enlarged pictures whose tokens follow the picture's own
+    learns = False  # whether a part of it is trained
+    fit = "crop"
+    model: Any
+    width: int  # of the tokens
+    widths: list[int]  # of the summaries
+    data_config: dict[str, Any]  # how inputs are made, for the description of a feature cache
+
+    def train(self, mode: bool = True):
+        """A frozen encoder stays in eval mode."""
+        return super().train(False)
+
+
+class ImageEncoder(Encoder):
     """A frozen timm model. Pictures come as uint8 (B, 3, H, W); it normalises them itself.
 
     Of videos (B, T, 3, H, W) it gives the mean over the frames (eP-ALM, Table 13).
     """
 
-    modality = "image"
-    frames: int | None = None  # of a video; None: videos are not read
-    below: Sequence[int] = ()  # widths of the lower stages' parts of the tokens
-    larger = 0  # side of the enlarged pictures whose tokens stand behind
+    size: int
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -71,14 +89,17 @@ class ImageEncoder(nn.Module):
         larger: int = 0,
     ):
         """Args:
-        fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
-            whole picture to the model's square, so that nothing at its edges is lost; "jpeg"
-            is squash after `small_jpeg`.
-        levels: how many summaries, counted from the last level; None: all.
-        lower: of a model that gives maps, how many of its stages below the last map the tokens
-            hold behind it: laid on its cells (mean), each normalised, highest first.
-        larger: a side in pixels. Behind the tokens of a picture stand those of the same picture
-            enlarged to it: a CNN's filters then see smaller parts. 0: none of these.
+            fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
+                whole picture to the model's square, so that its edges stay; "jpeg" is "squash"
+                after `media_augment.SmallJpeg`.
+            levels: how many summaries, counted from the last level; None: all.
+            lower: how many earlier CNN stages to concatenate to each token: averaged to the last
+                map's cells, each normalised, highest first.
+            larger: a side in pixels. The tokens of the picture enlarged to it follow the
+                picture's own, so that a CNN's filters see smaller parts. 0: none.
+
+        Raises:
+            UserError: ``fit`` is unknown, or the model has no maps for ``lower`` or ``larger``.
         """
         super().__init__()
         from timm.data import resolve_data_config
@@ -88,7 +109,7 @@ class ImageEncoder(nn.Module):
         self.prepare(resolve_data_config(model=model), fit)
         norm = getattr(model, "norm", None)
         self.final_norm = norm is not None and isinstance(norm, norm_types())
-        self.width: int = model.num_features
+        self.width = self.model.num_features
         info = getattr(model, "feature_info", None)
         stages = [stage["num_chs"] for stage in getattr(info, "info", info) or []]
         self.maps = info is not None and not hasattr(model, "cls_token")
@@ -98,65 +119,69 @@ class ImageEncoder(nn.Module):
             raise UserError(f"--lower {lower}: this image encoder has {has}.", 2)
         self.larger = self.enlarged(larger)
         self.below = below[::-1][:lower]
-        self.double = below is not stages  # the last stage is the last map
+        self.last_is_map = below is not stages  # the last stage is the last map
         if self.maps and stages:
             stages = [*stages[:-1], self.width]
-        self.widths: list[int] = stages[-(levels or 0) :]  # of the summaries
+        self.widths = stages[-(levels or 0) :]
 
     def enlarged(self, side: int) -> int:
         """The side of larger pictures, if the model can read them."""
-        if side and not self.maps:
+        if not side:
+            return 0
+        if not self.maps:
             raise UserError(f"--larger {side}: this image encoder has no maps.", 2)
-        if side and self.model.pretrained_cfg.get("fixed_input_size"):
+        if self.model.pretrained_cfg.get("fixed_input_size"):
             raise UserError(f"--larger {side}: this image encoder reads one size only.", 2)
-        if side and side <= self.size:
+        if side <= self.size:
             raise UserError(
                 f"--larger {side}: give more than this image encoder's own {self.size} pixels.", 2
             )
         return side
 
     def prepare(self, data_config: dict[str, Any], fit: str) -> None:
-        """How pictures become what the model takes."""
+        """Sets how a picture becomes the model's input."""
         if fit not in FITS:
             raise UserError(f"--fit is one of {', '.join(FITS)}, not {fit!r}.", 2)
         self.fit, self.data_config = fit, data_config
         if fit != "crop":
             self.data_config |= {"crop_mode": "squash", "crop_pct": 1.0}
-        self.size: int = self.data_config["input_size"][-1]
+        self.size = self.data_config["input_size"][-1]
         mean, std = (torch.tensor(self.data_config[k]).view(3, 1, 1) for k in ("mean", "std"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        self.learns = False  # whether something in it is trained
 
-    def transform(self) -> "Callable[[Image], Tensor]":
+    def transform(self) -> Callable:
         """A picklable function: RGB picture -> uint8 tensor (3, H, W)."""
         from timm.data import create_transform
 
         config = {k: v for k, v in self.data_config.items() if k not in ("mean", "std")}
         own = create_transform(**config, is_training=False, normalize=False)
-        return Chain(small_jpeg, own) if self.fit == "jpeg" else own
+        return SmallJpeg(own) if self.fit == "jpeg" else own
 
-    def view(self, view: int = 0, seed: int = 0) -> "Callable":
-        """What makes a file into an input: as it is, or in one of its varied views."""
+    def view(self, view: int = 0, seed: int = 0) -> Callable:
+        """A file to an input: as it is, or in one of its varied views."""
         own = View(self.transform(), view, seed) if view else self.transform()
         return self.clips(own, f"{seed}/{view}" if view else None)
 
-    def crop(self, epoch: int, seed: int, area: float) -> "Callable":
-        """The same, in a random view that is new in every epoch."""
+    def crop(self, epoch: int, seed: int, area: float) -> Callable:
+        """A file to an input: a random view, new in every epoch."""
         return self.clips(RandomCrop(self.size, epoch, seed, area), f"{seed}/{epoch}/crop")
 
-    def clips(self, transform: "Callable[[Image], Tensor]", key: str | None) -> "Callable":
-        """The transform, of the frames of videos too where these are read."""
+    def clips(self, transform: Callable, key: str | None) -> Callable:
+        """A transform that reads videos too, where the encoder reads them."""
         if self.frames is None:
             return transform
-        from tinyvl.media_video import Clips
-
         return Clips(transform, self.frames, still=self.modality == "image", key=key)
 
     def probe(self) -> Tensor:
         """A black input."""
-        frames = () if self.modality == "image" else (self.frames,)
+        frames = () if self.modality == "image" else (self.frames or FRAMES,)
         return torch.zeros(1, *frames, 3, self.size, self.size, dtype=torch.uint8)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 pixels to the model's range and dtype."""
+        dtype = next(self.model.parameters()).dtype
+        return ((images.float() / 255 - self.mean) / self.std).to(dtype)
 
     def forward(self, images: Tensor) -> Percept:
         """uint8 (B, 3, H, W) or (B, T, 3, H, W) -> Percept, in the dtype of the weights."""
@@ -186,13 +211,10 @@ class ImageEncoder(nn.Module):
 
     def look(self, images: Tensor) -> Percept:
         """Pictures (B, 3, H, W) as they are, of a size the model reads."""
-        dtype = next(self.model.parameters()).dtype
-        x = ((images.float() / 255 - self.mean) / self.std).to(
-            dtype, memory_format=torch.channels_last
-        )
+        x = self.normalised(images).contiguous(memory_format=torch.channels_last)
         flat = {"norm": True, "return_prefix_tokens": True, "output_fmt": "NLC"}
         flat = {} if self.maps else flat
-        wanted = self.levels and max(self.levels, len(self.below) + self.double)
+        wanted = self.levels and max(self.levels, len(self.below) + self.last_is_map)
         try:
             last, levels = self.model.forward_intermediates(x, indices=wanted, **flat)
         except TypeError:  # a model with prefix tokens of another kind, or none to return
@@ -202,7 +224,7 @@ class ImageEncoder(nn.Module):
         if not self.final_norm:
             tokens = normal(tokens)
         if self.below:
-            maps = levels[::-1][self.double :][: len(self.below)]
+            maps = levels[::-1][self.last_is_map :][: len(self.below)]
             if levels[-1].shape[-2:].numel() != tokens.shape[1]:
                 raise UserError("--lower: the stages of this image encoder do not fit its map.", 2)
             tokens = torch.cat([tokens, *(normal(laid(x, levels[-1])) for x in maps)], -1)
@@ -210,37 +232,6 @@ class ImageEncoder(nn.Module):
         if self.maps:
             summaries = [normal(x) for x in (*summaries[:-1], final.mean(1))]
         return Percept(tokens, summaries)
-
-    def train(self, mode: bool = True):
-        """A frozen encoder stays in eval mode."""
-        return super().train(False)
-
-
-class Chain:
-    """Two functions, one after the other; picklable, for worker processes."""
-
-    def __init__(self, before: "Callable", after: "Callable"):
-        self.before, self.after = before, after
-
-    def __call__(self, picture: "Image") -> Tensor:
-        return self.after(self.before(picture))
-
-
-def small_jpeg(picture: "Image") -> "Image":
-    """A larger picture as a JPEG of 256 x 256 pixels, quality 75, and back; small ones as they are.
-
-    Small public sets are such files, and modules trained on them alone come to need the traces
-    of compression: a sharp photo is outside of all they have seen. So it gets them too.
-    """
-    if max(picture.size) <= 256:
-        return picture
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    picture.resize((256, 256), Image.Resampling.LANCZOS).save(file, "JPEG", quality=75)
-    return Image.open(file).convert("RGB")
 
 
 def channels_last(x: Tensor, width: int) -> Tensor:
@@ -251,10 +242,10 @@ def channels_last(x: Tensor, width: int) -> Tensor:
 
 
 def laid(x: Tensor, on: Tensor) -> Tensor:
-    """A map (B, C, H, W) on the cells of a smaller one, their means: (B, S, C)."""
+    """A map (B, C, H, W) averaged to the cells of a smaller one: (B, S, C)."""
     if x.device.type == "mps":  # which has this only where the one side divides the other
         return laid(x.cpu(), on).to(x.device)
-    return F.adaptive_avg_pool2d(x, on.shape[-2:]).flatten(2).transpose(1, 2)
+    return F.adaptive_avg_pool2d(x, (on.shape[-2], on.shape[-1])).flatten(2).transpose(1, 2)
 
 
 def normal(x: Tensor) -> Tensor:
@@ -270,42 +261,40 @@ def summary(level: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def norm_types() -> tuple[type, ...]:
-    """Normalisations with a scale of their own. timm is not imported for its: it takes seconds."""
+    """The classes of normalisation layers. timm's count if it is imported: that takes seconds."""
     layers = sys.modules.get("timm.layers")
     return (nn.LayerNorm, nn.RMSNorm, *([layers.LayerNorm, layers.RmsNorm] if layers else []))
 
 
-def load_image_encoder(
-    folder: Path,
-    *,
-    fit: str = "crop",
-    levels: int | None = None,
-    lower: int = 0,
-    larger: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> ImageEncoder:
-    """An encoder from a timm checkpoint folder: ``config.json`` and ``model.safetensors``."""
+def load_image_encoder(folder: Path, **options: Any) -> ImageEncoder:
+    """An encoder from a timm checkpoint folder: ``config.json`` and ``model.safetensors``.
+
+    Raises:
+        UserError: weights are missing, or what `build_image_encoder` raises.
+    """
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "config.json").read_text())
-    encoder = build_image_encoder(config, fit=fit, levels=levels, lower=lower, larger=larger)
+    encoder = build_image_encoder(json.loads((folder / "config.json").read_text()), **options)
     state = load_file(folder / "model.safetensors")
     missing, _ = encoder.model.load_state_dict(state, strict=False)  # a classifier may be extra
-    if missing:
-        raise UserError(f"{folder}: the weights of {missing[0]} (and maybe more) are missing.")
-    return encoder.to(device=device, dtype=dtype)
+    refuse_missing(missing, folder)
+    return encoder
 
 
-def build_image_encoder(
-    config: dict,
-    *,
-    fit: str = "crop",
-    levels: int | None = None,
-    lower: int = 0,
-    larger: int = 0,
-) -> ImageEncoder:
-    """The encoder a timm ``config.json`` describes, with random weights, without classifier."""
+def refuse_missing(names: Sequence[str], folder: Path) -> None:
+    """Raises a UserError that names the first of the missing weights, if there are any."""
+    if names:
+        raise UserError(f"{folder}: the weights of {names[0]} (and maybe more) are missing.")
+
+
+def build_image_encoder(config: dict[str, Any], **options: Any) -> ImageEncoder:
+    """The encoder a timm ``config.json`` describes, with random weights, without classifier.
+
+    ``options`` are those of `ImageEncoder`.
+
+    Raises:
+        UserError: timm has no such model, or the tokens of this one cannot be read.
+    """
     model = build_timm(config)
     if not hasattr(model, "forward_intermediates"):
         raise UserError(
@@ -313,13 +302,16 @@ def build_image_encoder(
             "be read; choose another image encoder.",
             2,
         )
-    return ImageEncoder(model, fit=fit, levels=levels, lower=lower, larger=larger)
+    return ImageEncoder(model, **options)
 
 
-def build_timm(config: dict, **changes: Any) -> nn.Module:
+def build_timm(config: dict[str, Any], **changes: Any) -> nn.Module:
     """The timm model a ``config.json`` describes, random, without classifier.
 
-    ``changes`` go to timm's constructor beside the configuration's own arguments.
+    ``changes`` are further arguments of timm's constructor.
+
+    Raises:
+        UserError: it is not a model of timm, or timm has none of this name.
     """
     import timm
 

@@ -1,15 +1,16 @@
 """Frozen encoders of videos and sounds through transformers: TimeSformer, AST and Whisper.
 
-Their summaries are what `encoders` promises: of TimeSformer and AST the [CLS] token of each layer
-after the final norm; of Whisper, which has none, the mean over a layer's positions after it, up to
-the last that is not silent, so that padding does not thin it out.
+The summaries of TimeSformer and AST are the [CLS] token of each layer after the final norm.
+Whisper has no [CLS]: a summary is the mean over a layer's positions after the final norm, up to
+the last position that is not silent, so that padding does not dilute it.
 
-TimeSformer reads single pictures too, by its spatial attention alone (eP-ALM, appendix A). The
-authors' code drops only the time embeddings then, and leaves the temporal attention in.
+TimeSformer reads single pictures too, with its spatial attention alone (eP-ALM, appendix A). The
+authors' code then drops only the time embeddings, and keeps the temporal attention.
 """
 
 import json
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyvl import UserError
-from tinyvl.encoders import (
-    ImageEncoder,
-    Percept,
-    build_image_encoder,
-    load_image_encoder,
-)
-from tinyvl.media_audio import MASKS, Sounds
+from tinyvl.encoders import Encoder, ImageEncoder, Percept, refuse_missing
+from tinyvl.media_av import MASKS, Sounds
 
-FRAMES = 8
 KINDS = {  # model_type: the class in transformers, and where its layers and its final norm are
     "timesformer": ("TimesformerModel", "encoder.layer", "layernorm"),
     "audio-spectrogram-transformer": ("ASTModel", "layers", "layernorm"),
@@ -34,11 +28,11 @@ KINDS = {  # model_type: the class in transformers, and where its layers and its
 }
 
 
-class Layered(nn.Module):
-    """A transformers encoder whose layers are summed up as they run."""
+class Layered(Encoder):
+    """A transformers encoder that records a summary of each layer."""
 
-    def watch(self, model: nn.Module, kind: str, levels: int | None) -> None:
-        """Takes the model over, frozen."""
+    def watch(self, model: Any, kind: str, levels: int | None) -> None:
+        """Freezes a model and finds its layers and its final norm."""
         self.model = model.requires_grad_(False).eval()
         _, layers, norm = KINDS[kind]
         self.layers, self.norm = model.get_submodule(layers), model.get_submodule(norm)
@@ -46,9 +40,8 @@ class Layered(nn.Module):
         self.first = len(self.layers) - (levels or len(self.layers))
         self.widths = [self.width] * (len(self.layers) - self.first)
 
-    @contextmanager
-    def watching(self, summary):
-        """-> a list that gets ``summary`` of each layer's normed states, lowest first."""
+    def run(self, x: Tensor, summary: Callable[[nn.Module, Tensor], Tensor]) -> Percept:
+        """The model's last states, and ``summary(norm, states)`` of each layer, lowest first."""
         found: list[Tensor] = []
 
         def keep(layer, inputs, output):
@@ -57,7 +50,8 @@ class Layered(nn.Module):
 
         hooks = [layer.register_forward_hook(keep) for layer in self.layers[self.first :]]
         try:
-            yield found
+            with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+                return Percept(self.model(x).last_hidden_state, found)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -71,10 +65,8 @@ def cls(norm: nn.Module, states: Tensor) -> Tensor:
 class TimeSformer(Layered, ImageEncoder):
     """Bertasius, Wang and Torresani, https://arxiv.org/abs/2102.05095. uint8 (B, T, 3, H, W)."""
 
-    def __init__(
-        self, model: nn.Module, *, fit: str, levels: int | None, processor: dict | None = None
-    ):
-        nn.Module.__init__(self)
+    def __init__(self, model: Any, *, fit: str, levels: int | None, processor: dict | None = None):
+        Encoder.__init__(self)
         self.watch(model, "timesformer", levels)
         processor = processor or {}
         side = model.config.image_size
@@ -91,19 +83,12 @@ class TimeSformer(Layered, ImageEncoder):
     def forward(self, images: Tensor) -> Percept:
         """uint8 (B, T, 3, H, W), or pictures (B, 3, H, W) -> Percept."""
         images = images[:, None] if images.ndim == 4 else images
-        dtype = next(self.model.parameters()).dtype
-        x = ((images.float() / 255 - self.mean) / self.std).to(dtype)
-        with (
-            torch.set_grad_enabled(self.learns and torch.is_grad_enabled()),
-            self.spatial(images.shape[1]),
-            self.watching(cls) as summaries,
-        ):
-            tokens = self.model(x).last_hidden_state
-        return Percept(tokens, summaries)
+        with self.spatial(images.shape[1]):
+            return self.run(self.normalised(images), cls)
 
     @contextmanager
     def spatial(self, frames: int):
-        """Tells transformers, by its configuration, how many frames there are: one has no time."""
+        """Sets the number of frames in the model's configuration; one frame has no time."""
         places = [self.model.embeddings, *self.layers] if frames == 1 else []
         before, kind = self.model.config.num_frames, self.model.config.attention_type
         self.model.config.num_frames = frames
@@ -120,18 +105,19 @@ class TimeSformer(Layered, ImageEncoder):
 class AudioEncoder(Layered):
     """AST (https://arxiv.org/abs/2104.01778) or Whisper's encoder (https://arxiv.org/abs/2212.04356).
 
-    Sounds come as float32 (B, 1, frames, mel bins), as `media_audio.Sounds` makes them.
+    Sounds come as float32 (B, 1, frames, mel bins), as `media_av.Sounds` makes them.
     """
 
-    modality, frames, size, fit, below, larger = "audio", None, None, "crop", (), 0
+    modality = "audio"
+    extractor: Any
 
     def __init__(
-        self, model: nn.Module, *, levels: int | None, masks: tuple, processor: dict | None = None
+        self, model: Any, *, levels: int | None, masks: tuple, processor: dict | None = None
     ):
         super().__init__()
         kind, c, self.masks = model.config.model_type, model.config, tuple(masks)
         self.watch(model, kind, levels)
-        self.whisper, self.learns = kind == "whisper", False
+        self.whisper = kind == "whisper"
         if self.whisper:
             from transformers import WhisperFeatureExtractor
 
@@ -151,38 +137,34 @@ class AudioEncoder(Layered):
                 )
             self.seconds = 0.01 * c.max_length + 0.025
             self.shape = (c.max_length, c.num_mel_bins)
-        self.data_config: dict[str, Any] = {"frames": self.shape[0], "mel_bins": self.shape[1]}
+        self.data_config = {"frames": self.shape[0], "mel_bins": self.shape[1]}
 
     def view(self, view: int = 0, seed: int = 0) -> Sounds:
-        """What makes a file into a spectrogram: as it is, or masked, differently in each view."""
+        """A file to a spectrogram: as it is, or masked differently in each view."""
         key = f"{seed}/{view}" if view else None
         return Sounds(self.extractor, self.seconds, key=key, masks=self.masks)
 
     def crop(self, epoch: int, seed: int, area: float) -> Sounds:
-        """The same with masks that are new in every epoch; ``area`` is for pictures."""
+        """A file to a spectrogram with masks new in every epoch; ``area`` is for pictures."""
         return Sounds(self.extractor, self.seconds, key=f"{seed}/{epoch}/crop", masks=self.masks)
 
     def transform(self) -> Sounds:
         return self.view()
 
     def probe(self) -> Tensor:
-        """An input of nothing."""
+        """A silent input."""
         return torch.zeros(1, 1, *self.shape)
 
     def forward(self, sounds: Tensor) -> Percept:
         """float32 (B, 1, frames, mel bins) -> Percept."""
         x = sounds[:, 0].to(next(self.model.parameters()).dtype)
-        summary = self.sounding(sounds[:, 0]) if self.whisper else cls
-        with (
-            torch.set_grad_enabled(self.learns and torch.is_grad_enabled()),
-            self.watching(summary) as summaries,
-        ):
-            tokens = self.model(x.transpose(1, 2) if self.whisper else x).last_hidden_state
-        return Percept(tokens, summaries)
+        if self.whisper:
+            return self.run(x.transpose(1, 2), self.sounding(sounds[:, 0]))
+        return self.run(x, cls)
 
     @staticmethod
     def sounding(x: Tensor):
-        """A mean over the positions, of two frames each, up to the last that is not silent."""
+        """The mean over the positions (two frames each) up to the last that is not silent."""
         loud = (x > x.amin((1, 2), keepdim=True)).any(2)  # (B, frames)
         loud = loud.unflatten(1, (-1, 2)).any(2)
         keep = loud.flip(1).cummax(1).values.flip(1)  # (B, positions)
@@ -194,70 +176,35 @@ class AudioEncoder(Layered):
 
         return summary
 
-    def train(self, mode: bool = True):
-        """A frozen encoder stays in eval mode."""
-        return super().train(False)
 
-
-Encoder = ImageEncoder | AudioEncoder
-
-
-def build_encoder(
-    vision: dict[str, Any], folder: Path | None = None, *, levels: int | None = None
-) -> Encoder:
-    """The encoder that a checkpoint's ``config.json`` describes; random without a folder.
-
-    Args:
-        vision: ``config``, ``fit``; where it has any, the number of ``lower`` maps and the side of
-            ``larger`` pictures; and, where it is not of pictures, ``modality``, ``frames`` of a
-            video, the widest ``masks`` of a sound (mel bins, frames).
-    """
-    modality, kind = vision.get("modality", "image"), vision["config"].get("model_type")
-    if (modality == "audio") != (kind in KINDS and kind != "timesformer"):
-        reads = "sounds" if modality != "audio" else "pictures or videos"
-        raise UserError(
-            f"{vision.get('name', 'This encoder')} reads {reads}, not {modality}; name another "
-            f"--vision for --modality {modality}, or another --modality.",
-            2,
-        )
-    more = {key: vision[key] for key in ("lower", "larger") if vision.get(key)}
-    given = {"fit": vision["fit"], "levels": levels, **more}
-    if kind in KINDS:
-        for key, value in more.items():
-            raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
-        model, processor = load_model(vision["config"], folder)
-        if kind != "timesformer":
-            masks = vision.get("masks", MASKS)
-            return AudioEncoder(model, levels=levels, masks=masks, processor=processor)
-        encoder = TimeSformer(model, fit=vision["fit"], levels=levels, processor=processor)
-    elif folder is None:
-        encoder = build_image_encoder(vision["config"], **given)
-    else:
-        encoder = load_image_encoder(folder, **given)
-    encoder.modality, encoder.frames = modality, vision.get("frames", FRAMES)
-    return encoder
+def build(vision: dict[str, Any], folder: Path | None, levels: int | None) -> Encoder:
+    """A TimeSformer or an `AudioEncoder`; the arguments are those of `build_encoder`."""
+    model, processor = load_model(vision["config"], folder)
+    if vision["config"]["model_type"] == "timesformer":
+        return TimeSformer(model, fit=vision["fit"], levels=levels, processor=processor)
+    masks = vision.get("masks", MASKS)
+    return AudioEncoder(model, levels=levels, masks=masks, processor=processor)
 
 
 def load_model(config: dict[str, Any], folder: Path | None) -> tuple[nn.Module, dict]:
-    """A transformers model with the weights of a folder, or random, and how it is fed."""
+    """A transformers model with a folder's weights, or random; and its preprocessor's config."""
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     name = KINDS[config["model_type"]][0]
-    kind = WhisperEncoder if name == "WhisperEncoder" else getattr(transformers, name)
+    kind: Any = WhisperEncoder if name == "WhisperEncoder" else getattr(transformers, name)
     settings = {k: v for k, v in config.items() if k != "model_type"}
     made = kind.config_class(**settings)
     if folder is None:
         return kind(made), {}
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if name == "WhisperEncoder":  # of the whole model's weights the encoder's
+    if name == "WhisperEncoder":  # the file holds the decoder's weights too
         from safetensors.torch import load_file
 
         model = kind(made)
-        state = load_file(folder / "model.safetensors")
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        parts = ((name.partition("encoder."), tensor) for name, tensor in state.items())
+        found = load_file(folder / "model.safetensors").items()
+        parts = ((name.removeprefix("model.").partition("encoder."), t) for name, t in found)
         state = {rest: tensor for (before, _, rest), tensor in parts if not before}
         missing, _ = model.load_state_dict(state, strict=False)
     else:
@@ -265,6 +212,5 @@ def load_model(config: dict[str, Any], folder: Path | None) -> tuple[nn.Module, 
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
         missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{folder}: the weights of {missing[0]} (and maybe more) are missing.")
+    refuse_missing(missing, folder)
     return model, processor

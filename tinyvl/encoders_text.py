@@ -1,17 +1,25 @@
-"""Text encoders of the BERT family: a `transformers` model without its pooler, and its tokenizer.
+"""Text encoders of the BERT family: transformers' models, and BERT in plain PyTorch.
 
 A text becomes ``[CLS] tokens [SEP]``, padded on the right under a mask. LilT
 (https://arxiv.org/abs/2301.04558) reads token 0 of the last layer; sentence encoders such as
 all-MiniLM-L6-v2 were trained for the mean over the tokens.
+
+Training uses transformers' models. Importing them takes three seconds and encoding a query a
+hundredth of one, so `tinyvl retrieve` reads texts with `Bert` (Devlin et al.,
+https://arxiv.org/abs/1810.04805), which gives the same vectors. Its modules and parameters have
+transformers' names: checkpoints load as they are, and LilT's adapters go to the same places.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tinyvl import UserError
 from tinyvl.text import clean_caption, tidy
@@ -22,7 +30,7 @@ POOLS = ("token", "mean")
 class TextEncoder(nn.Module):
     """A transformers text encoder: ids (B, T) and mask (B, T) -> final hidden states (B, T, D)."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, clean: bool = False):
+    def __init__(self, model: Any, tokenizer: Any = None, *, clean: bool = False):
         """Args:
         tokenizer: transformers' own; None where only parameters are counted.
         clean: texts go through `clean_caption` first.
@@ -39,12 +47,10 @@ class TextEncoder(nn.Module):
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T)."""
-        width = max(map(len, ids))
-        out = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0)
-        mask = torch.zeros(len(ids), width, dtype=torch.long)
-        for row, line in enumerate(ids):
-            out[row, : len(line)] = torch.tensor(line)
-            mask[row, : len(line)] = 1
+        rows = [torch.tensor(line, dtype=torch.long) for line in ids]
+        padding = self.tokenizer.pad_token_id or 0
+        out = pad_sequence(rows, batch_first=True, padding_value=padding)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return out, mask
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -59,10 +65,28 @@ def pool_tokens(tokens: Tensor, mask: Tensor, how: str) -> Tensor:
     return (tokens * weights).sum(1) / weights.sum(1)
 
 
-def build_text_model(config: dict, *, grow: int = 0) -> nn.Module:
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def refuse_missing(names: Iterable[str], folder: Path, depth: int) -> None:
+    """Raises a UserError for missing weights; those of layers from ``depth`` on may be missing."""
+    for name in sorted(names):
+        parts = name.split(".")
+        if parts[:2] != ["encoder", "layer"] or int(parts[2]) < depth:
+            raise UserError(f"{folder}: the weights of {name} (and maybe more) are missing.")
+
+
+# ------------------------------------------------------------------------------ transformers'
+
+
+def build_text_model(config: dict[str, Any], *, grow: int = 0) -> Any:
     """The encoder that a transformers ``config.json`` describes, with random weights, no pooler.
 
-    ``grow`` adds layers on top.
+    ``grow`` more layers come on top.
+
+    Raises:
+        UserError: it is not of the BERT family.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -86,10 +110,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_text_model(folder: Path, *, grow: int = 0) -> nn.Module:
-    """The encoder of a transformers checkpoint folder; layers that ``grow`` adds stay random."""
+    """The encoder of a transformers checkpoint folder; ``grow`` random layers come on top.
+
+    Raises:
+        UserError: it is not of the BERT family, or weights are missing.
+    """
     from transformers.utils import logging
 
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_config(folder)
     with torch.device("meta"):
         template = build_text_model(raw, grow=grow)
     before = logging.get_verbosity()
@@ -106,10 +134,129 @@ def load_text_model(folder: Path, *, grow: int = 0) -> nn.Module:
         )
     finally:
         logging.set_verbosity(before)
-    depth = raw["num_hidden_layers"]
-    new = tuple(f"encoder.layer.{depth + i}." for i in range(grow))
-    missing = [name for name in sorted(info["missing_keys"]) if not name.startswith(new)]
-    if missing or info["mismatched_keys"]:
-        odd = (missing + sorted(map(str, info["mismatched_keys"])))[0]
-        raise UserError(f"{folder}: the weights of {odd} (and maybe more) are missing.")
+    odd = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
+    refuse_missing(odd, folder, raw["num_hidden_layers"])
     return model
+
+
+# ------------------------------------------------------------------------------ plain BERT
+
+
+class Residual(nn.Module):
+    """LayerNorm(dense(h) + x)."""
+
+    def __init__(self, inner: int, width: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(inner, width)
+        self.dropout = nn.Identity()  # an adapter's place
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(h)) + x)
+
+
+class Layer(nn.Module):
+    """Attention, then a feed-forward network, a LayerNorm after each."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        qkv = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+        self.attention: Any = nn.ModuleDict(
+            {"self": nn.ModuleDict(qkv), "output": Residual(width, width, eps)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output = Residual(inner, width, eps)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, T, D), mask (B, 1, 1, T) True where there is a token."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in self.attention["self"].values()
+        )  # (B, heads, T, D / heads)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = self.attention["output"](seen.transpose(1, 2).flatten(2), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class Bert(nn.Module):
+    """ids and mask (B, T) -> ``last_hidden_state`` (B, T, D); no dropout, no pooler."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        self.config, width = config, config.hidden_size
+        rows = {
+            "word_embeddings": config.vocab_size,
+            "position_embeddings": config.max_position_embeddings,
+            "token_type_embeddings": config.type_vocab_size,
+        }
+        # Without _weight torch draws one, which on the meta device imports torch's compiler.
+        tables = {n: nn.Embedding(r, width, _weight=torch.empty(r, width)) for n, r in rows.items()}
+        self.embeddings: Any = nn.ModuleDict(tables)
+        self.embeddings["LayerNorm"] = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.encoder: Any = nn.ModuleDict({"layer": layers})
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        table = self.embeddings
+        positions = table["position_embeddings"].weight[: input_ids.shape[1]]
+        x = table["word_embeddings"](input_ids) + table["token_type_embeddings"].weight[0]
+        x = table["LayerNorm"](x + positions)
+        mask = attention_mask.bool()[:, None, None]
+        for layer in self.encoder["layer"]:
+            x = layer(x, mask)
+        return SimpleNamespace(last_hidden_state=x)
+
+
+class Tokenizer:
+    """A ``tokenizer.json``, called as transformers' tokenizers are."""
+
+    def __init__(self, file: Path, pad_token_id: int):
+        import tokenizers
+
+        self.tokenizer, self.pad_token_id = tokenizers.Tokenizer.from_file(str(file)), pad_token_id
+        self.tokenizer.no_padding()
+
+    def __call__(self, texts: list[str], *, truncation: bool, max_length: int) -> dict[str, Any]:
+        self.tokenizer.enable_truncation(max_length)
+        return {"input_ids": [found.ids for found in self.tokenizer.encode_batch(texts)]}
+
+
+def readable(folder: Path) -> bool:
+    """Whether `load` can read a checkpoint folder: a plain BERT with a ``tokenizer.json``."""
+    config = read_config(folder)
+    return (
+        config.get("model_type") == "bert"
+        and config.get("hidden_act", "gelu") == "gelu"
+        and config.get("position_embedding_type", "absolute") == "absolute"
+        and not config.get("is_decoder", False)
+        and (folder / "tokenizer.json").is_file()
+    )
+
+
+def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
+    """A `readable` folder's model and tokenizer; ``grow`` empty layers come on top.
+
+    Raises:
+        UserError: weights are missing.
+    """
+    from safetensors.torch import load_file
+
+    raw = read_config(folder)
+    config = SimpleNamespace(**{"layer_norm_eps": 1e-12, "type_vocab_size": 2, **raw})
+    depth = config.num_hidden_layers
+    config.num_hidden_layers += grow
+    with torch.device("meta"):
+        model = Bert(config)
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        name = name.removeprefix("bert.")  # so in Google's first checkpoints, and the next two
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        state[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
+    missing, _ = model.load_state_dict(state, strict=False, assign=True)  # a pooler may be extra
+    refuse_missing(missing, folder, depth)
+    for layer in model.encoder["layer"][depth:]:
+        layer.to_empty(device="cpu")
+    tokenizer = Tokenizer(folder / "tokenizer.json", raw.get("pad_token_id") or 0)
+    return model.eval(), tokenizer

@@ -22,7 +22,7 @@ from tinyvl import (
     bootstrap,
     classes,
     data,
-    media,
+    media_workers,
     metrics,
     predictions,
     write,
@@ -80,7 +80,7 @@ def embedded(
         decoded = write.stored(store, model.reads, paths)
     else:
         encoder = model.encoder
-        decoded = media.decode_images(
+        decoded = media_workers.decode_images(
             paths, encoder.transform(), target=encoder.size, workers=place.workers
         )
     for group in write.gathered(decoded, place.batch):

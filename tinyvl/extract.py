@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, hub, media, models
+from tinyvl import UserError, hub, media, media_workers, models
 from tinyvl.device import precision_name
-from tinyvl.encoders import Percept
-from tinyvl.encoders_av import Encoder, build_encoder
+from tinyvl.encoders import Encoder, Percept
+from tinyvl.encoders_build import build_encoder
 from tinyvl.features import (
     DTYPES,
     MANIFEST,
@@ -228,13 +228,13 @@ def extract(
         chunks = [todo[i : i + rows] for i in range(0, len(todo), rows)]
         blocks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in chunks]
         gpu = device_of(encoder).type == "cuda"
-        decoded = media.decode_images(
+        decoded = media_workers.decode_images(
             (entry.path for entry in todo),
             transform or encoder.view(),
             target=encoder.size,
             workers=run.workers,
             # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
-            lookahead=max(64, 2 * batch) if gpu else 4 * media.cores(),
+            lookahead=max(64, 2 * batch) if gpu else 4 * media_workers.cores(),
         )
         sizes = (len(block) for chunk in blocks for block in chunk)
         encoded = encode(decoded, sizes, encoder, head["what"], DTYPES[head["dtype"]])

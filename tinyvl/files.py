@@ -1,6 +1,7 @@
-"""Files that are replaced in one stroke: a reader, and a kill, find the old one or the new one."""
+"""Files and folders that appear in one stroke: a reader, and a kill, find the old or the new."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,10 +51,13 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
+def building(target: Path, where: str = "", advice: str = "free some space") -> Iterator[Path]:
     """An empty folder that becomes ``target`` at once when the body ends without an error.
 
-    Two processes may build the same thing: the one that ends first has made it.
+    Two processes may build the same thing: whoever ends first has made it.
+
+    Args:
+        where: what cannot be written to, and ``advice``, what to do then: for the message.
 
     Raises:
         UserError: it cannot be written.
@@ -66,8 +70,9 @@ def building(target: Path) -> Iterator[Path]:
             new = Path(scratch) / "new"
             new.mkdir()
             yield new
-            for file in filter(Path.is_file, new.iterdir()):
-                file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
+            for file in new.iterdir():
+                if file.is_file():  # safetensors writes for the owner only; others may read
+                    file.chmod(0o644)
             try:
                 os.replace(new, target)
             except OSError:
@@ -79,8 +84,7 @@ def building(target: Path) -> Iterator[Path]:
                     os.replace(new, target)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); free some space, or set "
-            "TINYVL_CACHE to another folder."
+            f"Cannot write to {where or target.parent} ({error.strerror or error}); {advice}."
         ) from error
 
 
@@ -106,3 +110,14 @@ def locked(folder: Path, message: str) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def cache_dir() -> Path:
+    """$TINYVL_CACHE, or the platform's folder for what can be fetched again; need not exist."""
+    if own := os.environ.get("TINYVL_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "tinyvl"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/tinyvl"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"

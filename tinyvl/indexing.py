@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, data, files, index, media
+from tinyvl import UserError, data, files, index, media, media_workers
 from tinyvl.index import TABLES, Part, Row
 from tinyvl.progress import bar
 
@@ -236,7 +236,7 @@ class Update:
                     waiting.append(rows[-1])
                     yield self.source.full(path)
 
-        decoded = media.decode_images(
+        decoded = media_workers.decode_images(
             unknown(),
             self.model.encoder.transform(),
             target=self.model.encoder.size,

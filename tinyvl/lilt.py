@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinyvl import UserError, bert
+from tinyvl import UserError, encoders_text
 from tinyvl.encoders_text import build_text_model, load_text_model, load_tokenizer
 from tinyvl.lilt_towers import ImageTower, MapAdapter, TextTower, Tuning, image_model
 
@@ -56,8 +56,8 @@ def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
         tower = ImageTower(model, fit=image["fit"], tuning=tunings[0], where=image["name"])
     if folders is None or "text" in folders:
         where = folders["text"] if folders else Path()
-        if folders and not random and tower is None and bert.readable(where):
-            model, tokenizer = bert.load(where, grow=grow[1])
+        if folders and not random and tower is None and encoders_text.readable(where):
+            model, tokenizer = encoders_text.load(where, grow=grow[1])
         else:
             tokenizer = load_tokenizer(where) if folders else None
             if folders and not random:

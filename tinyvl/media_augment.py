@@ -1,11 +1,12 @@
-"""Views of a picture: what training sees beside the picture itself.
+"""Transforms of a picture or a video: varied views for training, and the frames of a clip.
 
-An augmentation here is a function of the picture, the seed and the number of the view, and of
-nothing else, so that a resumed run, a cached one and one with other workers see the same.
+A view depends only on the picture, the seed and the number of the view or epoch. So a resumed
+run, a run with a cache and one with other workers see the same.
 """
 
 import io
 import math
+import os
 import random
 import zlib
 from collections.abc import Callable
@@ -15,32 +16,136 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
+from tinyvl.media import kind_of, load_image
+
+GREY = (128, 128, 128)
+
 
 def content(picture: Image.Image) -> int:
-    """What tells a picture from others."""
+    """A checksum that tells a picture from others."""
     return zlib.crc32(picture.tobytes())
 
 
-class View:
-    """A view of an upright RGB picture, then the encoder's own transform. Picklable.
+class Varied:
+    """A transform of pictures that depends on what is in them. Picklable."""
 
-    View 0 is the picture itself. In the others most of it is kept, for a caption speaks of all of
-    it: a crop of 60 to 100 % of the area, perhaps mirrored, its light, sharpness and compression
-    changed. The last two matter where all training pictures come from one small public set: the
-    modules learn its very JPEG artefacts, and a sharp photo is outside of all they have seen.
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """RGB picture -> uint8 (3, H, W)."""
+        return self.vary(picture, content(picture))
+
+    def vary(self, picture: Image.Image, content: int) -> Tensor:
+        """The same transform for each frame of a clip: all are given one ``content``."""
+        raise NotImplementedError
+
+
+def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
+    """The picture written as a JPEG and read again."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+class SmallJpeg:
+    """A larger picture as a JPEG of 256 x 256 pixels, quality 75; then a transform. Picklable.
+
+    Small public sets are such files, and modules trained on them alone come to need the traces
+    of compression: without them, a sharp photo is unlike anything they have seen.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]):
+        self.transform = transform
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        if max(picture.size) > 256:
+            picture = as_jpeg(picture.resize((256, 256), Image.Resampling.LANCZOS), 75)
+        return self.transform(picture)
+
+
+class View(Varied):
+    """A varied view of an upright RGB picture, then the encoder's own transform.
+
+    View 0 is the picture itself. The others keep most of it, as a caption speaks of all of it: a
+    crop of 60 to 100 % of the area, perhaps mirrored, with other light, sharpness and compression.
+    Sharpness and compression matter where all training pictures come from one small public set:
+    modules learn its JPEG artefacts, and then a sharp photo is unlike anything they have seen.
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], view: int, seed: int = 0):
         self.transform, self.view, self.seed = transform, view, seed
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self.vary(picture, content(picture))
-
     def vary(self, picture: Image.Image, content: int) -> Tensor:
-        """The same for each frame of a clip, if these are of one content and size."""
         if self.view:
             picture = vary(picture, random.Random(f"{self.seed}/{self.view}/{content}"))
         return self.transform(picture)
+
+
+class RandomCrop(Varied):
+    """A new view in every epoch: a random crop, mirrored or not, and two operations.
+
+    The crop is ``area`` (LilT 0.2, eP-ALM 0.5) to all of the picture, with an aspect of 3/4 to
+    4/3, resized bicubically. Then RandAugment (https://arxiv.org/abs/1909.13719) with N = 2, M = 7
+    picks from the operations that leave colours alone; each is done with a chance of one half, as
+    in LilT's and eP-ALM's code.
+    """
+
+    def __init__(self, size: int, epoch: int, seed: int = 0, area: float = 0.2):
+        self.size, self.epoch, self.seed, self.area = size, epoch, seed, area
+
+    def vary(self, picture: Image.Image, content: int) -> Tensor:
+        rng = random.Random(f"{self.seed}/{self.epoch}/{content}/crop")
+        box = random_box(*picture.size, rng, self.area)
+        picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        if rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for operation in rng.choices(OPERATIONS, k=2):
+            if rng.random() < 0.5:
+                picture = operation(picture, 0.7, rng.choice((-1, 1)))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+class Clips:
+    """A video file to the frames that an encoder reads: uint8 (T, 3, H, W). Picklable.
+
+    A picture is a video of one frame, or with ``still`` just a picture (3, H, W). Frames are
+    taken from the middle of their parts, or with ``key`` at random places, which depend on the key
+    and on the file's name and size. A varied transform varies all frames alike.
+    """
+
+    def __init__(
+        self,
+        transform: Callable[[Image.Image], Tensor],
+        frames: int,
+        *,
+        still: bool = False,
+        key: str | None = None,
+    ):
+        self.transform, self.frames, self.still, self.key = transform, frames, still, key
+
+    def load(self, path: str, target: int | None) -> Image.Image | list[Image.Image]:
+        """What `media_workers.decode_images` calls in place of `load_image`."""
+        kind = kind_of(path)
+        if kind == "image" or (self.still and kind != "video"):
+            return load_image(path, target)
+        from tinyvl.media_av import load_frames
+
+        moment = None
+        if self.key is not None:
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            moment = random.Random(f"{self.key}/{os.path.basename(path)}/{size}").random
+        return load_frames(path, self.frames, moment=moment, target=target)
+
+    def __call__(self, seen: Image.Image | list[Image.Image]) -> Tensor:
+        frames = [seen] if isinstance(seen, Image.Image) else seen
+        if isinstance(self.transform, Varied):
+            first = content(frames[0])
+            views = [self.transform.vary(frame, first) for frame in frames]
+        else:
+            views = [self.transform(frame) for frame in frames]
+        if self.still and isinstance(seen, Image.Image):
+            return views[0]
+        # numpy's stack: this may run in a thread, where torch's would start OpenMP threads of its
+        # own; with more of these than cores, all that follows in the main thread is a fifth slower.
+        return torch.from_numpy(np.stack([view.numpy() for view in views]))
 
 
 def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
@@ -65,44 +170,14 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
     elif kind < 0.6:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
     if rng.random() < 0.5:
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=round(rng.uniform(30, 95)))
-        picture = Image.open(file).convert("RGB")
+        picture = as_jpeg(picture, round(rng.uniform(30, 95)))
     return picture
-
-
-class RandomCrop:
-    """A new view in every epoch: a random crop, mirrored or not, two operations. Picklable.
-
-    A crop of 20 (LilT) or 50 (eP-ALM) to 100 % of the area and an aspect of 3/4 to 4/3, bicubic;
-    then RandAugment (https://arxiv.org/abs/1909.13719) with N = 2, M = 7 out of the operations
-    that leave colours alone, each done in one case of two: as in LilT's and eP-ALM's code.
-    """
-
-    def __init__(self, size: int, epoch: int, seed: int = 0, area: float = 0.2):
-        self.size, self.epoch, self.seed, self.area = size, epoch, seed, area
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> uint8 (3, size, size)."""
-        return self.vary(picture, content(picture))
-
-    def vary(self, picture: Image.Image, content: int) -> Tensor:
-        """The same for each frame of a clip, if these are of one content and size."""
-        rng = random.Random(f"{self.seed}/{self.epoch}/{content}/crop")
-        box = random_box(*picture.size, rng, self.area)
-        picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
-        if rng.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for operation in rng.choices(OPERATIONS, k=2):
-            if rng.random() < 0.5:
-                picture = operation(picture, 0.7, rng.choice((-1, 1)))
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def random_box(
     width: int, height: int, rng: random.Random, least: float = 0.2
 ) -> tuple[float, float, float, float]:
-    """A part of a picture, ``least`` of its area or more, as torchvision's RandomResizedCrop."""
+    """A box (left, top, right, bottom) of ``least`` to 1 of the area, as torchvision draws it."""
     for _ in range(10):
         area = width * height * rng.uniform(least, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -116,15 +191,10 @@ def random_box(
 
 
 def warp(picture: Image.Image, *matrix: float) -> Image.Image:
-    """Each pixel is taken from where the matrix (2 x 3) puts it; grey where nothing is."""
-    grey = (128, 128, 128)
+    """An affine map (2 x 3) from each pixel to its source; grey outside of the picture."""
     return picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey
+        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY
     )
-
-
-def rotate(picture: Image.Image, m: float, sign: int) -> Image.Image:
-    return picture.rotate(sign * 30 * m, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
 
 
 OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
@@ -137,5 +207,7 @@ OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
     lambda picture, m, sign: warp(picture, 1, 0, 0, sign * 0.3 * m, 1, 0),
     lambda picture, m, sign: warp(picture, 1, 0, sign * 10 * m, 0, 1, 0),  # 7 pixels
     lambda picture, m, sign: warp(picture, 1, 0, 0, 0, 1, sign * 10 * m),
-    rotate,
+    lambda picture, m, sign: picture.rotate(
+        sign * 30 * m, Image.Resampling.BILINEAR, fillcolor=GREY
+    ),
 )

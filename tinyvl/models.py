@@ -23,7 +23,7 @@ from tinyvl.clipcap import ClipCap
 from tinyvl.decoder import Decoder
 from tinyvl.decoder_weights import decoder_config, load_decoder
 from tinyvl.device import choose_device, choose_precision
-from tinyvl.encoders_av import build_encoder
+from tinyvl.encoders_build import build_encoder
 from tinyvl.epalm import EPalm
 from tinyvl.itune import ITune
 from tinyvl.lilt import LilT
@@ -115,7 +115,7 @@ def new_config(
 ) -> dict:
     """The ``config.json`` of a model to be trained; fetches its backbones.
 
-    ``media`` is what else an encoder is told, as in `encoders_av.build_encoder`.
+    ``media`` is what else an encoder is told, as in `encoders_build.build_encoder`.
     """
     config: dict[str, Any] = {"format": 1, "method": method}
     for side, name in zip(towers(method), (language, vision), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvl import UserError, media
+from tinyvl import UserError, media, media_workers
 from tinyvl.index import Index, one_line
 
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
@@ -139,7 +139,7 @@ def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
     if not files:
         return list(words)
     encoder = model.encoder
-    decoded = media.decode_images(files, encoder.transform(), target=encoder.size)
+    decoded = media_workers.decode_images(files, encoder.transform(), target=encoder.size)
     out: list[np.ndarray | UserError] = []
     for query in queries:
         found = next(decoded)[1] if query.picture else next(words)

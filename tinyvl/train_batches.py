@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, data, media
+from tinyvl import UserError, data, media, media_workers
 from tinyvl.extract import contents, extract
 from tinyvl.features import FeatureStore
 from tinyvl.presets import Job, Run
@@ -183,7 +183,7 @@ class Pictures:
         if self.crops:
             transform, target = self.encoder.crop(epoch, self.seed, self.area), None
         found: list[Tensor | media.MediaError] = []
-        for _, picture in media.decode_images(
+        for _, picture in media_workers.decode_images(
             paths(), transform, target=target, workers=self.run.workers
         ):
             found.append(picture)

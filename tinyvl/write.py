@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, media
+from tinyvl import UserError, media_workers
 from tinyvl.captioner import Captioner
 from tinyvl.features import FeatureStore
 
@@ -75,7 +75,9 @@ def decoded(
         pictures = stored(store, model.reads, paths)
     else:
         encoder = model.encoder
-        pictures = media.decode_images(paths, encoder.view(), target=encoder.size, workers=workers)
+        pictures = media_workers.decode_images(
+            paths, encoder.view(), target=encoder.size, workers=workers
+        )
     with closing(pictures):  # ends the workers when this generator is closed
         if questions is None:
             yield from pictures

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from tinyvl.media import decode_images, load_image
+from tinyvl.media import load_image
+from tinyvl.media_workers import decode_images
 
 
 def photo(seed: int) -> bytes:

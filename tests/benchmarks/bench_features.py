@@ -27,7 +27,7 @@ import torch
 from bench_decode import photo
 from PIL import Image
 
-from tinyvl import extract, media
+from tinyvl import extract, media, media_workers
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.presets import Run
 
@@ -84,13 +84,13 @@ def main() -> None:
     )
     head = extract.contents(vision, encoder)
     print(
-        f"{options.vision}, {device} {precision_name(precision)}, {media.cores()} cores, "
+        f"{options.vision}, {device} {precision_name(precision)}, {media_workers.cores()} cores, "
         f"{torch.get_num_threads()} threads, {options.images} pictures, {options.repeats} turns"
     )
     transform = encoder.transform()
     with tempfile.TemporaryDirectory() as root:
         for name, files in sets(Path(root), options.data, options.images):
-            decoded = media.decode_images(
+            decoded = media_workers.decode_images(
                 files, encoder.transform(), target=encoder.size, workers=options.workers
             )
             memory = torch.stack([picture for _, picture in decoded])

@@ -1,6 +1,8 @@
-"""Frames of videos against all of a video decoded; and the files that people have."""
+"""Frames against all of a video decoded, spectrograms against transformers' extractors."""
 
+import random
 import shutil
+import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,11 +10,12 @@ import av
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
-from tinyvl import draw_av, media, media_video
-from tinyvl.media import MediaError
-from tinyvl.media_augment import RandomCrop, View
+from tinyvl import draw_av, media_av, media_workers
+from tinyvl.media import MediaError, kind_of
+from tinyvl.media_augment import Clips, RandomCrop, View
 
 CLIPS = Path(__file__).parents[2] / "shared" / "data" / "video"
 
@@ -68,7 +71,7 @@ def test_frames_are_those_of_a_full_decode(suffix, times, tmp_path):
     path = write(tmp_path / f"a.{suffix}", times)
     whole = length(path)
     for count in (1, 8, 16):
-        found = media_video.load_frames(path, count)
+        found = media_av.load_frames(path, count)
         expected = slow(path, [whole * (i + 0.5) / count for i in range(count)])
         assert len(found) == count
         for one, other in zip(found, expected, strict=True):
@@ -78,7 +81,7 @@ def test_frames_are_those_of_a_full_decode(suffix, times, tmp_path):
 def test_each_frame_is_somewhere_in_its_part(tmp_path):
     path = write(tmp_path / "a.mkv", even(200))
     whole, places = length(path), iter([0.01, 0.99, 0.5, 0.2])
-    found = media_video.load_frames(path, 4, moment=lambda: next(places))
+    found = media_av.load_frames(path, 4, moment=lambda: next(places))
     times = [whole * (i + p) / 4 for i, p in enumerate([0.01, 0.99, 0.5, 0.2])]
     for one, other in zip(found, slow(path, times), strict=True):
         assert np.array_equal(np.asarray(one), other)
@@ -86,21 +89,21 @@ def test_each_frame_is_somewhere_in_its_part(tmp_path):
 
 def counted(monkeypatch) -> list[int]:
     """How many frames are decoded from now on."""
-    number, following = [0], media_video.following
+    number, following = [0], media_av.following
 
     def count(container, stream):
         for frame in following(container, stream):
             number[0] += 1
             yield frame
 
-    monkeypatch.setattr(media_video, "following", count)
+    monkeypatch.setattr(media_av, "following", count)
     return number
 
 
 def test_a_long_video_is_sought_in(tmp_path, monkeypatch):
     path = write(tmp_path / "long.mp4", even(6000), size=(32, 32))  # four minutes
     number = counted(monkeypatch)
-    found = media_video.load_frames(path, 8)
+    found = media_av.load_frames(path, 8)
     assert number[0] < 8 * 30, number
     expected = slow(path, [length(path) * (i + 0.5) / 8 for i in range(8)])
     for one, other in zip(found, expected, strict=True):
@@ -110,7 +113,7 @@ def test_a_long_video_is_sought_in(tmp_path, monkeypatch):
 def test_key_frames_far_apart_are_not_decoded_again_and_again(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", even(1500), gop=600, size=(32, 32))
     number = counted(monkeypatch)
-    found = media_video.load_frames(path, 16)
+    found = media_av.load_frames(path, 16)
     assert number[0] < 2 * 1500, number
     expected = slow(path, [length(path) * (i + 0.5) / 16 for i in range(16)])
     for one, other in zip(found, expected, strict=True):
@@ -137,7 +140,7 @@ def test_a_display_matrix_turns_the_frames(matrix, turn, tmp_path):
     at = content.index(b"tkhd") + 44
     content[at : at + 36] = b"".join(value.to_bytes(4, "big") for value in rows)
     path.write_bytes(bytes(content))
-    (frame,) = media_video.load_frames(path, 1)
+    (frame,) = media_av.load_frames(path, 1)
     white = Image.fromarray(pixels).rotate(turn, expand=True)
     assert frame.size == white.size
     assert np.abs(np.asarray(frame).astype(int) - np.asarray(white)).mean() < 12
@@ -146,7 +149,7 @@ def test_a_display_matrix_turns_the_frames(matrix, turn, tmp_path):
 def test_what_is_no_video_is_refused_in_a_sentence(tmp_path):
     def refused(path, words):
         with pytest.raises(MediaError, match=words) as raised:
-            media_video.load_frames(path, 4)
+            media_av.load_frames(path, 4)
         assert str(raised.value).startswith(f"{path}: ")
         assert "\n" not in str(raised.value)
 
@@ -170,7 +173,7 @@ def test_of_a_video_that_is_cut_short_what_is_there_is_used(tmp_path):
     whole = write(tmp_path / "whole.avi", even(50), codec="png")
     cut = tmp_path / "cut.avi"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    found = media_video.load_frames(cut, 8)
+    found = media_av.load_frames(cut, 8)
     levels = [int(np.asarray(frame)[0, 0, 0]) for frame in found]
     assert len(found) == 8
     assert levels == sorted(levels)
@@ -194,7 +197,7 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
         container.mux(cover.encode(picture))
         container.mux(cover.encode())
     with pytest.raises(MediaError, match="has sound, but no video"):
-        media_video.load_frames(path, 4)
+        media_av.load_frames(path, 4)
 
 
 def resized(picture: Image.Image) -> torch.Tensor:
@@ -203,11 +206,11 @@ def resized(picture: Image.Image) -> torch.Tensor:
 
 def test_clips_are_random_by_key_and_varied_alike(tmp_path):
     path = str(write(tmp_path / "a.mkv", even(200)))
-    plain = media_video.Clips(resized, 4)
+    plain = Clips(resized, 4)
     assert torch.equal(plain(plain.load(path, 32)), plain(plain.load(path, None)))
     made = {}
     for key in ("0/1", "0/2", "0/1 again"):
-        clips = media_video.Clips(resized, 4, key=key.partition(" ")[0])
+        clips = Clips(resized, 4, key=key.partition(" ")[0])
         made[key] = clips(clips.load(path, 32))
     assert made["0/1"].shape == (4, 3, 32, 32)
     assert torch.equal(made["0/1"], made["0/1 again"])
@@ -216,12 +219,12 @@ def test_clips_are_random_by_key_and_varied_alike(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     moved = str(moved.rename(other / "a.mkv"))
-    clips = media_video.Clips(resized, 4, key="0/1")
+    clips = Clips(resized, 4, key="0/1")
     assert torch.equal(clips(clips.load(moved, 32)), made["0/1"])  # another folder, the same frames
 
     still = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8))
     for transform in (RandomCrop(32, 3, 0, 0.5), View(resized, 2, 0)):
-        frames = media_video.Clips(transform, 3)([still, still.copy(), still.copy()])
+        frames = Clips(transform, 3)([still, still.copy(), still.copy()])
         assert torch.equal(frames[0], transform(still))
         assert torch.equal(frames[1], frames[0])
         assert torch.equal(frames[2], frames[0])
@@ -233,18 +236,161 @@ def test_workers_decode_clips_and_pictures(tmp_path):
     (tmp_path / "bad.mkv").write_bytes(b"no")
     paths += [str(tmp_path / "a.png"), str(tmp_path / "bad.mkv")]
     for workers in (0, 2):
-        found = dict(media.decode_images(paths, media_video.Clips(resized, 4), workers=workers))
+        found = dict(media_workers.decode_images(paths, Clips(resized, 4), workers=workers))
         assert [found[path].shape for path in paths[:3]] == [(4, 3, 32, 32)] * 3
         assert found[paths[3]].shape == (1, 3, 32, 32)
         assert "damaged" in str(found[paths[4]])
-    still = dict(media.decode_images(paths, media_video.Clips(resized, 4, still=True), workers=0))
+    still = dict(media_workers.decode_images(paths, Clips(resized, 4, still=True), workers=0))
     assert still[paths[3]].shape == (3, 32, 32)
     assert still[paths[0]].shape == (4, 3, 32, 32)
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips here")
 def test_real_clips_decode():
-    clips = [path for path in sorted(CLIPS.iterdir()) if media_video.is_video(path)]
+    clips = [path for path in sorted(CLIPS.iterdir()) if kind_of(path) == "video"]
     assert len(clips) > 10
     for path in clips[:4]:
-        assert len(media_video.load_frames(path, 8, target=224)) == 8
+        assert len(media_av.load_frames(path, 8, target=224)) == 8
+
+
+# ------------------------------------------------------------------------------ sounds
+
+
+def write_wave(path: Path, samples: np.ndarray, rate: int = 16000, channels: int = 1) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return path
+
+
+def sine(seconds: float, hertz: float = 440, rate: int = 16000) -> np.ndarray:
+    return 12000 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def test_samples_are_as_written(tmp_path):
+    path = write_wave(tmp_path / "a.wav", sine(1.5))
+    found = media_av.load_sound(path, 10)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, sine(1.5).astype("<i2") / 32768, atol=1e-6)
+    assert len(media_av.load_sound(path, 0.5)) == 8000
+
+
+def test_other_rates_and_channels_become_16_khz_mono(tmp_path):
+    one, other = sine(1, 440, 44100), sine(1, 880, 44100)
+    path = write_wave(tmp_path / "a.wav", np.stack([one, other], 1).ravel(), 44100, 2)
+    found = media_av.load_sound(path, 10)
+    assert abs(len(found) - 16000) < 50
+    middle = slice(2000, 14000)
+    expected = (sine(1, 440) + sine(1, 880))[: len(found)] / 2 / 32768
+    np.testing.assert_allclose(found[middle], expected[middle], atol=0.01)
+
+
+def test_only_the_beginning_of_a_long_sound_is_decoded(tmp_path, monkeypatch):
+    path = write_wave(tmp_path / "long.wav", sine(120))
+    frames = [0]
+    resampler = av.AudioResampler
+
+    class Counting:
+        def __init__(self, **options):
+            self.own = resampler(**options)
+
+        def resample(self, frame):
+            frames[0] += 0 if frame is None else frame.samples
+            return self.own.resample(frame)
+
+    monkeypatch.setattr(av, "AudioResampler", Counting)
+    assert len(media_av.load_sound(path, 2)) == 32000
+    assert frames[0] < 3 * 16000
+
+
+def test_what_has_no_sound_is_refused_in_a_sentence(tmp_path):
+    def refused(path, words):
+        with pytest.raises(MediaError, match=words) as raised:
+            media_av.load_sound(path, 1)
+        assert str(raised.value).startswith(f"{path}: ")
+
+    refused(tmp_path / "none.wav", "there is no such file")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    refused(tmp_path / "empty.wav", "the file is empty")
+    (tmp_path / "text.ogg").write_text("no sound " * 50)
+    refused(tmp_path / "text.ogg", "damaged, or in no format")
+    refused(write_wave(tmp_path / "zero.wav", np.zeros(0)), "no samples|damaged")
+    draw_av.write_video(tmp_path / "a.avi", draw_av.Motion("star", "red", "left"), 0, 0)
+    refused(tmp_path / "a.avi", "has no sound in it")
+
+
+EXTRACTORS = {
+    "ast": transformers.ASTFeatureExtractor(),
+    "whisper": transformers.WhisperFeatureExtractor(),
+}
+
+
+@pytest.mark.parametrize("seconds", [0.01, 3, 40])
+@pytest.mark.parametrize("kind", EXTRACTORS)
+def test_spectrograms_are_transformers_own_padded_or_cut(kind, seconds):
+    extractor = EXTRACTORS[kind]
+    rng = np.random.default_rng(0)
+    sound = rng.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    found = media_av.spectrogram(extractor, sound)
+    if kind == "ast":
+        assert found.shape == (1024, 128)
+        whole = np.pad(sound, (0, max(0, 400 - sound.size)))
+        expected = extractor(whole, sampling_rate=16000, return_tensors="np")["input_values"][0]
+    else:
+        assert found.shape == (3000, 80)
+        expected = extractor(sound, sampling_rate=16000, return_tensors="np")
+        expected = expected["input_features"][0].T
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", EXTRACTORS)
+def test_masks_lie_over_the_padded_spectrogram_and_look_like_padding(kind):
+    extractor = EXTRACTORS[kind]
+    sound = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)  # 1 s: 100 frames
+    plain = media_av.spectrogram(extractor, sound)
+    silent = media_av.silence(extractor, plain)
+    assert np.allclose(plain[-1], silent)  # the padding
+    behind, widest = 0, [0, 0]
+    for view in range(40):
+        sounds = media_av.Sounds(extractor, 10, key=f"0/{view}")
+        seen = sounds(sound)[0].numpy()
+        changed = seen != plain
+        assert np.allclose(seen[changed], silent)
+        bins, frames = changed[:20].all(0).sum(), changed.all(1).sum()
+        widest = [max(widest[0], bins), max(widest[1], frames)]
+        # A mask of frames that fell on the padding changes nothing: it was drawn over all of it.
+        behind += frames == 0
+        assert np.array_equal(sounds(sound)[0].numpy(), seen)  # the same again
+    assert behind > 20
+    assert 12 < widest[0] <= 24
+    assert widest[1] <= 96
+
+
+def test_masks_have_the_widths_and_places_asked_for():
+    seen, widths, firsts = np.ones((1024, 128), np.float32), [], []
+    for i in range(300):
+        changed = media_av.masked(seen, random.Random(i), (24, 96), 0.0) == 0
+        frames, bins = np.flatnonzero(changed.all(1)), np.flatnonzero(changed.all(0))
+        widths.append((len(bins), len(frames)))
+        firsts += [frames[0]] if len(frames) else []
+        assert len(frames) == 0 or np.ptp(frames) == len(frames) - 1  # one band
+    bins, frames = np.array(widths).T
+    assert bins.max() == 24
+    assert frames.max() in (95, 96)
+    assert abs(frames.mean() - 48) < 6
+    assert abs(bins.mean() - 12) < 2
+    assert max(firsts) > 900
+    assert np.array_equal(media_av.masked(seen, random.Random(0), (0, 0), 0.0), seen)
+
+
+def test_workers_decode_sounds(tmp_path):
+    good = str(write_wave(tmp_path / "a.wav", sine(0.5)))
+    (tmp_path / "bad.wav").write_bytes(b"no")
+    bad = str(tmp_path / "bad.wav")
+    sounds = media_av.Sounds(EXTRACTORS["ast"], 10)
+    for workers in (0, 1):
+        found = dict(media_workers.decode_images([good, bad], sounds, workers=workers))
+        assert found[good].shape == (1, 1024, 128)
+        assert "damaged" in str(found[bad])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_text, write_vision
 from transformers import AutoTokenizer, BertModel
 
-from tinyvl import UserError, bert, hub, models
+from tinyvl import UserError, encoders_text, hub, models
 
 TEXTS = ["a red dog runs", "two cats sleep on the mat", "sky", "", "an unknown zebra " * 30]
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def same_as_transformers(folder) -> None:
-    ours, tokenizer = bert.load(folder)
+    ours, tokenizer = encoders_text.load(folder)
     theirs = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     known = AutoTokenizer.from_pretrained(folder)
     for longest in (30, 8):
@@ -44,14 +44,14 @@ def same_as_transformers(folder) -> None:
 
 def test_hidden_states_and_ids_are_those_of_transformers(folders, tmp_path):
     folder = hub.fetch(folders["text"], "text")
-    assert bert.readable(folder)
+    assert encoders_text.readable(folder)
     same_as_transformers(folder)
 
 
 def test_the_names_of_the_first_checkpoints_are_read(folders, tmp_path):
     """bert-base-uncased has a prefix, and gamma and beta for a LayerNorm's weight and bias."""
     folder = hub.fetch(folders["text"], "text")
-    new, _ = bert.load(folder)
+    new, _ = encoders_text.load(folder)
     state = load_file(folder / "model.safetensors")
     old = {f"bert.{name}": tensor for name, tensor in state.items()}
     old = {
@@ -63,13 +63,13 @@ def test_the_names_of_the_first_checkpoints_are_read(folders, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     save_file(old, tmp_path / "model.safetensors")
-    again, _ = bert.load(tmp_path)
+    again, _ = encoders_text.load(tmp_path)
     for name, tensor in new.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor)
     del old["bert.encoder.layer.1.output.dense.weight"]
     save_file(old, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="weights of encoder"):
-        bert.load(tmp_path)
+        encoders_text.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_one_tower_embeds_as_both_do(folders, tmp_path, vision, options):
     both = models.load(str(tmp_path), **load)
     text = models.load(str(tmp_path), **load, sides=["text"])
     image = models.load(str(tmp_path), **load, sides=["image"])
-    assert isinstance(text.text.model, bert.Bert)
+    assert isinstance(text.text.model, encoders_text.Bert)
     assert (text.encoder, image.text) == (None, None)
     assert both.fingerprint == text.fingerprint == image.fingerprint
     expected = both.embed_texts(TEXTS)
