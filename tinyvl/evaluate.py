@@ -27,9 +27,9 @@ from tinyvl import (
     files,
     metrics,
     models,
-    predictions,
     write,
 )
+from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store

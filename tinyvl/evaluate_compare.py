@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from tinyvl import UserError, bootstrap, predictions
+from tinyvl import UserError, bootstrap
+from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.evaluate import Scoring, Source, Task, choose, described, finish, read, task_of
 

@@ -24,9 +24,9 @@ from tinyvl import (
     data,
     media,
     metrics,
-    predictions,
     write,
 )
+from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import precision_name
 from tinyvl.evaluate import (

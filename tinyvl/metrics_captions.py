@@ -17,7 +17,7 @@ import numpy as np
 
 from tinyvl import UserError, hub, ptb
 from tinyvl import metrics_java as jvm
-from tinyvl.cider import Cider
+from tinyvl.metrics_cider import Cider
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinyvl import decode, ptb
 from tinyvl.captioner import Batch, Captioner, collate
-from tinyvl.cider import Cider
+from tinyvl.metrics_cider import Cider
 
 END = "</s>"
 
