@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinyvl import UserError, metrics
+from tinyvl import UserError, classes, metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -96,13 +96,16 @@ def test_strict_accuracy_asks_for_the_most_frequent_answer():
 
 
 def test_gqa_is_equality():
-    assert metrics.gqa_accuracy("yes", ["yes"]) == 1
-    assert metrics.gqa_accuracy("Yes", ["yes"]) == 0
+    assert metrics.strict_accuracy("yes", ["yes"]) == 1
+    assert metrics.strict_accuracy("Yes", ["yes"]) == 0
 
 
-def test_by_type_means_each_type():
-    found = metrics.by_type([1, 0, 0.5, 1], ["what", "is", "what", None])
-    assert found == {"is": 0.0, "what": 0.75}
+def test_means_of_all_and_of_each_group():
+    found = metrics.mean_scores({"m": [1, 0, 0.5, 1]}, {"type": ["what", "is", "what", None]})
+    assert found.metrics == {"m": 0.625}
+    assert found.groups == {"type": {"is": {"items": 1, "m": 0}, "what": {"items": 2, "m": 0.75}}}
+    assert list(found.groups["type"]) == ["is", "what"]
+    assert metrics.mean_scores({"m": [1]}, {"type": [None]}).groups == {}
 
 
 # Retrieval
@@ -261,7 +264,7 @@ def test_class_embeddings_average_unit_vectors_of_all_templates():
         return 3 * torch.randn(8, generator=torch.Generator().manual_seed(hash(text) % 2**31))
 
     names, templates = ["dog", "ice_cream"], ["a photo of a {}.", "art of the {}."]
-    found = metrics.class_embeddings(embed, names, templates, batch=3)
+    found = classes.class_embeddings(embed, names, templates, batch=3)
     assert seen == [
         ["a photo of a dog.", "art of the dog.", "a photo of a ice cream."],
         ["art of the ice cream."],
@@ -275,7 +278,7 @@ def test_class_embeddings_average_unit_vectors_of_all_templates():
 def test_templates_need_one_place_for_the_name():
     for wrong in ("a photo", "a {} of a {}"):
         with pytest.raises(UserError, match="template") as caught:
-            metrics.class_embeddings(lambda texts: torch.eye(2), ["dog"], [wrong])
+            classes.class_embeddings(lambda texts: torch.eye(2), ["dog"], [wrong])
         assert caught.value.status == 2
     with pytest.raises(UserError, match="class names"):
-        metrics.class_embeddings(lambda texts: torch.eye(2), [], ["{}"])
+        classes.class_embeddings(lambda texts: torch.eye(2), [], ["{}"])

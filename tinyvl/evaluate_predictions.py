@@ -1,9 +1,8 @@
-"""Predictions on disk: a run's own, kept while it is killed and resumed; other people's, matched
-to records; and what the evaluation servers take.
+"""Predictions on disk: a run's own, which survive a kill; other people's, matched to records.
 
-A prediction is one JSON line, ``{"id", "path", "caption", "score"}`` (or ``"answer"``). Read are
-these lines, with ``id``, ``question_id``, ``image_id``, ``path`` or ``image`` naming the record,
-and the arrays of COCO's, NoCaps's and VQA's results files.
+A prediction is one JSON line, ``{"id", "path", "caption", "score"}`` (or ``"answer"``). `read`
+takes such lines, where ``id``, ``question_id``, ``image_id``, ``path`` or ``image`` names the
+record, and the arrays of COCO's, NoCaps's and VQA's results files.
 """
 
 import json
@@ -20,32 +19,32 @@ from tinyvl.files import replace_file, write_text
 FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 IDS = ("id", "question_id", "image_id")
 PATHS = ("path", "image", "video", "audio")
+OPEN = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 class Log:
-    """A run's predictions as they are made: in a folder, if there is one, else in memory.
+    """A run's predictions as they are made: in a folder, or in memory where there is none.
 
-    The folder's ``run.json`` says what decides the predictions; a resumed run must be the same.
+    The folder's ``run.json`` says what decides the predictions; a resumed run must have the same.
     A line cut off by a kill is dropped, so its picture is done again.
     """
 
     def __init__(self, folder: Path | None, run: dict[str, Any], *, resume: bool | None = False):
-        """Opens the folder, or makes it, unless `refuse` refuses it."""
+        """Opens or makes the folder. Raises UserError as `refuse` does."""
         self.lines: dict[str, dict[str, Any]] = {}
         self.stream = None
         if folder is None:
             return
         if refuse(folder, run, resume):
             self.lines = {line["id"]: line for line in read_lines(folder)}
-        how = {"encoding": "utf-8", "errors": "surrogateescape"}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
         write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
         kept = "".join(map(dump, self.lines.values()))
-        replace_file(folder / FILE, lambda part: part.write_text(kept, **how))
-        self.stream = (folder / FILE).open("a", **how)
+        replace_file(folder / FILE, lambda part: part.write_text(kept, **OPEN))
+        self.stream = (folder / FILE).open("a", **OPEN)
 
     def add(self, line: dict[str, Any]) -> None:
         """Keeps a prediction, on disk at once."""
@@ -56,11 +55,10 @@ class Log:
 
 
 def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
-    """Whether there is a run in the folder, and it is this one. ``resume`` None: it cannot be.
+    """Whether the folder has this run. ``resume`` None: this kind of run cannot be resumed.
 
     Raises:
-        UserError: the folder is in use and ``resume`` was not asked for, was made by another run,
-            or is none of ours.
+        UserError: the folder has other things or another run in it, or ``resume`` is not True.
     """
     if folder.is_file() or folder.suffix in (".json", ".jsonl"):
         raise UserError(
@@ -91,34 +89,45 @@ def dump(line: dict[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """What a predictions folder says about the run that made it; empty where nothing does."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """A folder's ``run.json``; empty where there is none."""
     try:
-        return json.loads((path / RUN).read_text(encoding="utf-8"))
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines that a run has written; one cut off by a kill is left out."""
-    try:
-        content = (folder / FILE).read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        return []
+    """The lines that a run has written, without one that a kill cut off."""
     found = []
-    for line in re.findall(r"[^\n]*\n", content):
-        with suppress(ValueError):
-            found.append(json.loads(line))
+    with suppress(FileNotFoundError):
+        for line in re.findall(r"[^\n]*\n", (folder / FILE).read_text(**OPEN)):
+            with suppress(ValueError):
+                found.append(json.loads(line))
     return found
 
 
+def export(file: Path, texts: dict[str, str], field: str) -> None:
+    """Writes what the servers of COCO and NoCaps (captions) and of VQA (answers) take."""
+    key = "question_id" if field == "answer" else "image_id"
+
+    def number(text: str) -> int | str:  # as the published files have it
+        return int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
+
+    results = [{key: number(name), field: text} for name, text in texts.items()]
+    write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
+
+
+# ----------------------------------------------------------------------------- made elsewhere
+
+
 def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
-    """The predictions of a file, or of a run's folder, each after the name of its place.
+    """The predictions of a file or of a run's folder, each with the place where it stands.
 
     Args:
         path: JSON Lines, or a JSON array (COCO, NoCaps and VQA results).
-        field: where the text is: ``"caption"`` or ``"answer"``. Lines with an ``error`` in its
-            place, as `tinyvl caption --json` writes for a file it cannot read, are left out.
+        field: the text's key: ``"caption"`` or ``"answer"``. Lines that have an ``error`` instead,
+            as `tinyvl caption --json` writes for a file it cannot read, are left out.
 
     Raises:
         UserError: no such file, or a line that is no prediction.
@@ -126,25 +135,16 @@ def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
     path = path.expanduser()
     file = path / FILE if path.is_dir() else path
     try:
-        content = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        content = file.read_text(**OPEN | {"encoding": "utf-8-sig"})
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
     if content.lstrip().startswith("["):
-        try:
-            array = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON: {error}") from None
-        places = [(f"{file}, [{i}]", entry) for i, entry in enumerate(array)]
+        entries = [(f"{file}, [{i}]", e) for i, e in enumerate(parsed(content, file))]
     else:
-        places = []
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                try:
-                    places.append((f"{file}, line {number}", json.loads(line)))
-                except ValueError as error:
-                    raise UserError(f"{file}, line {number} is not JSON: {error}") from None
+        lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
+        entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
     found = []
-    for where, entry in places:
+    for where, entry in entries:
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected a JSON object, found {str(entry)[:60]!r}")
         if "error" in entry and field not in entry:
@@ -159,6 +159,13 @@ def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+def parsed(text: str, where: Path | str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+
+
 def match(
     entries: list[tuple[str, dict[str, Any]]], records: list[Record], field: str
 ) -> dict[str, str]:
@@ -171,21 +178,20 @@ def match(
         UserError: an entry names no record, or several, or a record that another one named.
     """
     ids = {record.id for record in records}
-    by_path: dict[str, list[Record]] = {}
+    named: dict[str, list[Record]] = {}  # by path and by file name
     for record in records:
-        by_path.setdefault(record.path, []).append(record)
-    by_name: dict[str, list[Record]] = {}
-    for record in records:
-        by_name.setdefault(os.path.basename(record.path), []).append(record)
+        for name in {record.path, os.path.basename(record.path)}:
+            named.setdefault(name, []).append(record)
 
     def find(where: str, entry: dict[str, Any]) -> str:
-        named = [str(entry[key]) for key in IDS if entry.get(key) is not None]
-        for name in named:
+        names, paths = (
+            [str(entry[key]) for key in keys if entry.get(key) is not None] for keys in (IDS, PATHS)
+        )
+        for name in names:
             if name in ids:
                 return name
-        paths = [str(entry[key]) for key in PATHS if entry.get(key) is not None]
         for name in paths:
-            hits = by_path.get(os.path.abspath(name)) or by_name.get(os.path.basename(name), [])
+            hits = named.get(os.path.abspath(name)) or named.get(os.path.basename(name), [])
             if "question" in entry:
                 hits = [record for record in hits if record.question == entry["question"]]
             if len(hits) == 1:
@@ -194,7 +200,7 @@ def match(
                 raise UserError(
                     f"{where}: {name!r} names {len(hits)} records of the data; name one by its id"
                 )
-        raise UserError(f"{where}: {(named + paths)[0]!r} is not in the data")
+        raise UserError(f"{where}: {(names + paths)[0]!r} is not in the data")
 
     texts: dict[str, str] = {}
     for where, entry in entries:
@@ -203,15 +209,3 @@ def match(
             raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
         texts[key] = entry[field]
     return texts
-
-
-def number(text: str) -> int | str:
-    """An id as the published files have it: a number where it is one."""
-    return int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
-
-
-def export(file: Path, texts: dict[str, str], field: str) -> None:
-    """Writes what the servers of COCO and NoCaps (captions) and of VQA (answers) take."""
-    key = "question_id" if field == "answer" else "image_id"
-    results = [{key: number(name), field: text} for name, text in texts.items()]
-    write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
