@@ -293,9 +293,7 @@ def test_empty_captions_stay_in_their_place(captions):
 @needs_java
 def test_one_image_with_a_newline_in_its_caption(capfd):
     """METEOR needs no others, CIDEr is 0 by definition and a warning says so."""
-    scores = caption_scores(
-        {"3": REFS["3"]}, {"3": "a blue bike\nnext to\u2028 a wall\r\n"}
-    )
+    scores = caption_scores({"3": REFS["3"]}, {"3": "a blue bike\nnext to\u2028 a wall\r\n"})
     expected = MINI["expected_per_image"]["3"]
     assert scores.metrics["METEOR"] == pytest.approx(expected["METEOR"], abs=1e-10)
     assert scores.metrics["ROUGE-L"] == pytest.approx(expected["ROUGE_L"], abs=1e-10)
@@ -339,9 +337,7 @@ def test_cider_is_pycocoevalcaps_on_captions_of_all_kinds():
 
 
 def test_empty_captions_are_scored():
-    scores = caption_scores(
-        {"1": ["...", ""], "2": ["?"]}, {"1": "", "2": "a dog"}
-    )
+    scores = caption_scores({"1": ["...", ""], "2": ["?"]}, {"1": "", "2": "a dog"})
     assert scores.metrics["CIDEr"] == 0
     assert scores.metrics["BLEU-4"] == pytest.approx(0, abs=1e-6)
 
@@ -500,9 +496,7 @@ def run_spice(tmp_path, monkeypatch, version: str, **engine):
     jars = spice_jars(tmp_path / "spice jars", "rhino.jar", **engine)
     java = fake_java(tmp_path / "java", SPICE.format(log=str(log)), version)
     names = ["CIDEr", "SPICE", "SPIDEr"]
-    scores = caption_scores(
-        REFS, HYPS, metrics=names, java=str(java), spice_jars=jars
-    )
+    scores = caption_scores(REFS, HYPS, metrics=names, java=str(java), spice_jars=jars)
     arguments, items = json.loads(log.read_text())
     assert [item["image_id"] for item in items] == [0, 1, 2, 3, 4]
     assert items[0]["test"] == HYPS["1"]

@@ -51,20 +51,12 @@ def class_embeddings(
     embed_texts: Callable[[list[str]], Tensor],
     names: Sequence[str],
     templates: Sequence[str],
-    *,
     batch: int = 256,
 ) -> Tensor:
     """One unit vector a class (C, d): the mean of its prompts' unit vectors, made unit again.
 
     ``embed_texts`` maps texts to embeddings (n, d). Underscores in names become spaces.
-
-    Raises:
-        UserError: no names, no templates, or a template without one ``{}``.
     """
-    if wrong := next((t for t in templates if t.count("{}") != 1), None):
-        raise UserError(f"The template {wrong!r} needs one {{}} where the class name goes.", 2)
-    if not names or not templates:
-        raise UserError("Zero-shot classification needs class names and a template.", 2)
     texts = [t.replace("{}", name.replace("_", " ")) for name in names for t in templates]
     parts = [embed_texts(texts[i : i + batch]) for i in range(0, len(texts), batch)]
     prompts = normalize(torch.cat(parts).float(), dim=-1)

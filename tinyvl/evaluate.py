@@ -7,8 +7,8 @@ fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.
 """
 
 import hashlib
+import itertools
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from tinyvl import UserError, __version__, data, files, metrics, models, write
+from tinyvl import UserError, __version__, data, metrics, models, write
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.metrics import Scores
 from tinyvl.metrics_captions import CaptionScores, caption_scores, plan_captions
-from tinyvl.progress import bar, say
 from tinyvl.records import READABLE
 
 T = TypeVar("T")
@@ -123,9 +122,8 @@ def choose(records: list[Record], source: Source, split: str | None) -> list[Rec
     if source.answers_top is not None:
         records = answerable(records, everything, source.answers_top)
         if not records:
-            raise UserError(
-                f"{source.path}: no question has such an answer; raise --answers-top.", 2
-            )
+            message = "no question has such an answer; raise --answers-top."
+            raise UserError(f"{source.path}: {message}", 2)
     return limited(records, source.limit)
 
 
@@ -179,10 +177,8 @@ def by_question(records: list[Record]) -> list[Record]:
     asked = [record for record in records if record.question]
     names = [record.question_id or record.id for record in asked]
     if len(set(names)) < len(names):
-        count: dict[str, int] = {}
-        for i, name in enumerate(names):
-            count[name] = count.get(name, -1) + 1
-            names[i] = f"{name}#{count[name]}"
+        count: dict[str, Iterator[int]] = {}
+        names = [f"{name}#{next(count.setdefault(name, itertools.count()))}" for name in names]
     return [replace(record, id=name) for record, name in zip(asked, names, strict=True)]
 
 
@@ -265,29 +261,20 @@ class Checkpoint:
         self.config = models.read_config(self.folder)
 
     def head(
-        self,
-        task: str,
-        source: Source,
-        split: str | None,
-        place: Place,
-        features: Path | None,
+        self, task: str, source: Source, split: str | None, place: Place, features: Path | None,
         **how: Any,
-    ) -> dict[str, Any]:
-        """The head of a report, with what tells this checkpoint from others."""
-        parts = {
-            side: part["name"]
-            for side, part in self.config.items()
-            if isinstance(part, dict) and "name" in part
-        }
+    ) -> dict[str, Any]:  # fmt: skip
+        """The head of a report, which tells this checkpoint from others."""
+        about = {"method": self.config.get("method")}
+        about |= {side: part["name"] for side, part in models.backbones(self.config).items()}
         try:
             with (self.folder / "model.safetensors").open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             message = f"{self.folder}: model.safetensors cannot be read ({error})."
             raise UserError(message) from error
         return described(
-            task, self.name, source, split, **how,
-            checkpoint={"method": self.config.get("method"), **parts, "sha256": digest},
+            task, self.name, source, split, **how, checkpoint=about,
             features=str(features.absolute()) if features else None,
             precision=precision_name(place.precision),
         )  # fmt: skip
@@ -296,15 +283,14 @@ class Checkpoint:
         self, place: Place, features: Path | None, pictures: dict[str, str]
     ) -> tuple[Any, FeatureStore | None]:
         """The model, and the store in ``features``, which has all pictures {absolute path: id}."""
-        store = None
-        if features is not None:  # before the model: it may take a while
-            vision, what = models.image_side(self.config), models.reads(self.config)
-            store = open_store(features, vision, what)
-            store.entries_of(pictures.items())
         where = {"device": place.device, "precision": place.precision}
+        if features is None:
+            return models.load(self.name, task=self.task, **where), None
+        vision, what = models.image_side(self.config), models.reads(self.config)
+        store = open_store(features, vision, what)
+        store.entries_of(pictures.items())  # before the model, which may take a while
         model = models.load(self.name, task=self.task, **where)
-        if store is not None:
-            store.check(model)
+        store.check(model)
         return model, store
 
 
@@ -317,35 +303,6 @@ def described(
     if source.answers_top is not None:
         head["answers_top"] = source.answers_top
     return json.loads(json.dumps(head))
-
-
-def fill(
-    log: predictions.Log,
-    records: list[Record],
-    results: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
-    place: Place,
-    title: str,
-) -> dict[str, Any]:
-    """Predicts what the log lacks -> how it went. A picture that fails costs a message."""
-    todo = [record for record in records if record.id not in log.lines]
-    kept, failed = len(records) - len(todo), 0
-    begun = time.monotonic()
-    with bar(title, len(records), place.quiet, start=kept) as advance:
-        for record, found in zip(todo, results(todo), strict=True):
-            if isinstance(found, UserError):
-                failed += 1
-                say(f"tinyvl: {found}")
-            else:
-                log.add({"id": record.id, "path": record.path, **found})
-            advance(1)
-    seconds = time.monotonic() - begun
-    return {
-        "failed": failed,
-        "kept": kept,  # made by earlier, interrupted runs
-        "seconds": round(seconds, 2),
-        "items_per_second": round((len(todo) - failed) / seconds, 3) if todo else None,
-        "device": str(place.device),
-    }
 
 
 def run(
@@ -414,22 +371,13 @@ def run(
             good = {**question, task.field: text, "score": round(score, 4)}
             yield text if isinstance(text, UserError) else good
 
-    went = fill(log, records, predict, place, f"{task.field}s")
+    here = {"device": place.device, "quiet": place.quiet}
+    went = log.fill(records, predict, f"{task.field}s", **here)
     texts = {r.id: log.lines[r.id][task.field] for r in records if r.id in log.lines}
     if results is not None:
         predictions.export(results, texts, task.field)
     done = [record for record in records if record.id in texts]
     if not done:
         raise UserError(f"{source.path}: none of its pictures could be read.")
-    return finish(head | went, len(done), task.score(done, texts) if scored else Scores({}), out)
-
-
-def finish(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -> dict[str, Any]:
-    """The report; it is also written beside the predictions in ``out``."""
-    report = {**head, "items": items, "metrics": scores.metrics, **scores.extra}
-    if scores.groups:
-        report["groups"] = scores.groups
-    if out is not None:
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        files.write_text(out / predictions.REPORT, text + "\n")
-    return report
+    scores = task.score(done, texts) if scored else Scores({})
+    return predictions.report(head | went, len(done), scores, out)

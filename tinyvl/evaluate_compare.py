@@ -17,7 +17,7 @@ import numpy as np
 from tinyvl import UserError
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
-from tinyvl.evaluate import Scoring, Source, Task, choose, described, finish, read, task_of
+from tinyvl.evaluate import Scoring, Source, Task, choose, described, read, task_of
 from tinyvl.metrics import Scores
 
 RESAMPLES = 1000
@@ -69,7 +69,7 @@ def score_files(
     for path in paths:
         texts, done = made_elsewhere(task, path, everything, records, allow_missing)
         head = head_of_file(kind, path, source, split)
-        reports.append(finish(head, len(done), task.score(done, texts), None))
+        reports.append(predictions.report(head, len(done), task.score(done, texts), None))
         if results is not None:
             predictions.export(results, {r.id: texts[r.id] for r in done}, task.field)
     return average_runs(reports)
@@ -113,7 +113,7 @@ def compare_files(
     theirs, done = made_elsewhere(task, baseline, everything, records, allow_missing)
     ours, done = made_elsewhere(task, path, everything, done, allow_missing)
     scores, base = task.score(done, ours), task.score(done, theirs)
-    report = finish(head_of_file(kind, path, source, split), len(done), scores, None)
+    report = predictions.report(head_of_file(kind, path, source, split), len(done), scores, None)
     about = {**head_of_file(kind, baseline, source, split), "metrics": base.metrics}
     return compared(report, about, scores, base)
 

@@ -25,12 +25,10 @@ from tinyvl.evaluate import (
     Source,
     by_picture,
     choose,
-    fill,
-    finish,
     limited,
     read,
     readable,
-)
+)  # fmt: skip
 from tinyvl.evaluate_compare import average_runs, compared
 from tinyvl.features import FeatureStore
 from tinyvl.metrics import Scores
@@ -116,7 +114,8 @@ def run_retrieval(
             yield {} if isinstance(vector, Tensor) else vector
 
     asked = [Record(path, id=path) for path in paths]
-    how = fill(predictions.Log(None, {}), asked, look, place, "pictures")
+    here = {"device": place.device, "quiet": place.quiet}
+    went = predictions.Log(None, {}).fill(asked, look, "pictures", **here)
     if not seen:
         raise UserError(f"{source.path}: none of its pictures could be read.")
     log = predictions.Log(out, head, resume=None)  # only now: embeddings are not kept
@@ -124,7 +123,8 @@ def run_retrieval(
         part = [r for r in records if r.lang in (lang, None) and r.path in seen]
         for line in search(model, part, seen, lang):
             log.add(line)
-    return finish(head | how, len(seen), retrieval_scores(list(log.lines.values())), out)
+    scores = retrieval_scores(list(log.lines.values()))
+    return predictions.report(head | went, len(seen), scores, out)
 
 
 def captioned(
@@ -180,15 +180,12 @@ def retrieval_scores(lines: list[dict[str, Any]]) -> Scores:
     row = {path: i for i, path in enumerate(dict.fromkeys(line["path"] for line in lines))}
     once, resamples, groups = np.ones((1, len(row))), [], {}
     for lang in dict.fromkeys(line["lang"] for line in lines):
-        ways: dict[str, list[tuple[int, int]]] = {"TR": [], "IR": []}
-        captions: Counter[str] = Counter()
+        asked = {"TR": [], "IR": []}
         for line in lines:
             if line["lang"] == lang:
-                ways["IR" if "query" in line else "TR"].append(
-                    (row[line["path"]], line["rank"] - 1)
-                )
-                captions[line["path"]] += "query" in line
-        found = {way: tuple(np.array(asked).T) for way, asked in ways.items()}
+                asked["IR" if "query" in line else "TR"].append((line["path"], line["rank"] - 1))
+        captions = Counter(path for path, _ in asked["IR"])
+        found = {way: np.array([(row[p], r) for p, r in part]).T for way, part in asked.items()}
         resamples.append(metrics.recall_of(found, len(row)))
         own = {name: float(values[0]) for name, values in resamples[-1](once).items()}
         size = {"items": len(captions), "captions": captions.total()}
@@ -268,11 +265,12 @@ def run_zeroshot(
             best = words[int(scores.argmax())]
             yield {"label": best, "truth": called[record.label], "rank": rank}
 
-    how = fill(log, records, predict, place, "pictures")
+    went = log.fill(records, predict, "pictures", device=place.device, quiet=place.quiet)
     done = [log.lines[record.id] for record in records if record.id in log.lines]
     if not done:
         raise UserError(f"{source.path}: none of its pictures could be read.")
-    return finish(head | how, len(done), zeroshot_scores(done, len(called)), out)
+    scores = zeroshot_scores(done, len(called))
+    return predictions.report(head | went, len(done), scores, out)
 
 
 def zeroshot_scores(lines: list[dict[str, Any]], candidates: int) -> Scores:
@@ -311,5 +309,5 @@ def kept(kind: str, folder: Path) -> tuple[dict[str, Any], Scores, list[str]]:
     retrieval = kind == "retrieval"
     scores = retrieval_scores(lines) if retrieval else zeroshot_scores(lines, head["classes"])
     items = len({line["path"] for line in lines})
-    report = finish({**head, "predictions": str(folder)}, items, scores, None)
+    report = predictions.report({**head, "predictions": str(folder)}, items, scores, None)
     return report, scores, [f"{line['id']} {line['path']}" for line in lines]

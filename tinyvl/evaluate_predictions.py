@@ -8,13 +8,19 @@ record, and the arrays of COCO's, NoCaps's and VQA's results files.
 import json
 import os
 import re
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tinyvl import UserError
 from tinyvl.data import Record
 from tinyvl.files import replace_file, write_text
+from tinyvl.metrics import Scores
+from tinyvl.progress import bar, say
 
 FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 IDS = ("id", "question_id", "image_id")
@@ -52,6 +58,36 @@ class Log:
         if self.stream:
             self.stream.write(dump(line))
             self.stream.flush()
+
+    def fill(
+        self,
+        records: list[Record],
+        predict: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
+        title: str,
+        *,
+        device: torch.device,
+        quiet: bool,
+    ) -> dict[str, Any]:
+        """Predicts what is missing -> how it went. A record that fails costs a message."""
+        todo = [record for record in records if record.id not in self.lines]
+        kept, failed = len(records) - len(todo), 0
+        begun = time.monotonic()
+        with bar(title, len(records), quiet, start=kept) as advance:
+            for record, found in zip(todo, predict(todo), strict=True):
+                if isinstance(found, UserError):
+                    failed += 1
+                    say(f"tinyvl: {found}")
+                else:
+                    self.add({"id": record.id, "path": record.path, **found})
+                advance(1)
+        seconds = time.monotonic() - begun
+        return {
+            "failed": failed,
+            "kept": kept,  # made by earlier, interrupted runs
+            "seconds": round(seconds, 2),
+            "items_per_second": round((len(todo) - failed) / seconds, 3) if todo else None,
+            "device": str(device),
+        }
 
 
 def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
@@ -105,6 +141,16 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
             with suppress(ValueError):
                 found.append(json.loads(line))
     return found
+
+
+def report(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -> dict[str, Any]:
+    """The report; it is also written beside the predictions in ``out``."""
+    whole = {**head, "items": items, "metrics": scores.metrics, **scores.extra}
+    if scores.groups:
+        whole["groups"] = scores.groups
+    if out is not None:
+        write_text(out / REPORT, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    return whole
 
 
 def export(file: Path, texts: dict[str, str], field: str) -> None:

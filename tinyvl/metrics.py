@@ -19,8 +19,7 @@ from tinyvl import UserError
 
 KS = (1, 5, 10)  # of recall@k
 
-# What a bootstrap asks of scores: (R, N) how often each of N items counts in each of R draws
-# -> metric -> (R,) its values.
+# (R, N) how often each of N items counts in each of R draws -> metric -> (R,) its values.
 Resample = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -39,10 +38,7 @@ def mean_scores(
 ) -> Scores:
     """The mean of each metric's items, overall and by group.
 
-    Args:
-        items: metric -> N values.
-        kinds: kind of group -> each item's group of this kind, or None.
-        extra: see `Scores`.
+    ``items`` is metric -> N values, ``kinds`` kind of group -> each item's group or None.
     """
 
     def average(rows: Sequence[int]) -> dict[str, float]:
@@ -56,17 +52,12 @@ def mean_scores(
                 rows.setdefault(name, []).append(i)
         if rows:
             groups[kind] = {n: {"items": len(rows[n]), **average(rows[n])} for n in sorted(rows)}
-    count = len(next(iter(items.values())))
-    return Scores(average(range(count)), mean_of(items), groups, extra)
-
-
-def mean_of(items: dict[str, list[float]]) -> Resample:
-    """The resampler of metrics that are the mean of their items."""
 
     def resample(counts: np.ndarray) -> dict[str, np.ndarray]:
         return {name: counts @ np.asarray(values) / counts.sum(1) for name, values in items.items()}
 
-    return resample
+    count = len(next(iter(items.values())))
+    return Scores(average(range(count)), resample, groups, extra)
 
 
 # Answers
@@ -292,9 +283,3 @@ def label_ranks(scores: Tensor, labels: Sequence[int] | Tensor) -> Tensor:
     scores = scores.float()
     own = scores.gather(1, labels[:, None])
     return (~(scores < own)).sum(1) - 1  # its own score is not ahead of itself
-
-
-def topk_accuracy(scores: Tensor, labels: Sequence[int] | Tensor) -> dict[str, float]:
-    """``scores`` (N, C), ``labels`` (N,) -> {"top1", "top5"}; ties are misses."""
-    ahead = label_ranks(scores, labels)
-    return {f"top{k}": float((ahead < k).double().mean()) for k in (1, 5)}
