@@ -23,12 +23,10 @@ ENSEMBLE = (
 
 
 def templates(given: list[str] | None) -> list[str]:
-    """Prompts with ``{}`` where the class name goes.
+    """Prompts with ``{}`` where the class name goes; None: LilT's one.
 
-    A file stands for its lines, ``clip`` for CLIP's seven; None is the paper's one.
-
-    Raises:
-        UserError: a file without prompts, or a prompt without one ``{}``.
+    A file stands for its lines, ``clip`` for CLIP's seven. Raises UserError for a file without
+    prompts or a prompt without one ``{}``.
     """
     if not given:
         return [PROMPT]
@@ -78,8 +76,7 @@ def names(
         all_classes: add the file's classes that the data has no picture of. (ImageNet-A has 200 of
             ImageNet's 1,000 and is usually evaluated among these.)
 
-    Raises:
-        UserError: a file that cannot be read, or without a name for each label.
+    Raises UserError if the file cannot be read or has no name for a label.
     """
     labels = sorted(set(labels))
     if file is None:

@@ -90,11 +90,8 @@ def read(
 ) -> tuple[list[Record], str | None]:
     """All records in the source's language, and the name of the part that is evaluated.
 
-    Args:
-        opened: False: nothing will open the pictures, and they may be missing.
-
-    Raises:
-        UserError: as `data.read`; or no record asks a question.
+    ``opened`` False: the pictures may be missing. Raises UserError as `data.read` does, or if no
+    record asks a question.
     """
     options = {"format": source.format, "images": source.images, "lang": source.lang}
     records = data.read(source.path, **options, files=opened)
@@ -110,8 +107,7 @@ def read(
 def choose(records: list[Record], source: Source, split: str | None) -> list[Record]:
     """The records of the part, at most ``limit``.
 
-    Raises:
-        UserError: there is no such part, or ``answers_top`` leaves nothing of it.
+    Raises UserError if there is no such part, or ``answers_top`` leaves nothing of it.
     """
     everything = records
     if split not in (None, "all"):
@@ -135,11 +131,10 @@ def limited(items: list[T], limit: int | None) -> list[T]:
 
 
 def answerable(records: list[Record], everything: list[Record], top: int) -> list[Record]:
-    """The questions whose answer is one of the ``top`` most frequent ones.
+    """The questions whose answer is one of the ``top`` most frequent ones of the training part.
 
-    A question's answer is the one that most of its annotators give, normalised; of equals the
-    first. Frequencies are those of the training part, or of all records where there is none;
-    ties go by the alphabet.
+    Without a training part they are those of all records. A question's answer is the one that most
+    of its annotators give, normalised; of equals the first. Equally frequent ones go by alphabet.
     """
 
     def answer(record: Record) -> str | None:
@@ -153,11 +148,7 @@ def answerable(records: list[Record], everything: list[Record], top: int) -> lis
 
 
 def by_picture(records: list[Record]) -> list[Record]:
-    """A record for each id, with the captions of all that have it.
-
-    Raises:
-        UserError: two pictures share an id.
-    """
+    """A record for each id, with all its captions. Raises UserError if two pictures share an id."""
     merged: dict[str, Record] = {}
     for record in records:
         first = merged.setdefault(record.id, replace(record, captions=[]))

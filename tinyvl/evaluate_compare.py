@@ -52,16 +52,14 @@ def score_files(
     allow_missing: bool = False,
     results: Path | None = None,
 ) -> dict[str, Any]:
-    """Scores predictions made elsewhere; several files are one model with several seeds.
+    """Scores predictions made elsewhere; of several files (seeds), see `average_runs`.
 
     Args:
-        paths: files or run folders, see `evaluate_predictions.read`. Several give each metric's
-            mean and sample standard deviation, and each run's own.
+        paths: files or run folders, see `evaluate_predictions.read`.
         allow_missing: score the records that have a prediction; else each must have one.
         results: also write a results file for the evaluation servers.
 
-    Raises:
-        UserError: no record to score against, or a prediction is missing.
+    Raises UserError if there is nothing to score against, or a prediction is missing.
     """
     task = task_of(kind, scoring)
     everything, records, split = truths(task, source)
@@ -100,14 +98,7 @@ def compare_files(
     scoring: Scoring | None = None,
     allow_missing: bool = False,
 ) -> dict[str, Any]:
-    """Predictions against a baseline's: see `compared`.
-
-    Args:
-        allow_missing: score the records that have both predictions.
-
-    Raises:
-        UserError: as `score_files`.
-    """
+    """Predictions against a baseline's, as `compared`; see `score_files` for the arguments."""
     task = task_of(kind, scoring)
     everything, records, split = truths(task, source)
     theirs, done = made_elsewhere(task, baseline, everything, records, allow_missing)

@@ -33,11 +33,12 @@ from tinyvl.evaluate_compare import average_runs, compared
 from tinyvl.features import FeatureStore
 from tinyvl.metrics import Scores
 
+SMALLEST = "One picture", "use --device cpu"
 LILT = 200  # pictures of XTD10 that LilT evaluates on: those from COCO's val2014
 
 
-def embed(function: Callable[[Any], Tensor], items: Any) -> Tensor:
-    """Embeddings (n, d) on the CPU; items that do not fit in memory at once are cut in pieces."""
+def embed(function: Callable[[Any], Tensor], items: Any, pieces: Pieces | None = None) -> Tensor:
+    """Embeddings (n, d) on the CPU, in pieces where memory is short."""
 
     def attempt(number: int) -> Tensor:
         size = -(-len(items) // number)
@@ -45,7 +46,7 @@ def embed(function: Callable[[Any], Tensor], items: Any) -> Tensor:
             parts = [function(items[i : i + size]) for i in range(0, len(items), size)]
             return torch.cat([part.float().cpu() for part in parts])
 
-    return Pieces("One picture", "use --device cpu").run(attempt, len(items))
+    return (pieces or Pieces(*SMALLEST)).run(attempt, len(items))
 
 
 def embedded(
@@ -62,9 +63,10 @@ def embedded(
         decoded = media.decode_images(
             paths, encoder.transform(), target=encoder.size, workers=place.workers
         )
+    pieces = Pieces(*SMALLEST)
     for group in write.gathered(decoded, place.batch):
         good = [picture for _, picture in group if isinstance(picture, Tensor)]
-        vectors = iter(embed(model.embed_images, torch.stack(good)) if good else [])
+        vectors = iter(embed(model.embed_images, torch.stack(good), pieces) if good else [])
         for _, picture in group:
             yield next(vectors) if isinstance(picture, Tensor) else picture
 

@@ -110,10 +110,7 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     It is min(1, matches / 3), averaged over leaving out each annotator in turn: 3 matches of 10
     give 0.9, 2 give 0.6, 1 gives 0.3. Answers are normalised only if the annotators do not all
     agree. The measure is not defined for fewer than four answers: there it is 1 if ``answer`` is
-    one of them.
-
-    Raises:
-        UserError: no ``answers``.
+    one of them. Raises UserError if there are none.
     """
     answer, *truths = (a.replace("\n", " ").replace("\t", " ").strip() for a in (answer, *answers))
     if not truths:
@@ -132,10 +129,8 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 def strict_accuracy(answer: str, answers: Sequence[str]) -> float:
     """1 if the answer is, to the letter, the most frequent annotated one: eP-ALM's and GQA's.
 
-    Of answers given equally often the first counts. White space at the ends does not.
-
-    Raises:
-        UserError: no ``answers``.
+    Of answers given equally often the first counts. White space at the ends does not. Raises
+    UserError if there are no ``answers``.
     """
     if not answers:
         raise UserError(f"The question answered by {answer!r} has no answers to compare with.")
@@ -166,8 +161,7 @@ def ranks(
         block: images and texts of the largest part of the scores in memory. On a CPU what its cache
             holds is three times as fast as more.
 
-    Raises:
-        UserError: ``image_of_text`` does not fit.
+    Raises UserError if ``image_of_text`` does not fit.
     """
     if images.device.type == "mps":  # has no double precision
         images, texts = images.cpu(), None if texts is None else texts.cpu()

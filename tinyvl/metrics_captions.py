@@ -48,8 +48,7 @@ def plan_captions(
         java: the program or its home; None: looked for.
         spice_jars: a folder with CoreNLP's jars, without which there is no SPICE.
 
-    Raises:
-        UserError: an unknown metric, or one in ``metrics`` that cannot be computed here.
+    Raises UserError if one of ``metrics`` is unknown or cannot be computed here.
     """
     names = tuple(CAPTION_METRICS if metrics is None else metrics)
     if unknown := [name for name in names if name not in CAPTION_METRICS]:
@@ -116,14 +115,9 @@ def caption_scores(
 ) -> CaptionScores:
     """Score captions {id: caption} against references {id: [captions]}, as pycocoevalcap does.
 
-    Without Java our own tokenizer stands in (CIDEr moves by less than 0.0001).
-
-    Args:
-        metrics, java, spice_jars: see `plan_captions`.
-
-    Raises:
-        UserError: as `plan_captions`; an id lacks its caption or its references; a Java program
-            fails that a metric in ``metrics`` needs.
+    `plan_captions` explains the options. Without Java our own tokenizer stands in (CIDEr moves by
+    less than 0.0001). Raises UserError as `plan_captions` does, if an id lacks its caption or its
+    references, or if a Java program fails that one of ``metrics`` needs.
     """
     plan = plan_captions(metrics, java, spice_jars)
     ids = check_captions(references, hypotheses)

