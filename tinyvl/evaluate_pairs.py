@@ -28,7 +28,7 @@ from tinyvl.evaluate import (
     limited,
     read,
     readable,
-)  # fmt: skip
+)
 from tinyvl.evaluate_compare import average_runs, compared
 from tinyvl.features import FeatureStore
 from tinyvl.metrics import Scores

@@ -100,7 +100,7 @@ class Program:
 
     def __init__(self, java: Java, name: str, arguments: Sequence[str]):
         """Starts it. Raises UserError if that fails."""
-        self.java, self.name, self.deadline = java, name, 0.0
+        self.java, self.name = java, name
         self.folder = tempfile.TemporaryDirectory(prefix="tinyvl-", ignore_cleanup_errors=True)
         self.out, self.err = (Path(self.folder.name) / f"{kind}.txt" for kind in ("out", "err"))
         environment = os.environ | {"LC_ALL": "C.UTF-8"}  # or paths with accents are not found
