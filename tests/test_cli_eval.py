@@ -16,7 +16,7 @@ from tiny import write_captioner, write_text, write_vision
 from typer.testing import CliRunner
 
 from tinyvl import UserError, cli, models
-from tinyvl.report import draw
+from tinyvl.evaluate_compare import draw
 
 TEXTS = ["a red dog runs", "two cats sleep", "the sky is blue", "a cat is red"]
 SLOW = 40  # pictures of the run that is killed

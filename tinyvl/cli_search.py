@@ -273,9 +273,8 @@ def classify(
     if resume and out is None:
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     from tinyvl import media
-    from tinyvl.classes import templates
+    from tinyvl.classes import class_embeddings, templates
     from tinyvl.classify import classify, read_labels, write
-    from tinyvl.metrics import class_embeddings
     from tinyvl.write import open_output
 
     names, prompts = read_labels(labels), templates(prompt)

@@ -1,40 +1,33 @@
 """A model that writes, over a data set: predictions, scores, one report.
 
-`run` makes captions or answers and scores them; `evaluate_files` scores those made elsewhere, and
-`evaluate_dual` models that embed. A report is one JSON object ``{task, model, data, metrics, ...}``
-that says what was run and what came out. Metrics are fractions; CIDEr's and SPIDEr's 1.0 is the
-papers' 100.
+`run` makes captions or answers and scores them. `evaluate_pairs` does so for models that embed, and
+`evaluate_compare` scores predictions made elsewhere. A report is one JSON object
+``{task, model, data, metrics, ...}`` that says what was run and what came out. Metrics are
+fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.
 """
 
 import hashlib
+import itertools
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from tinyvl import (
-    UserError,
-    __version__,
-    bootstrap,
-    data,
-    files,
-    metrics,
-    models,
-    predictions,
-    write,
-)
+from tinyvl import UserError, __version__, data, metrics, models, write
+from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.media import READABLE
-from tinyvl.progress import bar
+from tinyvl.metrics import Scores
+from tinyvl.metrics_captions import CaptionScores, caption_scores, plan_captions
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,7 +45,7 @@ class Source:
 
 @dataclass
 class Scoring:
-    """How captions are scored: see `metrics.caption_scores`."""
+    """How captions are scored: see `metrics_captions.plan_captions`."""
 
     metrics: Sequence[str] | None = None
     java: str | None = None
@@ -60,18 +53,8 @@ class Scoring:
 
 
 @dataclass
-class Scores:
-    """Of everything, of its parts, and how a bootstrap draws the items again."""
-
-    metrics: dict[str, float | None]
-    resample: bootstrap.Resample | None = None
-    groups: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)  # what the report says besides
-
-
-@dataclass
 class Place:
-    """Where a model runs, and how much of it at once."""
+    """The device a model runs on, its precision, and its batch size."""
 
     device: torch.device
     precision: torch.dtype
@@ -82,22 +65,21 @@ class Place:
 
 @dataclass(frozen=True)
 class Task:
-    """What is predicted, for which records, and against what."""
+    """How a task reads its records and scores its predictions."""
 
-    field: str
+    field: str  # of a prediction: its text
     prepare: Callable[[list[Record]], list[Record]]
-    truth: str
+    truth: str  # of a record: what a prediction is scored against
     score: Callable[[list[Record], dict[str, str]], Scores]
 
 
 def place(
     device: str | None, precision: str | None, batch: int, workers: int | None, quiet: bool
 ) -> Place:
-    """A `Place` from what the command line says."""
+    """A `Place` from the options of a command."""
     keep_memory()
     target = choose_device(device)
-    dtype = choose_precision(precision, target)
-    return Place(target, dtype, batch, workers, quiet)
+    return Place(target, choose_precision(precision, target), batch, workers, quiet)
 
 
 # ----------------------------------------------------------------------------- records
@@ -108,7 +90,8 @@ def read(
 ) -> tuple[list[Record], str | None]:
     """All records in the source's language, and the name of the part that is evaluated.
 
-    ``opened`` False: nothing will open the pictures, and they may be elsewhere.
+    ``opened`` False: the pictures may be missing. Raises UserError as `data.read` does, or if no
+    record asks a question.
     """
     options = {"format": source.format, "images": source.images, "lang": source.lang}
     records = data.read(source.path, **options, files=opened)
@@ -121,12 +104,37 @@ def read(
     return records, split
 
 
-def answerable(records: list[Record], everything: list[Record], top: int) -> list[Record]:
-    """The questions whose answer is among the ``top`` most frequent ones.
+def choose(records: list[Record], source: Source, split: str | None) -> list[Record]:
+    """The records of the part, at most ``limit``.
 
-    A question's answer is what most of its annotators say, of equals the first, normalised. The
-    frequent ones are those of the training part, where there is one, else of all; ties are broken
-    by the alphabet.
+    Raises UserError if there is no such part, or ``answers_top`` leaves nothing of it.
+    """
+    everything = records
+    if split not in (None, "all"):
+        try:
+            records = data.select_split(records, split)
+        except UserError as error:
+            raise UserError(f"{source.path}: {error}", 2) from None
+    if source.answers_top is not None:
+        records = answerable(records, everything, source.answers_top)
+        if not records:
+            message = "no question has such an answer; raise --answers-top."
+            raise UserError(f"{source.path}: {message}", 2)
+    return limited(records, source.limit)
+
+
+def limited(items: list[T], limit: int | None) -> list[T]:
+    """Some of the items, drawn evenly; a larger limit adds to a smaller one's."""
+    if limit is None:
+        return items
+    return [items[i] for i in sorted(data.epoch_order(len(items), 0, 0)[:limit])]
+
+
+def answerable(records: list[Record], everything: list[Record], top: int) -> list[Record]:
+    """The questions whose answer is one of the ``top`` most frequent ones of the training part.
+
+    Without a training part they are those of all records. A question's answer is the one that most
+    of its annotators give, normalised; of equals the first. Equally frequent ones go by alphabet.
     """
 
     def answer(record: Record) -> str | None:
@@ -139,39 +147,16 @@ def answerable(records: list[Record], everything: list[Record], top: int) -> lis
     return [record for record in records if answer(record) in frequent]
 
 
-def choose(records: list[Record], source: Source, split: str | None) -> list[Record]:
-    """The records of the part, at most ``limit``."""
-    everything = records
-    if split not in (None, "all"):
-        try:
-            records = data.select_split(records, split)
-        except UserError as error:
-            raise UserError(f"{source.path}: {error}", 2) from None
-    if source.answers_top is not None:
-        records = answerable(records, everything, source.answers_top)
-        if not records:
-            raise UserError(
-                f"{source.path}: no question has such an answer; raise --answers-top.", 2
-            )
-    if source.limit is not None:
-        order = data.epoch_order(len(records), 0, 0)[: source.limit]
-        records = [records[i] for i in sorted(order)]
-    return records
-
-
 def by_picture(records: list[Record]) -> list[Record]:
-    """A record for each id, with the captions of all that have it."""
+    """A record for each id, with all its captions. Raises UserError if two pictures share an id."""
     merged: dict[str, Record] = {}
     for record in records:
-        first = merged.get(record.id)
-        if first is None:
-            merged[record.id] = replace(record, captions=list(record.captions))
-        elif first.path != record.path:
+        first = merged.setdefault(record.id, replace(record, captions=[]))
+        if first.path != record.path:
             raise UserError(
                 f"the id {record.id!r} names both {first.path} and {record.path}; give each its own"
             )
-        else:
-            first.captions += record.captions
+        first.captions += record.captions
     return list(merged.values())
 
 
@@ -183,29 +168,20 @@ def by_question(records: list[Record]) -> list[Record]:
     asked = [record for record in records if record.question]
     names = [record.question_id or record.id for record in asked]
     if len(set(names)) < len(names):
-        count: dict[str, int] = {}
-        for i, name in enumerate(names):
-            count[name] = count.get(name, -1) + 1
-            names[i] = f"{name}#{count[name]}"
+        count: dict[str, Iterator[int]] = {}
+        names = [f"{name}#{next(count.setdefault(name, itertools.count()))}" for name in names]
     return [replace(record, id=name) for record, name in zip(asked, names, strict=True)]
 
 
-def pictures_only(records: list[Record]) -> None:
-    other = next((record for record in records if record.modality != "image"), None)
+def readable(records: list[Record], modalities: Sequence[str], reads: str) -> None:
+    """Raises UserError for a record that a model of what ``reads`` names cannot read."""
+    other = next((record for record in records if record.modality not in modalities), None)
     if other is not None:
-        raise UserError(f"{other.path}: this is {other.modality}, and the model reads pictures.", 2)
-
-
-def readable(records: list[Record], modality: str) -> None:
-    """Whether a model of that modality can read all: pictures and videos alike, or sounds."""
-    other = next((r for r in records if r.modality not in READABLE[modality]), None)
-    if other is not None:
-        reads = {"audio": "sounds"}.get(modality, "pictures and videos")
         raise UserError(f"{other.path}: this is {other.modality}, and the model reads {reads}.", 2)
 
 
 def swapped(records: list[Record]) -> list[str]:
-    """Each record's picture, given to another one: half the list of pictures further on."""
+    """For each record another picture: the one that is half the list of pictures further on."""
     paths = list(dict.fromkeys(record.path for record in records))
     if len(paths) < 2:
         raise UserError("--shuffle-images needs two pictures to swap.", 2)
@@ -220,8 +196,8 @@ def swapped(records: list[Record]) -> list[str]:
 def score_captions(records: list[Record], texts: dict[str, str], scoring: Scoring) -> Scores:
     """Captions against the records' own; each NoCaps domain also as a corpus of its own."""
 
-    def score(part: list[Record]) -> metrics.CaptionScores:
-        return metrics.caption_scores(
+    def score(part: list[Record]) -> CaptionScores:
+        return caption_scores(
             {record.id: record.captions for record in part},
             {record.id: texts[record.id] for record in part},
             **vars(scoring),
@@ -232,17 +208,13 @@ def score_captions(records: list[Record], texts: dict[str, str], scoring: Scorin
     for record in records:
         if record.domain is not None:
             domains.setdefault(record.domain, []).append(record)
-    groups = {}
-    if domains:
-        groups["domain"] = {
-            name: {"items": len(part), **score(part).metrics} for name, part in domains.items()
-        }
+    groups = {name: {"items": len(part), **score(part).metrics} for name, part in domains.items()}
     extra = {"tokenizer": whole.tokenizer, "not_scored": whole.missing}
-    return Scores(whole.metrics, whole.resample, groups, extra)
+    return Scores(whole.metrics, whole.resample, {"domain": groups} if groups else {}, extra)
 
 
 def score_answers(records: list[Record], texts: dict[str, str]) -> Scores:
-    """Answers against the annotators': all together, by question type and by answer type.
+    """Answers against the annotators': overall, by question type and by answer type.
 
     ``accuracy`` is VQA v2's where a question has several answers and equality where it has one (as
     GQA's is); ``strict_accuracy`` is equality of the raw texts.
@@ -250,114 +222,78 @@ def score_answers(records: list[Record], texts: dict[str, str]) -> Scores:
     items: dict[str, list[float]] = {"accuracy": [], "strict_accuracy": []}
     for record in records:
         answer, known = texts[record.id], record.answers
-        official = metrics.vqa_accuracy if len(known) > 1 else metrics.gqa_accuracy
+        official = metrics.vqa_accuracy if len(known) > 1 else metrics.strict_accuracy
         items["accuracy"].append(official(answer, known))
         items["strict_accuracy"].append(metrics.strict_accuracy(answer, known))
-
-    groups = {}
-    for kind in ("question_type", "answer_type"):
-        types = [getattr(record, kind) for record in records]
-        means = {name: metrics.by_type(values, types) for name, values in items.items()}
-        counts = Counter(types)
-        parts = {
-            name: {
-                "items": counts[name],
-                **{metric: values[name] for metric, values in means.items()},
-            }
-            for name in means["accuracy"]
-        }
-        if parts:
-            groups[kind] = parts
-    whole = {name: sum(values) / len(values) for name, values in items.items()}
-    return Scores(whole, bootstrap.mean_of(items), groups)
+    kinds = ("question_type", "answer_type")
+    return metrics.mean_scores(
+        items, {kind: [getattr(record, kind) for record in records] for kind in kinds}
+    )
 
 
 def task_of(name: str, scoring: Scoring | None = None) -> Task:
+    """The task "vqa" or "caption"."""
     if name == "vqa":
         return Task("answer", by_question, "answers", score_answers)
-    scoring = scoring or Scoring()
-    score = partial(score_captions, scoring=scoring)
+    score = partial(score_captions, scoring=scoring or Scoring())
     return Task("caption", by_picture, "captions", score)
 
 
 # ----------------------------------------------------------------------------- a model
 
 
-def checkpoint(name: str, task: str) -> dict[str, str]:
-    """What tells a checkpoint from others, and what it is made of."""
-    folder = models.checkpoint_folder(name, task)
-    config = models.read_config(folder)
-    parts = {
-        side: part["name"]
-        for side, part in config.items()
-        if isinstance(part, dict) and "name" in part
-    }
-    try:
-        with (folder / "model.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{folder}: model.safetensors cannot be read ({error}).") from error
-    return {"method": config.get("method"), **parts, "sha256": digest}
+class Checkpoint:
+    """A checkpoint to evaluate."""
 
+    def __init__(self, name: str, task: str):
+        """``task`` as for `models.load`. Raises UserError if there is no such checkpoint."""
+        self.name, self.task = name, task
+        self.folder = models.checkpoint_folder(name, task)
+        self.config = models.read_config(self.folder)
 
-def load(
-    name: str, place: Place, task: str, features: Path | None, pictures: dict[str, str]
-) -> tuple[Any, FeatureStore | None]:
-    """The model, and where there are ``features`` their store, which has all the pictures.
+    def head(
+        self, task: str, source: Source, split: str | None, place: Place, features: Path | None,
+        **how: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The head of a report, which tells this checkpoint from others."""
+        about = {"method": self.config.get("method")}
+        about |= {side: part["name"] for side, part in models.backbones(self.config).items()}
+        try:
+            with (self.folder / "model.safetensors").open("rb") as file:
+                about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            message = f"{self.folder}: model.safetensors cannot be read ({error})."
+            raise UserError(message) from error
+        return described(
+            task, self.name, source, split, **how, checkpoint=about,
+            features=str(features.absolute()) if features else None,
+            precision=precision_name(place.precision),
+        )  # fmt: skip
 
-    Args:
-        pictures: {absolute path: id}.
-    """
-    store = None
-    if features is not None:  # before the model: it may take a while
-        config = models.read_config(models.checkpoint_folder(name, task))
-        store = open_store(features, models.image_side(config), models.reads(config))
-        store.entries_of(pictures.items())
-    model = models.load(name, task=task, device=place.device, precision=place.precision)
-    if store is not None:
+    def load(
+        self, place: Place, features: Path | None, pictures: dict[str, str]
+    ) -> tuple[Any, FeatureStore | None]:
+        """The model, and the store in ``features``, which has all pictures {absolute path: id}."""
+        where = {"device": place.device, "precision": place.precision}
+        if features is None:
+            return models.load(self.name, task=self.task, **where), None
+        vision, what = models.image_side(self.config), models.reads(self.config)
+        store = open_store(features, vision, what)
+        store.entries_of(pictures.items())  # before the model, which may take a while
+        model = models.load(self.name, task=self.task, **where)
         store.check(model)
-    return model, store
+        return model, store
 
 
 def described(
     task: str, name: str, source: Source, split: str | None, **how: Any
 ) -> dict[str, Any]:
-    """What decides a result: the head of the report, and what a resumed run must share."""
+    """The head of a report: all that decides the result. A resumed run must have the same."""
     path = str(Path(source.path).expanduser().absolute())
     head = {"task": task, "model": name, "data": path, "split": split, "lang": source.lang, **how}
     if source.answers_top is not None:
         head["answers_top"] = source.answers_top
     return json.loads(json.dumps(head))
-
-
-def fill(
-    log: predictions.Log,
-    records: list[Record],
-    results: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
-    place: Place,
-    title: str,
-) -> dict[str, Any]:
-    """Predicts what the log lacks. -> how it went; a picture that fails costs a message."""
-    todo = [record for record in records if record.id not in log.lines]
-    kept, failed = len(records) - len(todo), 0
-    begun = time.monotonic()
-    with bar(title, len(records), place.quiet, start=kept) as advance:
-        for record, found in zip(todo, results(todo), strict=True):
-            if isinstance(found, UserError):
-                failed += 1
-                print(f"tinyvl: {found}", file=sys.stderr)
-            else:
-                log.add({"id": record.id, "path": record.path, **found})
-            advance(1)
-    seconds = time.monotonic() - begun
-    pace = round((len(todo) - failed) / seconds, 3) if todo else None
-    return {
-        "failed": failed,
-        "kept": kept,  # of these, made by earlier, interrupted runs
-        "seconds": round(seconds, 2),
-        "items_per_second": pace,
-        "device": str(place.device),
-    }
 
 
 def run(
@@ -380,64 +316,54 @@ def run(
     Args:
         name: a checkpoint.
         out: a folder for predictions and report, from which ``resume`` goes on.
-        shuffle: give each picture's place to another one: how much does the model look?
-        results: also write what the evaluation servers take to this file.
-        features: a folder of `tinyvl features`, to read there what the encoder makes of pictures.
+        shuffle: show another picture in each one's place: how much does the model look?
+        results: also write a results file for the evaluation servers.
+        features: a folder of `tinyvl features` to read the encoder's output from.
         frames: of a video, in place of the model's own number.
 
     Raises:
         UserError: as the parts do; or nothing to predict.
     """
-    task = task_of(kind, scoring)
+    task, asks = task_of(kind, scoring), kind == "vqa"
     everything, split = read(source, task, opened=features is None)
     records = choose(everything, source, split)
     scored = [record for record in records if getattr(record, task.truth)]
-    if scored:
-        records = scored
-    elif out is None and results is None:
-        raise UserError(
-            f"{source.path}: no {task.truth} to score against; --out or --results keeps the "
-            "predictions.",
-            2,
-        )
-    modality = models.modality_of(models.read_config(models.checkpoint_folder(name, kind)))
-    readable(records, modality)
-    if kind == "caption" and scored:
-        metrics.plan_captions(**vars(scoring))  # before the long run
+    if not scored and out is None and results is None:
+        message = f"no {task.truth} to score against; --out or --results keeps the predictions."
+        raise UserError(f"{source.path}: {message}", 2)
+    records = scored or records
+    checkpoint = Checkpoint(name, kind)
+    modality = models.modality_of(checkpoint.config)
+    readable(
+        records, READABLE[modality], "sounds" if modality == "audio" else "pictures and videos"
+    )
+    if scored and not asks:
+        plan_captions(**vars(scoring or Scoring()))  # before the long run
     shown = {record.id: record.path for record in records}
     if shuffle:  # among all of the part, so that a greater --limit swaps them the same
         part = choose(everything, replace(source, limit=None), split)
         shown = {record.id: path for record, path in zip(part, swapped(part), strict=True)}
-    head = described(
-        kind, name, source, split,
-        checkpoint=checkpoint(name, kind), decoding=vars(style), shuffled=shuffle,
-        features=str(features.absolute()) if features else None,
-        precision=precision_name(place.precision), tinyvl=__version__,
-        **({} if frames is None else {"frames": frames}),
-    )  # fmt: skip
+    how = {"decoding": vars(style), "shuffled": shuffle, "tinyvl": __version__}
+    how |= {} if frames is None else {"frames": frames}
+    head = checkpoint.head(kind, source, split, place, features, **how)
     ids = {record.path: record.id for record in everything}
-    model, store = load(name, place, kind, features, {path: ids[path] for path in shown.values()})
+    model, store = checkpoint.load(place, features, {path: ids[path] for path in shown.values()})
     models.take_frames(model, frames)
     log = predictions.Log(out, head, resume=resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
         found = write.captions(
-            model,
-            [shown[record.id] for record in todo],
-            style=style,
-            batch=place.batch,
-            workers=place.workers,
-            questions=[record.question for record in todo] if kind == "vqa" else None,
-            store=store,
-        )
+            model, [shown[record.id] for record in todo], style=style, batch=place.batch,
+            workers=place.workers, store=store,
+            questions=[record.question for record in todo] if asks else None,
+        )  # fmt: skip
         for record, (_, text, score) in zip(todo, found, strict=True):
-            if isinstance(text, UserError):
-                yield text
-            else:
-                question = {"question": record.question} if kind == "vqa" else {}
-                yield {**question, task.field: text, "score": round(score, 4)}
+            question = {"question": record.question} if asks else {}
+            good = {**question, task.field: text, "score": round(score, 4)}
+            yield text if isinstance(text, UserError) else good
 
-    how = fill(log, records, predict, place, "captions" if kind == "caption" else "answers")
+    here = {"device": place.device, "quiet": place.quiet}
+    went = log.fill(records, predict, f"{task.field}s", **here)
     texts = {r.id: log.lines[r.id][task.field] for r in records if r.id in log.lines}
     if results is not None:
         predictions.export(results, texts, task.field)
@@ -445,15 +371,4 @@ def run(
     if not done:
         raise UserError(f"{source.path}: none of its pictures could be read.")
     scores = task.score(done, texts) if scored else Scores({})
-    return finish(head | how, len(done), scores, out)
-
-
-def finish(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -> dict[str, Any]:
-    """The report, kept beside the predictions."""
-    report = {**head, "items": items, "metrics": scores.metrics, **scores.extra}
-    if scores.groups:
-        report["groups"] = scores.groups
-    if out is not None:
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        files.write_text(out / predictions.REPORT, text + "\n")
-    return report
+    return predictions.report(head | went, len(done), scores, out)

@@ -1,13 +1,32 @@
-"""Predictions made elsewhere: scored, averaged over seeds, compared with confidence intervals."""
+"""Predictions made elsewhere: scored, averaged over seeds, compared; and reports as tables.
 
-from collections.abc import Sequence
+Is one run better than another, or was it luck with the test set? A paired bootstrap draws the test
+items again with replacement, the same draw for both runs, and takes the difference of the scores of
+each draw ([Efron and Tibshirani 1993](https://doi.org/10.1201/9780429246593); for BLEU
+[Koehn 2004](https://aclanthology.org/W04-3250)). A metric that sums counts over the corpus (BLEU,
+METEOR) is computed anew from the sums of each draw.
+"""
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from tinyvl import UserError, bootstrap, predictions
+import numpy as np
+
+from tinyvl import UserError
+from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
-from tinyvl.evaluate import Scoring, Source, Task, choose, described, finish, read, task_of
+from tinyvl.evaluate import Scoring, Source, Task, choose, described, read, task_of
+from tinyvl.metrics import Scores
+
+RESAMPLES = 1000
+SEED = 0
+LEVEL = 0.95
+CELLS = 4_000_000  # numbers in memory at once: draws x items
+
+
+# ----------------------------------------------------------------------------- files
 
 
 def of_files(
@@ -33,13 +52,14 @@ def score_files(
     allow_missing: bool = False,
     results: Path | None = None,
 ) -> dict[str, Any]:
-    """Scores predictions made elsewhere; of several files, runs of one model with other seeds.
+    """Scores predictions made elsewhere; of several files (seeds), see `average_runs`.
 
     Args:
-        paths: files or run folders, see `predictions.read`. Several give the mean of each metric,
-            its sample standard deviation, and each run's own.
+        paths: files or run folders, see `evaluate_predictions.read`.
         allow_missing: score the records that have a prediction; else each must have one.
-        results: also write what the evaluation servers take to this file.
+        results: also write a results file for the evaluation servers.
+
+    Raises UserError if there is nothing to score against, or a prediction is missing.
     """
     task = task_of(kind, scoring)
     everything, records, split = truths(task, source)
@@ -47,16 +67,14 @@ def score_files(
     for path in paths:
         texts, done = made_elsewhere(task, path, everything, records, allow_missing)
         head = head_of_file(kind, path, source, split)
-        reports.append(finish(head, len(done), task.score(done, texts), None))
+        reports.append(predictions.report(head, len(done), task.score(done, texts), None))
         if results is not None:
-            predictions.export(
-                results, {record.id: texts[record.id] for record in done}, task.field
-            )
+            predictions.export(results, {r.id: texts[r.id] for r in done}, task.field)
     return average_runs(reports)
 
 
 def average_runs(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs as one report: mean and sample standard deviation; a run alone is itself."""
+    """Several runs as one report: mean and sample standard deviation. One run is its own report."""
     if len(reports) == 1:
         return reports[0]
     first = reports[0]
@@ -80,26 +98,15 @@ def compare_files(
     scoring: Scoring | None = None,
     allow_missing: bool = False,
 ) -> dict[str, Any]:
-    """Predictions against a baseline's: the differences with 95 % confidence intervals.
-
-    The report's metrics are those of ``path``; ``difference`` is theirs less the baseline's, with
-    the ``low`` and ``high`` end of a paired bootstrap's interval (see `bootstrap.differences`).
-    ``allow_missing``: score the records that have both predictions.
-    """
+    """Predictions against a baseline's, as `compared`; see `score_files` for the arguments."""
     task = task_of(kind, scoring)
     everything, records, split = truths(task, source)
     theirs, done = made_elsewhere(task, baseline, everything, records, allow_missing)
     ours, done = made_elsewhere(task, path, everything, done, allow_missing)
     scores, base = task.score(done, ours), task.score(done, theirs)
-    head = head_of_file(kind, path, source, split)
-    return {
-        **finish(head, len(done), scores, None),
-        "baseline": {**head_of_file(kind, baseline, source, split), "metrics": base.metrics},
-        "difference": bootstrap.differences(
-            base.metrics, scores.metrics, base.resample, scores.resample, len(done)
-        ),
-        "resamples": bootstrap.RESAMPLES,
-    }
+    report = predictions.report(head_of_file(kind, path, source, split), len(done), scores, None)
+    about = {**head_of_file(kind, baseline, source, split), "metrics": base.metrics}
+    return compared(report, about, scores, base)
 
 
 def truths(task: Task, source: Source) -> tuple[list[Record], list[Record], str | None]:
@@ -114,7 +121,7 @@ def truths(task: Task, source: Source) -> tuple[list[Record], list[Record], str 
 def made_elsewhere(
     task: Task, path: Path, everything: list[Record], records: list[Record], allow_missing: bool
 ) -> tuple[dict[str, str], list[Record]]:
-    """A file's predictions, and the records that have one. Those for other parts are left aside."""
+    """A file's predictions, and the records that have one. Those for other parts are ignored."""
     texts = predictions.match(predictions.read(path, task.field), everything, task.field)
     done = [record for record in records if record.id in texts]
     if len(done) < len(records) and not (allow_missing and done):
@@ -127,8 +134,111 @@ def made_elsewhere(
 
 
 def head_of_file(kind: str, path: Path, source: Source, split: str | None) -> dict[str, Any]:
-    """A report's head; what made the predictions is told by the ``run.json`` beside them."""
+    """A report's head; the ``run.json`` beside the predictions says what made them."""
     made = predictions.read_run(path if path.is_dir() else path.parent)
     known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
     name = made.get("model", str(path))
     return described(kind, name, source, split, predictions=str(path), **known)
+
+
+# ----------------------------------------------------------------------------- bootstrap
+
+
+def compared(
+    report: dict[str, Any], baseline: dict[str, Any], scores: Scores, base: Scores
+) -> dict[str, Any]:
+    """A report with its baseline, and with ``difference``: its metrics less the baseline's.
+
+    ``difference`` is metric -> {"value", "low", "high"}, with a 95 % percentile interval. Both runs
+    have the same items in the same order.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for counts in draws(report["items"]):
+        ours, theirs = scores.resample(counts), base.resample(counts)
+        for name in ours.keys() & theirs.keys():
+            found.setdefault(name, []).append(ours[name] - theirs[name])
+    tails, difference = [(1 - LEVEL) / 2, (1 + LEVEL) / 2], {}
+    for name in scores.metrics:
+        if name in found:
+            low, high = np.quantile(np.concatenate(found[name]), tails)
+            value = scores.metrics[name] - base.metrics[name]
+            difference[name] = {"value": value, "low": float(low), "high": float(high)}
+    extra = {"baseline": baseline, "difference": difference, "resamples": RESAMPLES}
+    return {**report, **extra}
+
+
+def draws(items: int) -> Iterator[np.ndarray]:
+    """``RESAMPLES`` draws as counts (R, N), some rows at a time."""
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    rows = max(1, CELLS // items)
+    for start in range(0, RESAMPLES, rows):
+        drawn = rng.integers(items, size=(min(rows, RESAMPLES - start), items))
+        yield np.stack([np.bincount(row, minlength=items) for row in drawn])
+
+
+# ----------------------------------------------------------------------------- tables
+
+ROWS, RUNS = 100, 4  # the most rows of a table on a terminal, and of runs beside their mean
+DRAWN = {
+    "task", "data", "metrics", "groups", "difference", "baseline", "deviation", "chance", "runs",
+}  # fmt: skip
+
+
+def draw(report: dict[str, Any]) -> None:
+    """The report on a terminal: tables of metrics and groups, then a line for each other field."""
+    from rich.console import Console
+
+    console, names = Console(highlight=False, markup=False), list(report["metrics"])
+    columns = {"": report["metrics"]}
+    if "difference" in report:
+        columns = {"A": report["baseline"]["metrics"], "B": report["metrics"]}
+        for end, title in (("value", "B - A"), ("low", "95 % from"), ("high", "to")):
+            columns[title] = {name: found[end] for name, found in report["difference"].items()}
+    elif "runs" in report:
+        columns = {"mean": report["metrics"], "deviation": report["deviation"]}
+        columns |= {str(i): run["metrics"] for i, run in enumerate(report["runs"][:RUNS], 1)}
+    if "chance" in report:
+        columns["chance"] = report["chance"]
+    console.print(f"{report['task']}: {report['data']}")
+    rows = {name: [column.get(name) for column in columns.values()] for name in names}
+    console.print(table(["", *columns], rows))
+    names = [name for name in names if report["metrics"][name] is not None]
+    for kind, parts in report.get("groups", {}).items():
+        title = f"by {kind.replace('_', ' ')}"
+        if len(parts) > ROWS:
+            console.print(f"{title}: {len(parts)} rows, which --json has")
+            continue
+        rows = {name: [part["items"], *map(part.get, names)] for name, part in parts.items()}
+        if kind == "language" and "chance" in report:  # LilT's Table 2
+            rows["chance"] = ["", *(report["chance"][name] for name in names)]
+        console.print(title)
+        console.print(table(["", "items", *names], rows))
+    lines = {"A": report.get("baseline", {}).get("predictions")}
+    lines |= {"B" if lines["A"] and key == "predictions" else key: report[key] for key in report}
+    lines |= {f"run {i}": run["predictions"] for i, run in enumerate(report.get("runs", ()), 1)}
+    for key, value in lines.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {part}" for name, part in value.items() if part is not None)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if key not in DRAWN and value not in (None, "", False):
+            console.print(f"{key.replace('_', ' ')}: {value}")
+
+
+def table(columns: list[str], rows: dict[str, list[Any]]) -> Any:
+    """A table of numbers within 80 columns, the names of its rows on the left."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if i else "left", no_wrap=bool(i))
+    for name, values in rows.items():
+        drawn.add_row(name, *map(cell, values))
+    return drawn
+
+
+def cell(value: float | int | str | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "-" if value is None else str(value)

@@ -1,26 +1,64 @@
-"""Scores of answers, of retrieval and of zero-shot classification; those of captions are passed on.
+"""Scores of answers, retrieval and zero-shot classification: fractions between 0 and 1.
 
-All lie between 0 and 1 (CIDEr and SPIDEr apart). VQA: the official program of VQA v2
-(Goyal et al. 2017, https://visualqa.org/evaluation.html), restated.
+VQA: the official program of VQA v2 (Goyal et al. 2017, https://visualqa.org/evaluation.html),
+restated. `metrics_captions` scores captions.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from tinyvl import UserError
-from tinyvl.metrics_captions import CAPTION_METRICS, CaptionScores, caption_scores, plan_captions
 
-__all__ = [
-    "CAPTION_METRICS", "CaptionScores", "by_type", "caption_scores", "class_embeddings",
-    "gqa_accuracy", "label_ranks", "normalise_answer", "plan_captions", "ranks", "recall",
-    "strict_accuracy", "topk_accuracy", "vqa_accuracy",
-]  # fmt: skip
+KS = (1, 5, 10)  # of recall@k
+
+# (R, N) how often each of N items counts in each of R draws -> metric -> (R,) its values.
+Resample = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+@dataclass
+class Scores:
+    """Overall and group scores, and a resampler."""
+
+    metrics: dict[str, float | None]
+    resample: Resample | None = None
+    groups: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of the report
+
+
+def mean_scores(
+    items: dict[str, list[float]], kinds: Mapping[str, Sequence[str | None]], **extra: Any
+) -> Scores:
+    """The mean of each metric's items, overall and by group.
+
+    ``items`` is metric -> N values, ``kinds`` kind of group -> each item's group or None.
+    """
+
+    def average(rows: Sequence[int]) -> dict[str, float]:
+        return {name: sum(values[i] for i in rows) / len(rows) for name, values in items.items()}
+
+    groups = {}
+    for kind, names in kinds.items():
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            if name is not None:
+                rows.setdefault(name, []).append(i)
+        if rows:
+            groups[kind] = {n: {"items": len(rows[n]), **average(rows[n])} for n in sorted(rows)}
+
+    def resample(counts: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: counts @ np.asarray(values) / counts.sum(1) for name, values in items.items()}
+
+    count = len(next(iter(items.values())))
+    return Scores(average(range(count)), resample, groups, extra)
+
 
 # Answers
 
@@ -52,9 +90,9 @@ CONTRACTIONS = {
 def normalise_answer(answer: str) -> str:
     """The official VQA normalisation: punctuation, periods, number words, articles, contractions.
 
-    Its slips are kept, or scores would differ: the look-behind of the period rule is misspelt
-    (a period goes unless a digit follows), at most 32 periods go, and whether a punctuation mark
-    becomes nothing or a space is decided on the answer as it came.
+    Its slips are kept, or scores would differ: its period rule looks only at what follows (a period
+    goes unless a digit follows), at most 32 periods go, and the answer as it came decides whether
+    a punctuation mark becomes nothing or a space.
     """
     text = answer
     commas = re.search(r"\d,\d", answer) is not None
@@ -67,12 +105,12 @@ def normalise_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Official VQA v2 accuracy of one question: min(1, matches / 3), averaged over leaving out
-    each annotator in turn. 3 matches of 10 give 0.9, 2 give 0.6, 1 gives 0.3.
+    """VQA v2's official accuracy of one question.
 
-    Answers are normalised only if the annotators do not all agree. With fewer than four
-    answers, where three matches cannot be had (the measure is not defined for them), it is 1
-    if ``answer`` is one of them.
+    It is min(1, matches / 3), averaged over leaving out each annotator in turn: 3 matches of 10
+    give 0.9, 2 give 0.6, 1 gives 0.3. Answers are normalised only if the annotators do not all
+    agree. The measure is not defined for fewer than four answers: there it is 1 if ``answer`` is
+    one of them. Raises UserError if there are none.
     """
     answer, *truths = (a.replace("\n", " ").replace("\t", " ").strip() for a in (answer, *answers))
     if not truths:
@@ -89,28 +127,15 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 
 
 def strict_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """1 if the answer is, to the letter, the (most frequent) annotated one; eP-ALM's measure.
+    """1 if the answer is, to the letter, the most frequent annotated one: eP-ALM's and GQA's.
 
-    Of answers given equally often the first counts. White space at the ends does not.
+    Of answers given equally often the first counts. White space at the ends does not. Raises
+    UserError if there are no ``answers``.
     """
     if not answers:
         raise UserError(f"The question answered by {answer!r} has no answers to compare with.")
     truth = Counter(a.strip() for a in answers).most_common(1)[0][0]
     return float(answer.strip() == truth)
-
-
-def gqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """GQA's measure: 1 if the answer equals the annotated one."""
-    return strict_accuracy(answer, answers)
-
-
-def by_type(values: Iterable[float], types: Iterable[str | None]) -> dict[str, float]:
-    """The mean of each question (or answer) type's values, sorted by name; None is left out."""
-    groups: dict[str, list[float]] = {}
-    for value, kind in zip(values, types, strict=True):
-        if kind is not None:
-            groups.setdefault(kind, []).append(value)
-    return {kind: float(np.mean(groups[kind])) for kind in sorted(groups)}
 
 
 # Retrieval
@@ -125,15 +150,18 @@ def ranks(
 ) -> tuple[Tensor, Tensor]:
     """How many wrong ones come before the first right one, for every image and every text.
 
-    ``images`` (N, d) and ``texts`` (M, d) embeddings, scored by dot product; or ``images`` a
-    score matrix (N, M) and ``texts`` None. ``image_of_text`` (M,): the image of each caption;
-    an image may have any number. -> (N,) and (M,) int64, 0 is a hit at 1. A tie (and a score
-    that is not a number) counts against the model: a collapsed one finds nothing.
+    -> (N,) and (M,) int64; 0 is a hit at 1, and an image without captions has M. A tie (and a score
+    that is not a number) counts against the model: a collapsed one finds nothing. Scores are dot
+    products in double precision, rounded to single, so that ``block`` does not change which tie.
 
-    Scores are dot products in double precision, rounded to single: which scores tie does not
-    depend on ``block`` (images, texts), the largest part of the matrix that is ever in memory: on
-    a CPU as much as its cache holds, which is three times as fast as larger ones.
-    An image without captions has rank M.
+    Args:
+        images: embeddings (N, d), or all scores (N, M).
+        texts: embeddings (M, d), or None where ``images`` has the scores.
+        image_of_text: (M,) the image of each caption; an image may have any number.
+        block: images and texts of the largest part of the scores in memory. On a CPU what its cache
+            holds is three times as fast as more.
+
+    Raises UserError if ``image_of_text`` does not fit.
     """
     if images.device.type == "mps":  # has no double precision
         images, texts = images.cpu(), None if texts is None else texts.cpu()
@@ -185,48 +213,59 @@ def check_pairs(images: Tensor, texts: Tensor | None, owner: Tensor) -> None:
 
 
 def recall(
-    images: Tensor,
-    texts: Tensor | None,
-    image_of_text: Sequence[int] | Tensor,
-    ks: Sequence[int] = (1, 5, 10),
-    **options,
+    images: Tensor, texts: Tensor | None, image_of_text: Sequence[int] | Tensor, **options
 ) -> dict[str, float]:
-    """Recall@k from image to text (TR) and text to image (IR), and the means over ``ks``.
+    """Recall@k from image to text (TR) and text to image (IR), and the means over k.
 
-    See ``ranks`` for the arguments. TR takes the best of an image's captions; images without
-    captions are searched through and not asked for.
+    See `ranks` for the arguments. TR takes the best of an image's captions; images without captions
+    are candidates but no queries.
     """
     of_image, of_text = ranks(images, texts, image_of_text, **options)
-    owned = torch.as_tensor(image_of_text, dtype=torch.long).cpu().unique()
+    owner = torch.as_tensor(image_of_text, dtype=torch.long).cpu()
+    owned = owner.unique()
+    found = {"TR": (owned.numpy(), of_image[owned].numpy()), "IR": (owner.numpy(), of_text.numpy())}
+    once = np.ones((1, len(images)))
+    return {name: float(values[0]) for name, values in recall_of(found, len(images))(once).items()}
+
+
+def recall_of(found: dict[str, tuple[np.ndarray, np.ndarray]], images: int) -> Resample:
+    """The resampler of recall@k and its mean over k; an image counts with its captions.
+
+    Args:
+        found: for "TR" and "IR" each query's image (Q,) and rank (Q,), 0 being a hit at 1.
+        images: how many there are.
+    """
+    totals, hits = {}, {}
+    for way, (rows, places) in found.items():
+        totals[way] = np.bincount(rows, minlength=images)
+        for k in KS:
+            hits[way, k] = np.bincount(rows, weights=places < k, minlength=images)
+
+    def resample(counts: np.ndarray) -> dict[str, np.ndarray]:
+        values = {}
+        for way, total in totals.items():
+            own = {f"{way}@{k}": counts @ hits[way, k] / (counts @ total) for k in KS}
+            values |= own | {f"{way}-mean": np.mean(list(own.values()), axis=0)}
+        return values
+
+    return resample
+
+
+def chance(captions: Sequence[int]) -> dict[str, float]:
+    """The expected recalls of a random order; ``captions``: how many each image has."""
+    images, texts = len(captions), sum(captions)
     found = {}
-    for way, places in (("TR", of_image[owned]), ("IR", of_text)):
-        values = {f"{way}@{k}": float((places < k).double().mean()) for k in ks}
-        found |= values | {f"{way}-mean": sum(values.values()) / len(values)}
-    return found
+    for k in KS:  # TR: none of an image's m captions among k of them all
+        miss = [
+            math.comb(texts - m, k) / math.comb(texts, k) if k <= texts else 0 for m in captions
+        ]
+        found[f"TR@{k}"] = 1 - sum(miss) / images
+    found["TR-mean"] = sum(found.values()) / len(KS)
+    of_text = {f"IR@{k}": min(1.0, k / images) for k in KS}
+    return found | of_text | {"IR-mean": sum(of_text.values()) / len(KS)}
 
 
 # Zero-shot classification
-
-
-def class_embeddings(
-    embed_texts: Callable[[list[str]], Tensor],
-    names: Sequence[str],
-    templates: Sequence[str],
-    *,
-    batch: int = 256,
-) -> Tensor:
-    """One unit vector a class (C, d): the mean of its prompts' unit vectors, made unit again.
-
-    ``embed_texts`` maps texts to embeddings (n, d). Underscores in names become spaces.
-    """
-    if wrong := next((t for t in templates if t.count("{}") != 1), None):
-        raise UserError(f"The template {wrong!r} needs one {{}} where the class name goes.", 2)
-    if not names or not templates:
-        raise UserError("Zero-shot classification needs class names and a template.", 2)
-    texts = [t.replace("{}", name.replace("_", " ")) for name in names for t in templates]
-    parts = [embed_texts(texts[i]) for i in blocks(len(texts), batch)]
-    prompts = normalize(torch.cat(parts).float(), dim=-1)
-    return normalize(prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
 
 
 def label_ranks(scores: Tensor, labels: Sequence[int] | Tensor) -> Tensor:
@@ -238,9 +277,3 @@ def label_ranks(scores: Tensor, labels: Sequence[int] | Tensor) -> Tensor:
     scores = scores.float()
     own = scores.gather(1, labels[:, None])
     return (~(scores < own)).sum(1) - 1  # its own score is not ahead of itself
-
-
-def topk_accuracy(scores: Tensor, labels: Sequence[int] | Tensor) -> dict[str, float]:
-    """``scores`` (N, C), ``labels`` (N,) -> {"top1", "top5"}; ties are misses."""
-    ahead = label_ranks(scores, labels)
-    return {f"top{k}": float((ahead < k).double().mean()) for k in (1, 5)}

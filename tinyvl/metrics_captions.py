@@ -1,13 +1,12 @@
 """Caption metrics as everyone else reports them: BLEU, METEOR, ROUGE-L, CIDEr, SPICE, SPIDEr.
 
-pycocoevalcap's scorers and jars, called one by one (its own driver hangs, shifts captions and
-downloads; see ``metrics_java.py``). Scores lie between 0 and 1, except CIDEr and SPIDEr (1.0 is
-100 of the papers).
+They are pycocoevalcap's scorers and jars, called one by one: its own driver hangs, shifts captions
+and downloads. Scores are between 0 and 1, except CIDEr and SPIDEr (1.0 is the papers' 100).
 """
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from tinyvl import UserError, hub, ptb
+from tinyvl import UserError, hub
 from tinyvl import metrics_java as jvm
-from tinyvl.cider import Cider
+from tinyvl.metrics_cider import Cider, tokenise
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ OPT_IN = "SPICE is opt-in: --spice-jars DIR, a folder with CoreNLP 3.6.0's code 
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``caption_scores`` will compute, and with what."""
+    """The metrics that `caption_scores` computes, and the programs for them."""
 
     metrics: tuple[str, ...]
     missing: dict[str, str]  # metric -> why it will be None
@@ -42,10 +41,14 @@ def plan_captions(
     java: str | None = None,
     spice_jars: Path | None = None,
 ) -> Plan:
-    """Find Java and the jars, and refuse what cannot be had: call it before a long run.
+    """Finds Java and the jars. Call it before a long run.
 
-    ``metrics`` None means all: what cannot be computed here is None with a reason. A metric asked
-    for by name raises UserError (2) instead.
+    Args:
+        metrics: names; None: all, and what cannot be computed here is None with a reason.
+        java: the program or its home; None: looked for.
+        spice_jars: a folder with CoreNLP's jars, without which there is no SPICE.
+
+    Raises UserError if one of ``metrics`` is unknown or cannot be computed here.
     """
     names = tuple(CAPTION_METRICS if metrics is None else metrics)
     if unknown := [name for name in names if name not in CAPTION_METRICS]:
@@ -66,12 +69,11 @@ def plan_captions(
 
 @dataclass
 class CaptionScores:
-    """Corpus scores, and what they are made of.
+    """Scores of a corpus and of each caption.
 
-    ``items[metric][id]`` is the score of one caption. The corpus value of ROUGE-L, CIDEr, SPICE
-    and SPIDEr is their mean; that of BLEU and METEOR comes from sums of counts
-    (``statistics``), and is not the mean. CIDEr's are relative to the whole set: its inverse
-    document frequencies come from all references scored together.
+    The corpus value of ROUGE-L, CIDEr, SPICE and SPIDEr is the mean of ``items[metric][id]``; that
+    of BLEU and METEOR comes from sums of counts (``statistics``). CIDEr is relative to the whole
+    set: its inverse document frequencies come from all references scored together.
     """
 
     metrics: dict[str, float | None]
@@ -86,8 +88,8 @@ class CaptionScores:
     def resample(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """The corpus scores when caption i of ``ids`` counts ``counts[r, i]`` times.
 
-        ``counts`` (R, N) -> {metric: (R,)}: a bootstrap resample a row. Compare two systems on
-        the same counts. Document frequencies of CIDEr stay those of the whole set.
+        ``counts`` (R, N), a bootstrap draw a row -> {metric: (R,)}. CIDEr keeps the document
+        frequencies of the whole set.
         """
         counts = np.asarray(counts, dtype=np.float64)
         found = {}
@@ -113,32 +115,35 @@ def caption_scores(
 ) -> CaptionScores:
     """Score captions {id: caption} against references {id: [captions]}, as pycocoevalcap does.
 
-    Every id needs both. ``metrics``: see ``plan_captions``; ``java``: the program or home to
-    use; ``spice_jars``: folder with CoreNLP's jars, without which there is no SPICE.
-    Without Java our own tokenizer stands in (``"python"``; CIDEr moves by less than 0.0001).
+    `plan_captions` explains the options. Without Java our own tokenizer stands in (CIDEr moves by
+    less than 0.0001). Raises UserError as `plan_captions` does, if an id lacks its caption or its
+    references, or if a Java program fails that one of ``metrics`` needs.
     """
     plan = plan_captions(metrics, java, spice_jars)
     ids = check_captions(references, hypotheses)
-    wanted = set(plan.metrics) - set(plan.missing)
     missing, statistics = dict(plan.missing), {}
+    wanted = set(plan.metrics) - set(missing)
     corpus: dict[str, float] = {}
     each: dict[str, Sequence[float]] = {}
 
-    def java_metric(name: str, compute: Callable[[], T]) -> T | None:
+    def attempt(name: str, compute: Callable[[], T]) -> T | None:
+        """None with a warning where Java fails, unless the metric was asked for by name."""
         try:
             return compute()
         except UserError as error:
-            if metrics is not None:  # asked for by name
+            if metrics is not None:
                 raise
             warn(f"no {name}: {error}")
             missing[name] = str(error)
+            return None
 
     with contextlib.ExitStack() as stack:
-        if "METEOR" in wanted:  # a process beside ours, which takes its time to start
-            meteor = java_metric("METEOR", lambda: stack.enter_context(jvm.meteor(plan.java)))
+        meteor = None
+        if "METEOR" in wanted:  # starts while the captions are tokenised
+            meteor = attempt("METEOR", lambda: stack.enter_context(jvm.Meteor(plan.java)))
         refs, hyps = tokenised(plan, [references[i] for i in ids], [hypotheses[i] for i in ids])
-        if "METEOR" in wanted - set(missing):
-            meteor_statistics = meteor(refs, hyps)
+        if meteor:
+            meteor.score(refs, hyps)
         if wanted & set(BLEU):
             counts = statistics["BLEU"] = bleu_statistics(refs, hyps)
             corpus |= zip(BLEU, bleu_scores(counts.sum(0)), strict=True)
@@ -148,14 +153,13 @@ def caption_scores(
         if wanted & {"CIDEr", "SPIDEr"}:
             each["CIDEr"] = cider(refs, hyps)
         corpus |= {name: np.mean(each[name]) for name in ("ROUGE-L", "CIDEr") if name in each}
-        if "METEOR" in wanted - set(missing):
-            found = java_metric("METEOR", meteor_statistics)
-            if found is not None:
-                statistics["METEOR"] = found
-                corpus["METEOR"], each["METEOR"] = meteor_score(found.sum(0)), meteor_score(found)
+        found = attempt("METEOR", meteor.statistics) if meteor else None
+        if found is not None:
+            statistics["METEOR"] = found
+            corpus["METEOR"], each["METEOR"] = meteor_score(found.sum(0)), meteor_score(found)
     if wanted & {"SPICE", "SPIDEr"}:
         run = partial(jvm.spice, plan.java, plan.spice_jars, refs, hyps, hub.cache_dir() / "spice")
-        found = java_metric("SPICE", run)
+        found = attempt("SPICE", run)
         if found is None:
             missing["SPIDEr"] = missing["SPICE"]
         else:
@@ -168,7 +172,7 @@ def caption_scores(
         warn("CIDEr of a single image is always 0: it weighs words by how few images have them")
     return CaptionScores(
         {name: float(corpus[name]) if name in corpus else None for name in plan.metrics},
-        {name: named(ids, each[name]) for name in plan.metrics if name in each},
+        {n: dict(zip(ids, map(float, each[n]), strict=True)) for n in plan.metrics if n in each},
         "java" if plan.java else "python",
         {name: missing[name] for name in plan.metrics if name in missing},
         ids,
@@ -199,24 +203,20 @@ def tokenised(
     flat = [caption for candidates in references for caption in candidates]
     if plan.java is None:
         warn(f"the Penn Treebank tokenizer {NEEDS_JAVA}; using our own")
-        flat, hyps = map(ptb.tokenise, flat), list(map(ptb.tokenise, hypotheses))
+        flat, hyps = list(map(tokenise, flat)), list(map(tokenise, hypotheses))
     else:  # each in a process of its own, as there: the tokenizer looks at the next line
         with (
-            jvm.tokenising(plan.java, flat) as reference_tokens,
-            jvm.tokenising(plan.java, hypotheses) as hypothesis_tokens,
+            jvm.Tokenizer(plan.java, flat) as of_references,
+            jvm.Tokenizer(plan.java, hypotheses) as of_hypotheses,
         ):
-            flat, hyps = reference_tokens(), hypothesis_tokens()
+            flat, hyps = of_references.tokens(), of_hypotheses.tokens()
     tokens = iter(flat)
     return [[next(tokens) for _ in candidates] for candidates in references], hyps
 
 
-def named(ids: Sequence[str], values: Iterable[float]) -> dict[str, float]:
-    return dict(zip(ids, map(float, values), strict=True))
-
-
 @cache
 def warn(message: str) -> None:
-    """Say it on standard error, once in a process: domains of a set are scored one by one."""
+    """Say it on standard error once in a process: domains of a set are scored one by one."""
     print(f"tinyvl: {message}", file=sys.stderr)
 
 

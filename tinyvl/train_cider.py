@@ -18,9 +18,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tinyvl import decode, ptb
+from tinyvl import decode
 from tinyvl.captioner import Batch, Captioner, collate
-from tinyvl.cider import Cider
+from tinyvl.metrics_cider import Cider, tokenise
 
 END = "</s>"
 
@@ -127,4 +127,4 @@ def scorer(references: dict[int, list[str]]) -> tuple[Cider, dict[int, int]]:
 
 def words(caption: str, finished: bool) -> str:
     """A caption's words, with a word for its end."""
-    return f"{ptb.tokenise(caption)} {END}" if finished else ptb.tokenise(caption)
+    return f"{tokenise(caption)} {END}" if finished else tokenise(caption)

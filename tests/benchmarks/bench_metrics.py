@@ -16,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from tinyvl import metrics, metrics_captions
+from tinyvl import metrics_captions
 from tinyvl import metrics_java as jvm
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         return sum(sum(resource.getrusage(who)[:2]) for who in both)
 
-    plan = metrics.plan_captions()
+    plan = metrics_captions.plan_captions()
     parts = [list(references.values()), list(hypotheses.values())]
     refs, hyps = timed("tokenizer", lambda: metrics_captions.tokenised(plan, *parts))
     timed("BLEU", lambda: metrics_captions.bleu_statistics(refs, hyps))
@@ -68,11 +68,12 @@ def main() -> None:
     if plan.java is not None:
 
         def meteor():
-            with jvm.meteor(plan.java) as score:
-                return score(refs, hyps)()
+            with jvm.Meteor(plan.java) as program:
+                program.score(refs, hyps)
+                return program.statistics()
 
         timed("METEOR", meteor)
-    scores = timed("all", lambda: metrics.caption_scores(references, hypotheses))
+    scores = timed("all", lambda: metrics_captions.caption_scores(references, hypotheses))
     print({name: round(value, 4) for name, value in scores.metrics.items() if value is not None})
 
 

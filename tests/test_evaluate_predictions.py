@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tinyvl import UserError, predictions
+from tinyvl import UserError
+from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 
 RUN = {"model": "m", "decoding": {"beams": 5}}

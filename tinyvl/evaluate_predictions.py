@@ -1,0 +1,257 @@
+"""Predictions on disk: a run's own, which survive a kill; other people's, matched to records.
+
+A prediction is one JSON line, ``{"id", "path", "caption", "score"}`` (or ``"answer"``). `read`
+takes such lines, where ``id``, ``question_id``, ``image_id``, ``path`` or ``image`` names the
+record, and the arrays of COCO's, NoCaps's and VQA's results files.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyvl import UserError
+from tinyvl.data import Record
+from tinyvl.files import replace_file, write_text
+from tinyvl.metrics import Scores
+from tinyvl.progress import bar, say
+
+FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
+IDS = ("id", "question_id", "image_id")
+PATHS = ("path", "image", "video", "audio")
+OPEN = {"encoding": "utf-8", "errors": "surrogateescape"}
+
+
+class Log:
+    """A run's predictions as they are made: in a folder, or in memory where there is none.
+
+    The folder's ``run.json`` says what decides the predictions; a resumed run must have the same.
+    A line cut off by a kill is dropped, so its picture is done again.
+    """
+
+    def __init__(self, folder: Path | None, run: dict[str, Any], *, resume: bool | None = False):
+        """Opens or makes the folder. Raises UserError as `refuse` does."""
+        self.lines: dict[str, dict[str, Any]] = {}
+        self.stream = None
+        if folder is None:
+            return
+        if refuse(folder, run, resume):
+            self.lines = {line["id"]: line for line in read_lines(folder)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
+        write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+        kept = "".join(map(dump, self.lines.values()))
+        replace_file(folder / FILE, lambda part: part.write_text(kept, **OPEN))
+        self.stream = (folder / FILE).open("a", **OPEN)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Keeps a prediction, on disk at once."""
+        self.lines[line["id"]] = line
+        if self.stream:
+            self.stream.write(dump(line))
+            self.stream.flush()
+
+    def fill(
+        self,
+        records: list[Record],
+        predict: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
+        title: str,
+        *,
+        device: torch.device,
+        quiet: bool,
+    ) -> dict[str, Any]:
+        """Predicts what is missing -> how it went. A record that fails costs a message."""
+        todo = [record for record in records if record.id not in self.lines]
+        kept, failed = len(records) - len(todo), 0
+        begun = time.monotonic()
+        with bar(title, len(records), quiet, start=kept) as advance:
+            for record, found in zip(todo, predict(todo), strict=True):
+                if isinstance(found, UserError):
+                    failed += 1
+                    say(f"tinyvl: {found}")
+                else:
+                    self.add({"id": record.id, "path": record.path, **found})
+                advance(1)
+        seconds = time.monotonic() - begun
+        return {
+            "failed": failed,
+            "kept": kept,  # made by earlier, interrupted runs
+            "seconds": round(seconds, 2),
+            "items_per_second": round((len(todo) - failed) / seconds, 3) if todo else None,
+            "device": str(device),
+        }
+
+
+def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
+    """Whether the folder has this run. ``resume`` None: this kind of run cannot be resumed.
+
+    Raises:
+        UserError: the folder has other things or another run in it, or ``resume`` is not True.
+    """
+    if folder.is_file() or folder.suffix in (".json", ".jsonl"):
+        raise UserError(
+            f"{folder}: --out names a folder, which gets {FILE} and {REPORT}: choose another name.",
+            2,
+        )
+    if not (folder / RUN).exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: this folder has other things in it; choose another for --out.", 2
+            )
+        return False
+    if not resume:
+        way = "" if resume is None else "go on with it by --resume, or "
+        raise UserError(f"{folder}: this folder has a run in it; {way}choose another.", 2)
+    before = read_run(folder)
+    for key in before.keys() | run.keys():
+        if before.get(key) != run.get(key):
+            raise UserError(
+                f"{folder}: made with {key} {before.get(key)!r}, now it is {run.get(key)!r}; "
+                "choose another folder for --out.",
+                2,
+            )
+    return True
+
+
+def dump(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A folder's ``run.json``; empty where there is none."""
+    try:
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines that a run has written, without one that a kill cut off."""
+    found = []
+    with suppress(FileNotFoundError):
+        for line in re.findall(r"[^\n]*\n", (folder / FILE).read_text(**OPEN)):
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def report(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -> dict[str, Any]:
+    """The report; it is also written beside the predictions in ``out``."""
+    whole = {**head, "items": items, "metrics": scores.metrics, **scores.extra}
+    if scores.groups:
+        whole["groups"] = scores.groups
+    if out is not None:
+        write_text(out / REPORT, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    return whole
+
+
+def export(file: Path, texts: dict[str, str], field: str) -> None:
+    """Writes what the servers of COCO and NoCaps (captions) and of VQA (answers) take."""
+    key = "question_id" if field == "answer" else "image_id"
+
+    def number(text: str) -> int | str:  # as the published files have it
+        return int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
+
+    results = [{key: number(name), field: text} for name, text in texts.items()]
+    write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
+
+
+# ----------------------------------------------------------------------------- made elsewhere
+
+
+def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
+    """The predictions of a file or of a run's folder, each with the place where it stands.
+
+    Args:
+        path: JSON Lines, or a JSON array (COCO, NoCaps and VQA results).
+        field: the text's key: ``"caption"`` or ``"answer"``. Lines that have an ``error`` instead,
+            as `tinyvl caption --json` writes for a file it cannot read, are left out.
+
+    Raises:
+        UserError: no such file, or a line that is no prediction.
+    """
+    path = path.expanduser()
+    file = path / FILE if path.is_dir() else path
+    try:
+        content = file.read_text(**OPEN | {"encoding": "utf-8-sig"})
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+    if content.lstrip().startswith("["):
+        entries = [(f"{file}, [{i}]", e) for i, e in enumerate(parsed(content, file))]
+    else:
+        lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
+        entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
+    found = []
+    for where, entry in entries:
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: expected a JSON object, found {str(entry)[:60]!r}")
+        if "error" in entry and field not in entry:
+            continue
+        if not isinstance(entry.get(field), str):
+            raise UserError(f"{where}: {field!r} is missing; it should be a text")
+        if not any(entry.get(key) is not None for key in IDS + PATHS):
+            raise UserError(f"{where}: nothing names the record; give an {', '.join(IDS)} or path")
+        found.append((where, entry))
+    if not found:
+        raise UserError(f"{file} holds no predictions")
+    return found
+
+
+def parsed(text: str, where: Path | str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+
+
+def match(
+    entries: list[tuple[str, dict[str, Any]]], records: list[Record], field: str
+) -> dict[str, str]:
+    """The text predicted for each record, by the record's id.
+
+    An entry names its record by id or by path: the same path, or the same file name where only one
+    record has it; among several questions about a picture, by ``question`` too.
+
+    Raises:
+        UserError: an entry names no record, or several, or a record that another one named.
+    """
+    ids = {record.id for record in records}
+    named: dict[str, list[Record]] = {}  # by path and by file name
+    for record in records:
+        for name in {record.path, os.path.basename(record.path)}:
+            named.setdefault(name, []).append(record)
+
+    def find(where: str, entry: dict[str, Any]) -> str:
+        names, paths = (
+            [str(entry[key]) for key in keys if entry.get(key) is not None] for keys in (IDS, PATHS)
+        )
+        for name in names:
+            if name in ids:
+                return name
+        for name in paths:
+            hits = named.get(os.path.abspath(name)) or named.get(os.path.basename(name), [])
+            if "question" in entry:
+                hits = [record for record in hits if record.question == entry["question"]]
+            if len(hits) == 1:
+                return hits[0].id
+            if hits:
+                raise UserError(
+                    f"{where}: {name!r} names {len(hits)} records of the data; name one by its id"
+                )
+        raise UserError(f"{where}: {(names + paths)[0]!r} is not in the data")
+
+    texts: dict[str, str] = {}
+    for where, entry in entries:
+        key = find(where, entry)
+        if key in texts:
+            raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
+        texts[key] = entry[field]
+    return texts
