@@ -1,11 +1,17 @@
-"""Pictures into a feature cache: decoded in worker processes while the encoder computes."""
+"""The feature cache: what an encoder makes of each picture, computed once and kept on disk.
+
+`extract` fills a folder of shards (`store`): ``tokens`` (n, S, D) and ``summaries.00``
+(n, D_level), ..., lowest level first. Pictures are decoded in worker processes while the encoder
+computes. Its head, ``manifest.json``, says which encoder made what, and which row each picture has.
+`FeatureStore` reads the folder.
+"""
 
 import json
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,35 +19,175 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, hub, media, models
-from tinyvl.device import precision_name
+from tinyvl import UserError, hub, media, models, store
+from tinyvl.device import PRECISIONS, Pieces, precision_name
 from tinyvl.encoders import Percept
 from tinyvl.encoders_av import Encoder, build_encoder
-from tinyvl.files import locked
 from tinyvl.presets import Run
-from tinyvl.progress import bar, say
-from tinyvl.store import (  # noqa: F401
-    DTYPES,
-    MANIFEST,
-    Entry,
-    FeatureStore,
-    Index,
-    open_store,
-    read_shards,
-    room,
-    stat,
-    write_manifest,
-    write_shard,
-)
+from tinyvl.progress import bar, skip
+from tinyvl.store import Entry, Known, Shards
 from tinyvl.train_run import Interrupted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MANIFEST = "manifest.json"
+HEAD = ("encoder", "transform", "precision", "what", "dtype", "tensors")
 WHAT = ("tokens", "summaries", "both")
 SHARD_BYTES = 2**26  # of a shard: twice that is held in memory
 SHARD_ROWS = 512  # a kill costs at most a shard, so that it is soon done where rows are small too
 BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
+
+# ----------------------------------------------------------------------------------- reading
+
+
+class FeatureStore:
+    """A finished cache, memory-mapped: only the rows that are asked for are read."""
+
+    def __init__(self, folder: str | Path):
+        """Raises UserError: no cache is there, it is unfinished, damaged, or of a later format."""
+        self.folder = Path(folder)
+        fields = (*HEAD, "shards", "records")
+        manifest = store.read_head(self.folder / MANIFEST, "features", fields, 2)
+        if manifest is None:
+            advice = "no features there; `tinyvl features DATA --out DIR` makes them"
+            if any(self.folder.glob("*.safetensors")):
+                advice = "this extraction did not finish; run the same `tinyvl features` again"
+            raise UserError(f"{folder}: {advice}.", 2)
+        self.manifest = manifest
+        dtype = PRECISIONS[manifest["dtype"]]
+        self.shards = Shards(self.folder, manifest["shards"], manifest["tensors"], dtype)
+        self.known = Known(Entry(*record) for record in manifest["records"])
+        self.part = slice(None), slice(None)  # of the tokens: which, and which of their numbers
+        self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.shards)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The pictures, in the order of extraction; ``error`` says which could not be read."""
+        return list(self.known.by_path.values())
+
+    def find(self, path: str, id: str | None = None) -> Entry | None:
+        """The entry of a picture by absolute path, or else by the id its record has.
+
+        None: it is not here, or the file has changed since.
+        """
+        return self.known.find(path, id or self.ids.get(path))
+
+    def entries_of(self, pictures: Iterable[tuple[str, str]]) -> list[Entry]:
+        """The entries of some (absolute path, id); `find` then knows them by the path alone.
+
+        Raises:
+            UserError: some are not here, or have changed.
+        """
+        pictures = list(pictures)
+        self.ids |= pictures
+        found = [self.find(path, id) for path, id in pictures]
+        missing = [path for (path, _), entry in zip(pictures, found, strict=True) if entry is None]
+        if missing:
+            raise UserError(
+                f"{self.folder}: {len(missing):,} of {len(pictures):,} pictures are not in these "
+                f"features or have changed since, such as {missing[0]}; `tinyvl features DATA "
+                f"--out {self.folder}` with the options of the first time adds them.",
+                2,
+            )
+        return found
+
+    def tokens(self, indices: Sequence[int]) -> Tensor:
+        """Token maps of some rows: (n, S, D), in the dtype on disk."""
+        return self.shards.read("tokens", indices, self.part)
+
+    def summaries(self, indices: Sequence[int]) -> list[Tensor]:
+        """The summaries of some rows, a level each, lowest first: (n, D_level)."""
+        names = [name for name in self.manifest["tensors"] if name != "tokens"]
+        return [self.shards.read(name, indices) for name in names]
+
+    def read(self, what: str, indices: Sequence[int]) -> Tensor:
+        """What a method reads of some rows: "tokens" (n, S, D), or "summaries" joined (n, ΣD)."""
+        return self.tokens(indices) if what == "tokens" else torch.cat(self.summaries(indices), -1)
+
+    def check(self, model: Any) -> None:
+        """Raises UserError: the model's encoder is not as it was: partly trained, or resized."""
+        if not model.fixed_pictures:
+            raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
+        theirs = self.manifest["transform"]
+        ours = json.loads(json.dumps(model.encoder.data_config))
+        for key in ours:
+            if ours[key] != theirs.get(key):
+                raise UserError(
+                    f"{self.folder}: these pictures were prepared with {key} {theirs.get(key)}, "
+                    f"and this model's encoder takes {key} {ours[key]}; it cannot read them.",
+                    2,
+                )
+
+
+def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens") -> FeatureStore:
+    """The cache in a folder, if it is of this encoder and has ``what``: "tokens" or "summaries".
+
+    Args:
+        vision: the encoder's part of a checkpoint's ``config.json`` (`models.image_side`).
+
+    Raises:
+        UserError: as `FeatureStore`; or it is of another encoder, or has not ``what``.
+    """
+    found = FeatureStore(folder)
+    theirs = found.manifest["encoder"]
+    keys, lacks = ("sha256", "fit", "config", "modality", "frames"), False
+    if what == "tokens":  # there may be more of them than are wanted
+        below = [encoder.get("lower", 0) for encoder in (vision, theirs)]
+        larger = [encoder.get("larger", 0) for encoder in (vision, theirs)]
+        lacks = below[0] > below[1] or larger[0] not in (0, larger[1])
+        cells = None if larger[0] else found.manifest.get("cells")
+        widths = found.manifest.get("widths")
+        found.part = slice(cells), slice(widths and sum(widths[: 1 + below[0]]))
+    if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
+        raise UserError(
+            f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
+            f"{described(vision)}; extract features with that one.",
+            2,
+        )
+    if found.manifest["what"] not in (what, "both"):
+        raise UserError(
+            f"{folder}: there are {found.manifest['what']} only, and this model reads {what}; "
+            f"extract with --what {what}.",
+            2,
+        )
+    return found
+
+
+def load_beside(
+    folder: Path,
+    config: dict[str, Any],
+    load: Callable[[], Any],
+    pictures: Iterable[tuple[str, str]] = (),
+) -> tuple[Any, FeatureStore]:
+    """The model that ``load`` gives, and the cache that it is to read.
+
+    Args:
+        config: the model's ``config.json``.
+        pictures: (absolute path, id) that the cache must have.
+
+    Raises:
+        UserError: the cache is not of this model's encoder, or lacks pictures. Most of it is known
+            before the model is loaded, which may take a while.
+    """
+    found = open_store(folder, models.image_side(config), models.reads(config))
+    found.entries_of(pictures)
+    model = load()
+    found.check(model)
+    return model, found
+
+
+def described(vision: dict[str, Any]) -> str:
+    keys = ("fit", "modality", "frames", "lower", "larger")
+    about = ", ".join(f"{key} {vision[key]}" for key in keys if key in vision)
+    return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, {about})"
+
+
+# ----------------------------------------------------------------------------------- encoding
 
 
 def load_encoder(
@@ -53,11 +199,11 @@ def load_encoder(
     media: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Encoder]:
     """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
-    told = media or {}
-    folder = hub.fetch(name, models.role_of("vision", told))
+    extra = media or {}
+    folder = hub.fetch(name, models.role_of("vision", extra))
     config = json.loads((folder / "config.json").read_text())
     vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config, "fit": fit}
-    vision |= told
+    vision |= extra
     encoder = build_encoder(vision, folder).to(device)
     encoder.model.to(precision)  # pictures are still normalised in float32
     return vision, encoder
@@ -71,18 +217,21 @@ def contents(
     Args:
         vision: name, sha256, config, fit, ... as in a checkpoint's ``config.json``.
         what: "tokens", "summaries" or "both".
-        dtype: in which they are kept, "fp16" or "bf16".
+        dtype: in which they are kept: "fp16", "bf16" or "fp32".
+
+    Raises:
+        UserError: ``what`` or ``dtype`` is none of these.
     """
     if what not in WHAT:
         raise UserError(f"--what is one of {', '.join(WHAT)}, not {what!r}.", 2)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.", 2)
+    if dtype not in PRECISIONS:
+        raise UserError(f"--dtype is one of {', '.join(PRECISIONS)}, not {dtype!r}.", 2)
     parts = parts_of(percept(encoder, encoder.probe()), what)
     head = {
         "format": 1,
         "encoder": vision,
         "transform": encoder.data_config,
-        "precision": precision_name(precision_of(encoder)),
+        "precision": precision_name(weight(encoder).dtype),
         "what": what,
         "dtype": dtype,
         "tensors": {name: list(part.shape[1:]) for name, part in parts.items()},
@@ -91,7 +240,7 @@ def contents(
         head["widths"] = [encoder.width, *encoder.below]
     if what != "summaries" and encoder.larger:  # how many tokens are of the encoder's own size
         with torch.no_grad():
-            alone = encoder.look(encoder.probe().to(device_of(encoder)))
+            alone = encoder.look(encoder.probe().to(weight(encoder).device))
         head["cells"] = alone.tokens.shape[1]
     return json.loads(json.dumps(head))
 
@@ -104,73 +253,72 @@ def parts_of(percept: Percept, what: str) -> dict[str, Tensor]:
     return parts
 
 
-def precision_of(encoder: Encoder) -> torch.dtype:
-    return next(encoder.model.parameters()).dtype
+def weight(encoder: Encoder) -> Tensor:
+    """One of its weights: they share a device and a dtype."""
+    return next(encoder.model.parameters())
 
 
-def device_of(encoder: Encoder) -> torch.device:
-    return next(encoder.model.parameters()).device
-
-
-def percept(encoder: Encoder, pictures: Tensor) -> Percept:
-    """Decoded pictures (B, 3, H, W) through the encoder; a batch that does not fit is halved."""
-    device, precision = device_of(encoder), precision_of(encoder)
+def percept(encoder: Encoder, pictures: Tensor, pieces: Pieces | None = None) -> Percept:
+    """Decoded pictures (B, 3, H, W) through the encoder, cut up where they do not fit."""
+    device, precision = weight(encoder).device, weight(encoder).dtype
     half = precision != torch.float32
-    try:
+
+    def attempt(number: int) -> Percept:
         with torch.no_grad(), torch.autocast(device.type, precision) if half else nullcontext():
-            return encoder(pictures.to(device, non_blocking=True))
-    except torch.OutOfMemoryError:
-        if len(pictures) == 1:
-            raise UserError(
-                "One picture does not fit in this device's memory; use --device cpu."
-            ) from None
-    torch.cuda.empty_cache()
-    return Percept.join([percept(encoder, part) for part in pictures.chunk(2)])
+            parts = [encoder(p.to(device, non_blocking=True)) for p in pictures.chunk(number)]
+        return parts[0] if len(parts) == 1 else Percept.join(parts)
+
+    pieces = pieces or Pieces("One picture", "use --device cpu")
+    return pieces.run(attempt, len(pictures))
 
 
 def encode(
     decoded: Iterator[tuple[str, Tensor | media.MediaError]],
-    sizes: Iterable[int],
+    blocks: Iterable[list[Entry]],
     encoder: Encoder,
     what: str,
     dtype: torch.dtype,
-) -> Iterator[tuple[list[str | None], dict[str, Tensor]]]:
-    """Blocks of decoded pictures: what is wrong with each, and the tensors of the good ones.
+) -> Iterator[tuple[list[Entry], dict[str, Tensor]]]:
+    """Blocks of entries, in which errors are noted, and the tensors of their good pictures.
 
     From a GPU the tensors come in ``dtype``, on a CPU as the encoder gave them.
     The results come one block late: a GPU computes the next one while they are copied and kept.
     """
-    device = device_of(encoder)
+    device, pieces = weight(encoder).device, Pieces("One picture", "use --device cpu")
     gpu = device.type == "cuda"
-    late: tuple[list[str | None], dict[str, Tensor], Any] | None = None
-    for size in sizes:
-        found = [picture for _, picture in islice(decoded, size)]
-        errors = [None if isinstance(picture, Tensor) else str(picture) for picture in found]
-        good = [picture for picture in found if isinstance(picture, Tensor)]
-        parts, done = {}, None
+    late: deque[tuple[list[Entry], dict[str, Tensor], Any]] = deque()
+    for block in blocks:
+        good, parts, copied = [], {}, None
+        for entry, (_, picture) in zip(block, islice(decoded, len(block)), strict=True):
+            if isinstance(picture, Tensor):
+                good.append(picture)
+            else:
+                entry.error = str(picture)
         if good:
             pictures = torch.stack(good)
-            seen = percept(encoder, pictures.pin_memory() if gpu else pictures)
+            seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
             parts = parts_of(seen, what)
-            if gpu:  # half the bytes to copy; on a CPU they become ``dtype`` as they are kept
-                parts = {
-                    name: part.to(dtype).contiguous().to("cpu", non_blocking=True)
-                    for name, part in parts.items()
-                }
-                done = torch.cuda.current_stream(device).record_event()
-        if late:
-            yield settled(late)
-        late = errors, parts, done
+        if good and gpu:  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
+            parts = {
+                name: part.to(dtype).contiguous().to("cpu", non_blocking=True)
+                for name, part in parts.items()
+            }
+            copied = torch.cuda.current_stream(device).record_event()
+        late.append((block, parts, copied))
+        if len(late) > 1:
+            yield settled(*late.popleft())
     if late:
-        yield settled(late)
+        yield settled(*late.popleft())
 
 
-def settled(late: tuple[list[str | None], dict[str, Tensor], Any]) -> tuple[list, dict]:
+def settled(block: list[Entry], parts: dict[str, Tensor], copied: Any) -> tuple[list, dict]:
     """A block whose copies from the GPU are complete."""
-    errors, parts, done = late
-    if done is not None:
-        done.synchronize()
-    return errors, parts
+    if copied is not None:
+        copied.synchronize()
+    return block, parts
+
+
+# ----------------------------------------------------------------------------------- writing
 
 
 def extract(
@@ -188,7 +336,7 @@ def extract(
     """Adds to a folder the features of those pictures, (absolute path, id), that it lacks.
 
     Killed at any moment and called again, it ends with the same bytes. Pictures that cannot be
-    read are named and kept in mind: they are tried again when their file changes.
+    read are named and remembered: they are tried again when their file changes.
 
     Args:
         head: what `contents` gave.
@@ -201,100 +349,104 @@ def extract(
         how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
 
     Raises:
-        UserError: the folder has features of another kind, or no room.
+        UserError: the folder has features of another kind, or no room; or ``run`` is stopped.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
-    with locked(folder, "another extraction is at work there"):
-        for part in folder.glob(".*.*.*"):  # a file that a kill left half written
-            part.unlink()
-        shards, known = read_shards(folder, head)
-        index, todo, failed, kept = Index(known), [], [], 0
-        for path, id in dict.fromkeys(pictures):
-            entry = index.find(path, id)
-            if entry is None:
-                entry = Entry(path, id, *stat(path))
-                todo.append(entry)
-                index.add(entry)
-            elif entry.row is not None:
-                kept += 1
-            elif entry.error:
-                failed.append(entry.error)
-        row = 2 * sum(torch.Size(shape).numel() for shape in head["tensors"].values())  # bytes
-        check_room(folder, len(todo), len(todo) * (row + 300), run, advice)
+    check = partial(refuse_change, folder, head)
+    with store.writing(folder, "another extraction is at work there"):
+        shards, entries = store.read_shards(folder, check)
+        todo, kept, failed = Known(entries).compare(pictures)
+        need, what = len(todo) * (row_bytes(head) + 300), f"the features of {len(todo):,} pictures"
+        store.check_room(folder, need, what, advice, run.quiet)
         for error in failed:
-            print(f"tinyvl: skipping {error}", file=sys.stderr)
-        rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row) // BLOCK * BLOCK)
-        chunks = [todo[i : i + rows] for i in range(0, len(todo), rows)]
-        blocks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in chunks]
-        gpu = device_of(encoder).type == "cuda"
-        decoded = media.decode_images(
-            (entry.path for entry in todo),
-            transform or encoder.view(),
-            target=encoder.size,
-            workers=run.workers,
-            # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
-            lookahead=max(64, 2 * batch) if gpu else 4 * media.cores(),
-        )
-        sizes = (len(block) for chunk in blocks for block in chunk)
-        encoded = encode(decoded, sizes, encoder, head["what"], DTYPES[head["dtype"]])
-        writing: Future | None = None
-        # One is filled while the other is written: on a CPU new memory for each shard costs a
-        # twentieth of the time. And all of torch's work stays in this thread: in another it would
-        # start OpenMP threads of its own, and with more of these than cores the encoder would be
-        # a fifth slower from then on.
-        pages = [room(head, min(rows, len(todo))) for _ in range(2)]
-        with (
-            closing(decoded),
-            ThreadPoolExecutor(1) as writer,
-            bar(title, len(todo), run.quiet) as advance,
-        ):
-            for number, chunk in enumerate(blocks, start=len(shards)):
-                page, filled = pages[number % 2], 0
-                for block in chunk:
-                    errors, parts = next(encoded)
-                    for name, part in parts.items():
-                        page[name][filled : filled + len(part)] = part
-                    filled += errors.count(None)
-                    for entry, error in zip(block, errors, strict=True):
-                        if error:
-                            entry.error = error
-                            failed.append(error)
-                            print(f"tinyvl: skipping {error}", file=sys.stderr)
-                    advance(len(block))
-                    if run.stop:
-                        raise Interrupted
-                if writing:
-                    writing.result()
-                entries = [entry for block in chunk for entry in block]
-                shard = {name: tensor[:filled] for name, tensor in page.items()}
-                writing = writer.submit(write_shard, folder, number, head, entries, shard)
-            if writing:
-                writing.result()
+            skip(error)
+        transform = transform or encoder.view()
+        fill(folder, len(shards), todo, encoder, head, run, transform, batch, title)
         if todo or not (folder / MANIFEST).exists():
-            write_manifest(folder, head)
+            store.write_manifest(folder / MANIFEST, head, *store.read_shards(folder, check))
+    good = sum(entry.error is None for entry in todo)
     return {
-        "extracted": sum(entry.error is None for entry in todo),
+        "extracted": good,
         "kept": kept,
-        "failed": len(failed),
+        "failed": len(failed) + len(todo) - good,
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
     }
 
 
-def check_room(folder: Path, count: int, need: int, run: Run, advice: str) -> None:
-    """Says how much disk a job takes, and refuses what does not fit."""
-    free = shutil.disk_usage(folder).free
-    takes, left = f"{need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB"
-    if need > 0.9 * free:
-        raise UserError(
-            f"{folder}: the features of {count:,} pictures take {takes}, and {left} are free on "
-            f"that disk; {advice}.",
-            2,
-        )
-    if count:
-        say(
-            f"the features of {count:,} pictures take {takes} in {folder} ({left} are free)",
-            run.quiet,
-        )
+def fill(
+    folder: Path,
+    first: int,
+    todo: list[Entry],
+    encoder: Encoder,
+    head: dict[str, Any],
+    run: Run,
+    transform: "Callable[[Image], Tensor]",
+    batch: int,
+    title: str,
+) -> None:
+    """Shards of ``todo``, from number ``first`` on, in which pictures that are none are noted."""
+    gpu, dtype = weight(encoder).device.type == "cuda", PRECISIONS[head["dtype"]]
+    rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row_bytes(head)) // BLOCK * BLOCK)
+    chunks = [todo[i : i + rows] for i in range(0, len(todo), rows)]
+    blocks = (c[i : i + batch] for c in chunks for i in range(0, len(c), batch))
+    decoded = media.decode_images(
+        (entry.path for entry in todo),
+        transform,
+        target=encoder.size,
+        workers=run.workers,
+        # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
+        lookahead=max(64, 2 * batch) if gpu else 4 * media.cores(),
+    )
+    encoded = encode(decoded, blocks, encoder, head["what"], dtype)
+    # One page is filled while the other is written: on a CPU new memory for each shard costs a
+    # twentieth of the time. And all of torch's work stays in this thread: in another it would
+    # start OpenMP threads of its own, and with more of these than cores the encoder would be a
+    # fifth slower from then on.
+    rows = min(rows, len(todo))
+    pages = [
+        {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in head["tensors"].items()}
+        for _ in range(2)
+    ]
+    writing: Future | None = None
+    with (
+        closing(decoded),
+        ThreadPoolExecutor(1) as writer,
+        bar(title, len(todo), run.quiet) as advance,
+    ):
+        for number, chunk in enumerate(chunks, first):
+            page, filled = pages[number % 2], 0
+            for _ in range(0, len(chunk), batch):
+                block, parts = next(encoded)
+                for name, part in parts.items():
+                    page[name][filled : filled + len(part)] = part
+                errors = [entry.error for entry in block if entry.error]
+                filled += len(block) - len(errors)
+                for error in errors:
+                    skip(error)
+                advance(len(block))
+                if run.stop:
+                    raise Interrupted
+            if writing:
+                writing.result()
+            shard = {name: tensor[:filled] for name, tensor in page.items()}
+            writing = writer.submit(store.write_shard, folder, number, head, chunk, shard)
+        if writing:
+            writing.result()
+
+
+def row_bytes(head: dict[str, Any]) -> int:
+    numbers = sum(torch.Size(shape).numel() for shape in head["tensors"].values())
+    return numbers * PRECISIONS[head["dtype"]].itemsize
+
+
+def refuse_change(folder: Path, head: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises UserError: a shard's head, ``before``, is not ``head``: a folder has one kind."""
+    key = next((key for key in head if before.get(key) != head[key]), None)
+    if key is None:
+        return
+    was, now = f"{key} {before.get(key)}", f"{key} {head[key]}"
+    if key == "encoder":
+        was, now = described(before[key]), described(head[key])
+        now = f"another configuration of {now}" if now == was else now
+    raise UserError(
+        f"{folder}: there are features of {was}, not of {now}; choose another --out.", 2
+    )

@@ -1,6 +1,7 @@
-"""Files that are replaced in one stroke: a reader, and a kill, find the old one or the new one."""
+"""Files and folders that appear in one stroke: a reader, and a kill, find the old or the new."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,44 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"{file}: cannot be written ({error.strerror}).") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def building(target: Path, where: str = "", advice: str = "free some space") -> Iterator[Path]:
+    """An empty folder that becomes ``target`` at once when the body ends without an error.
+
+    Two processes may build the same thing: whoever ends first has made it.
+
+    Args:
+        where: what cannot be written to, and ``advice``, what to do then: for the message.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
+        ) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                if file.is_file():  # safetensors writes for the owner only; others may read
+                    file.chmod(0o644)
+            try:
+                os.replace(new, target)
+            except OSError:
+                made = {file.name for file in new.iterdir()}
+                if not target.is_dir():
+                    raise
+                if not made <= {file.name for file in target.iterdir()}:  # not whole: ours is
+                    os.replace(target, new.with_name("old"))
+                    os.replace(new, target)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {where or target.parent} ({error.strerror or error}); {advice}."
+        ) from error
 
 
 @contextmanager

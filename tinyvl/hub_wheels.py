@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from tinyvl import UserError
+from tinyvl import UserError, files
 from tinyvl.hub_table import Wheel
 
 
@@ -93,36 +93,10 @@ def pip_download(
     return path
 
 
-@contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target` at once when the body ends without an error.
-
-    Two processes may build the same thing: whoever ends first has made it.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
-        ) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            yield new
-            for file in new.iterdir():
-                file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
-            try:
-                os.replace(new, target)
-            except OSError:
-                made = {file.name for file in new.iterdir()}
-                if not target.is_dir():
-                    raise
-                if not made <= {file.name for file in target.iterdir()}:  # not whole: ours is
-                    os.replace(target, new.with_name("old"))
-                    os.replace(new, target)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to the cache {tilde(cache_dir())} ({error.strerror or error}); free "
-            "some space or set TINYVL_CACHE to another folder."
-        ) from error
+def building(target: Path) -> AbstractContextManager[Path]:
+    """`files.building` of a folder in the cache."""
+    advice = "free some space or set TINYVL_CACHE to another folder"
+    return files.building(target, f"the cache {tilde(cache_dir())}", advice)
 
 
 def file_sha256(*files: Path) -> str:

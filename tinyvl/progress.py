@@ -11,6 +11,11 @@ def say(message: str, quiet: bool = False) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def skip(why: str) -> None:
+    """Names an input that is left out, and why: ``FILE: REASON``."""
+    print(f"tinyvl: skipping {why}", file=sys.stderr)
+
+
 @contextmanager
 def bar(title: str, total: int, quiet: bool = False, start: int = 0):
     """A Rich bar on a terminal; elsewhere a line at most every half minute. -> advance(n, text)."""

@@ -1,16 +1,24 @@
-"""What `tinyvl retrieve` does: queries become vectors, and an index is searched, exactly."""
+"""Searching an index, exactly, and telling which label fits a picture best.
+
+`tinyvl retrieve` makes vectors of its queries and looks for the rows of an index that are most
+similar; `tinyvl classify` compares pictures with the vectors of labels, put into prompts.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tinyvl import UserError, media
-from tinyvl.index import Index, one_line
+from tinyvl.index import Index, a_picture, embed_images, one_line, read_about
+from tinyvl.write import computed, gathered
 
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
 ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
@@ -121,7 +129,11 @@ class Hit:
 
 
 def term(text: str) -> Query:
-    """What ``--plus`` or ``--minus`` names: the picture of that path, else the text."""
+    """What ``--plus`` or ``--minus`` names: the picture of that path, else the text.
+
+    Raises:
+        UserError: it is the name of a picture that is not there.
+    """
     if os.path.isfile(text):
         return Query(text, True)
     if media.is_image(text):
@@ -131,8 +143,6 @@ def term(text: str) -> Query:
 
 def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
     """A unit vector (width,) for each query, or what is wrong with its picture."""
-    import torch
-
     texts = [one_line(query.name) for query in queries if not query.picture]
     files = [query.name for query in queries if query.picture]
     words = iter(model.embed_texts(texts).float().cpu().numpy() if texts else ())
@@ -206,3 +216,115 @@ def answers(
             Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
             for rank, (n, score) in enumerate(pairs, 1)
         ]
+
+
+def finished(folder: Path) -> bool:
+    """Whether there is an index that can be searched. Raises UserError: it is damaged."""
+    return bool((read_about(folder) or {}).get("generation"))
+
+
+def shown(index: Index, folder: str | None) -> Callable[[str], str]:
+    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
+    root, here = index.root, os.path.join(os.getcwd(), "")
+
+    def show(path: str) -> str:
+        if folder is not None:
+            return os.path.join(folder, path)
+        return os.path.join(root, path).removeprefix(here)
+
+    return show
+
+
+def groups(texts: list[str], images: list[str]) -> Iterator[list[Query]]:
+    """Queries to be answered together: those named, then lines of standard input as they come.
+
+    Args:
+        texts: "-" stands for standard input.
+        images: paths.
+    """
+    named = [Query(text) for text in texts if text != "-"]
+    named += [Query(path, picture=True) for path in images]
+    if named:
+        yield named
+    if "-" in texts:
+        lines = (Query(line.strip()) for line in media.expand(["-"]))
+        yield from gathered(lines, QUERIES)
+
+
+def sides_of(texts: list[str], images: list[str], terms: list[Query]) -> list[str]:
+    """The towers that queries need: "text", "image" or both.
+
+    Args:
+        terms: what is added to each query and subtracted from it.
+    """
+    words = bool(texts) or any(not term.picture for term in terms)
+    pictures = bool(images) or any(term.picture for term in terms)
+    return ["text"] * words + ["image"] * pictures
+
+
+# ----------------------------------------------------------------------------------------- labels
+
+
+def read_labels(given: str) -> list[str]:
+    """The lines of a file, or names between commas; each once.
+
+    Raises:
+        UserError: fewer than two.
+    """
+    try:
+        there = os.path.isfile(given)
+    except ValueError:  # a NUL in it
+        there = False
+    try:
+        text = Path(given).read_text(encoding="utf-8-sig") if there else given
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{given}: not a list of labels, a line each ({error}).", 2) from error
+    parts = text.splitlines() if there else text.split(",")
+    labels = [label for part in parts if (label := " ".join(part.split()))]
+    labels = list(dict.fromkeys(labels))
+    if len(labels) < 2:
+        raise UserError(
+            f"--labels takes two names or more, between commas or a line each in a file; {given!r} "
+            f"{'' if there else 'is no file and '}has {len(labels)}.",
+            2,
+        )
+    return labels
+
+
+def classify(
+    model: Any,
+    paths: Iterable[str],
+    labels: list[str],
+    classes: Tensor,
+    *,
+    top: int = 1,
+    batch: int = 16,
+    workers: int | None = None,
+) -> Iterator[tuple[str, list[dict[str, Any]] | UserError]]:
+    """(path, its ``top`` likeliest labels, or what is wrong with the picture), in order.
+
+    A picture's probabilities are the softmax of its products with the labels' vectors, divided by
+    the model's temperature: what the model was trained to make right, with the labels in the
+    place of a batch's captions.
+
+    Args:
+        classes: a unit vector for each label (C, d), from `metrics.class_embeddings`.
+
+    Yields:
+        for each label the fields that `write.write_rows` writes.
+    """
+    classes, temperature = classes.float().cpu(), float(model.temperature)
+    encoder, pieces = model.encoder, a_picture()
+    decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
+
+    def likeliest(pictures: list[Tensor]) -> Iterator[list[dict[str, Any]]]:
+        vectors = torch.from_numpy(embed_images(model, pictures, len(pictures), pieces))  # (B, d)
+        chances = (vectors @ classes.T / temperature).softmax(dim=1)  # (B, C)
+        for values, which in zip(*chances.topk(min(top, len(labels))), strict=True):
+            yield [
+                {"label": labels[i], "probability": round(p, 6), "rank": rank}
+                for rank, (i, p) in enumerate(zip(which, values.tolist(), strict=True), 1)
+            ]
+
+    for group in gathered(decoded, batch):
+        yield from computed(group, likeliest)

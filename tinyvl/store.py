@@ -1,36 +1,118 @@
-"""The feature cache on disk: what an encoder makes of each picture, computed once.
+"""Rows of numbers on disk: the feature cache and the search index keep theirs in this way.
 
-A folder holds safetensors shards (``00000.safetensors``, ...) and ``manifest.json``. A shard has
-``tokens`` (n, S, D) and ``summaries.00`` (n, D_level), ..., lowest level first, and its header
-names the pictures they are of: an extraction that was killed goes on behind the shards it finds.
-The manifest is written last. It says which encoder made what, and in which row each picture is.
-`extract` fills such a folder; `FeatureStore` reads it.
+A folder holds rows and a head, a JSON file that says what the rows are and what made them. The
+head is written last: a folder without one is unfinished. One process writes at a time, and it may
+be killed at any moment: the next one reads what is whole and goes on behind it.
+
+Rows are read through a memory map. They lie in one of two forms:
+
+    shards  (features)  ``00000.safetensors``, ...: several tensors of one dtype. A file appears
+            whole and never changes; its header names the pictures that its rows belong to.
+    table   (index)     ``images.G.f32`` and ``images.G.jsonl``: one float32 matrix, which a search
+            reads from end to end, and a line of JSON for each of its rows. A run appends its rows
+            to ``images.part.*``; its end merges old and new into the next generation, G + 1.
 """
 
+from __future__ import annotations
+
+import itertools
 import json
 import os
+import re
+import shutil
 from bisect import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyvl import UserError, files
+from tinyvl.progress import say
 
-MANIFEST = "manifest.json"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # in a shard's header
-COLUMNS = ["path", "id", "bytes", "modified", "error", "row"]  # of the manifest's records
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a shard's header
+COLUMNS = ["path", "id", "bytes", "modified", "error", "row"]  # of the records in a head
+COPY = 8192  # rows of a table copied at once
+OF_TABLES = re.compile(r"\w+\.(\d+|part)\.(?:f32|jsonl)")
+
+# ----------------------------------------------------------------------------------- the folder
+
+
+@contextmanager
+def writing(folder: Path, busy: str) -> Iterator[None]:
+    """The only writer of a folder, which is made if need be; what a kill left half written goes.
+
+    Raises:
+        UserError: the folder cannot be made; or another process writes there, as ``busy`` says.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
+    with files.locked(folder, busy):
+        for part in folder.glob(".*.*.*"):  # of `files.replace_file`
+            part.unlink()
+        yield
+
+
+def read_head(file: Path, what: str, fields: Iterable[str], status: int) -> dict[str, Any] | None:
+    """What a folder's head says; None where there is none.
+
+    Args:
+        what: the folder's content, for messages.
+        fields: those that it must have.
+        status: the exit status where it is damaged.
+
+    Raises:
+        UserError: it is damaged or of a later format, or the folder is a file.
+    """
+    try:
+        head = json.loads(file.read_text(encoding="utf-8"))
+        known = head["format"] == 1
+        if known and (missing := set(fields) - head.keys()):
+            raise ValueError(f"it lacks {min(missing)}")
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise UserError(f"{file.parent} is a file, not a folder of {what}.", 2) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file.parent}: {file.name} cannot be read ({error}).", status) from error
+    if not known:
+        raise UserError(
+            f"{file.parent}: {file.name} is of a later tinyvl; update this one, or make the {what} "
+            "anew.",
+            2,
+        )
+    return head
+
+
+def check_room(folder: Path, need: int, what: str, advice: str, quiet: bool) -> None:
+    """Says how much disk ``what`` takes, ``need`` bytes.
+
+    Raises:
+        UserError: it does not fit; ``advice`` says what to do.
+    """
+    free = shutil.disk_usage(folder).free
+    takes, left = f"{need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB"
+    if need > 0.9 * free:
+        raise UserError(
+            f"{folder}: {what} take {takes}, and {left} are free on that disk; {advice}.", 2
+        )
+    if need:
+        say(f"{what} take {takes} in {folder} ({left} are free)", quiet)
+
+
+# ----------------------------------------------------------------------------------- the pictures
 
 
 @dataclass(slots=True)
 class Entry:
-    """A picture in a cache: the file as it was, and the row that it got."""
+    """A picture: its file as it was, and its row in the shards."""
 
     path: str
     id: str
@@ -41,7 +123,7 @@ class Entry:
 
 
 def stat(path: str | Path) -> tuple[int, int]:
-    """Size and time of change of a file; (-1, 0) if there is none."""
+    """A file's size in bytes and its time of change in nanoseconds; (-1, 0) if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -49,7 +131,7 @@ def stat(path: str | Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-class Index:
+class Known:
     """Entries by path, and by id and file name for a data set that was moved."""
 
     def __init__(self, entries: Iterable[Entry] = ()):
@@ -65,6 +147,20 @@ class Index:
         self.by_path[entry.path] = entry
         self.by_name[name] = entry if known and known.path == entry.path else None  # None: two
 
+    def compare(self, pictures: Iterable[tuple[str, str]]) -> tuple[list[Entry], int, list[str]]:
+        """Of some (path, id): new entries, how many have rows, and what is wrong with the rest."""
+        todo, kept, failed = [], 0, []
+        for path, id in dict.fromkeys(pictures):
+            entry = self.find(path, id)
+            if entry is None:
+                todo.append(Entry(path, id, *stat(path)))
+                self.add(todo[-1])
+            elif entry.row is not None:
+                kept += 1
+            elif entry.error:
+                failed.append(entry.error)
+        return todo, kept, failed
+
     def find(self, path: str, id: str | None = None) -> Entry | None:
         """The entry of a picture, unless its file is there and has changed since."""
         there = stat(path)
@@ -76,101 +172,52 @@ class Index:
         return entry if entry and (same or there[0] < 0) else None  # features may travel alone
 
 
-class FeatureStore:
-    """A finished cache, memory-mapped: only the rows that are asked for are read."""
+# ----------------------------------------------------------------------------------- shards
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
-        self.folder, self.manifest = folder, manifest
-        self.index = Index(Entry(*record) for record in manifest["records"])
-        self.ends = list(accumulate(shard["rows"] for shard in manifest["shards"]))
-        self.mapped: dict[tuple[int, str], Tensor] = {}
-        self.part = slice(None), slice(None)  # of the tokens: which, and which of their numbers
-        self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
 
-    @classmethod
-    def open(cls, folder: str | Path) -> "FeatureStore":
-        """The cache in a folder.
+class Shards:
+    """Finished shards: only the rows that are asked for are read."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[dict[str, Any]],
+        tensors: dict[str, list[int]],
+        dtype: torch.dtype,
+    ):
+        """Args:
+            shards: the file, rows and bytes of each.
+            tensors: the shape of each tensor's rows.
 
         Raises:
-            UserError: none is there, it is unfinished, of another format, or a shard is amiss.
+            UserError: a file is missing, or has another size.
         """
-        folder = Path(folder)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            advice = "no features there; `tinyvl features DATA --out DIR` makes them"
-            if any(folder.glob("*.safetensors")):
-                advice = "this extraction did not finish; run the same `tinyvl features` again"
-            raise UserError(f"{folder}: {advice}.", 2) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: {MANIFEST} cannot be read ({error}).", 2) from None
-        if not isinstance(manifest, dict) or manifest.get("format") != 1:
-            raise UserError(f"{folder}: {MANIFEST} is not one that this tinyvl reads.", 2)
-        for shard in manifest["shards"]:
-            if stat(folder / shard["file"])[0] != shard["bytes"]:
+        self.folder, self.tensors, self.dtype = folder, tensors, dtype
+        self.files = [folder / shard["file"] for shard in shards]
+        for file, shard in zip(self.files, shards, strict=True):
+            if stat(file)[0] != shard["bytes"]:
                 raise UserError(
-                    f"{folder}: {shard['file']} is missing or not what was written; restore it, or "
+                    f"{folder}: {file.name} is missing or not what was written; restore it, or "
                     "extract into another folder.",
                     2,
                 )
-        return cls(folder, manifest)
+        self.ends = list(itertools.accumulate(shard["rows"] for shard in shards))
+        self.mapped: dict[tuple[int, str], Tensor] = {}
 
     def __len__(self) -> int:
         """How many rows there are."""
         return self.ends[-1] if self.ends else 0
 
-    @property
-    def entries(self) -> list[Entry]:
-        """The pictures, in the order of extraction; ``error`` says which could not be read."""
-        return list(self.index.by_path.values())
-
-    def find(self, path: str, id: str | None = None) -> Entry | None:
-        """The entry of a picture by absolute path, or else by the id its record has.
-
-        None: it is not here, or the file has changed since.
-        """
-        return self.index.find(path, id or self.ids.get(path))
-
-    def entries_of(self, pictures: Iterable[tuple[str, str]]) -> list[Entry]:
-        """The entries of some (absolute path, id); `find` then knows them by the path alone.
+    def read(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
+        """Some rows of a tensor, or the same part of each: (n, ...), in the dtype on disk.
 
         Raises:
-            UserError: some are not here, or have changed.
+            UserError: there is no such tensor, or its file is damaged.
         """
-        pictures = list(pictures)
-        self.ids |= pictures
-        found = [self.find(path, id) for path, id in pictures]
-        missing = [path for (path, _), entry in zip(pictures, found, strict=True) if entry is None]
-        if missing:
-            raise UserError(
-                f"{self.folder}: {len(missing):,} of {len(pictures):,} pictures are not in these "
-                f"features or have changed since, such as {missing[0]}; `tinyvl features DATA "
-                f"--out {self.folder}` with the options of the first time adds them.",
-                2,
-            )
-        return found
-
-    def tokens(self, indices: Sequence[int]) -> Tensor:
-        """Token maps of some rows: (n, S, D), in the type they are kept in; of these its part."""
-        return self._rows("tokens", indices, self.part)
-
-    def summaries(self, indices: Sequence[int]) -> list[Tensor]:
-        """The summaries of some rows, a level each, lowest first: (n, D_level)."""
-        names = [name for name in self.manifest["tensors"] if name != "tokens"]
-        return [self._rows(name, indices) for name in names]
-
-    def read(self, what: str, indices: Sequence[int]) -> Tensor:
-        """What a method reads of some rows: "tokens" (n, S, D), or "summaries" in a row (n, ΣD)."""
-        if what == "tokens":
-            return self.tokens(indices)
-        return torch.cat(self.summaries(indices), -1)
-
-    def _rows(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
-        if name not in self.manifest["tensors"]:
+        if name not in self.tensors:
             raise UserError(f"{self.folder}: {name} are not kept there.", 2)
-        shape, dtype = self.manifest["tensors"][name], DTYPES[self.manifest["dtype"]]
-        shape = torch.empty(shape, device="meta")[part].shape
-        out = torch.empty(len(indices), *shape, dtype=dtype)
+        shape = torch.empty(self.tensors[name], device="meta")[part].shape
+        out = torch.empty(len(indices), *shape, dtype=self.dtype)
         for i, index in enumerate(indices):
             file = bisect(self.ends, index)
             out[i] = self._map(file, name)[index - (self.ends[file - 1] if file else 0), *part]
@@ -178,81 +225,16 @@ class FeatureStore:
 
     def _map(self, file: int, name: str) -> Tensor:
         if (file, name) not in self.mapped:
-            path = self.folder / self.manifest["shards"][file]["file"]
             try:
-                with safe_open(path, "pt") as shard:  # maps the file, and keeps no descriptor
+                with safe_open(self.files[file], "pt") as shard:  # maps it, keeps no descriptor
                     self.mapped[file, name] = shard.get_tensor(name)
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: cannot be read ({error}).") from error
+                raise UserError(f"{self.files[file]}: cannot be read ({error}).") from error
         return self.mapped[file, name]
-
-    def check(self, model: Any) -> None:
-        """Refuses a model whose encoder is not as it was: partly trained, or of another size."""
-        if not model.fixed_pictures:
-            raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
-        theirs = self.manifest["transform"]
-        ours = json.loads(json.dumps(model.encoder.data_config))
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                raise UserError(
-                    f"{self.folder}: these pictures were prepared with {key} {theirs.get(key)}, "
-                    f"and this model's encoder takes {key} {ours[key]}; it cannot read them.",
-                    2,
-                )
-
-
-def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens") -> FeatureStore:
-    """The cache in a folder, if it is of this encoder and has ``what``: "tokens" or "summaries".
-
-    Args:
-        vision: the encoder's part of a checkpoint's ``config.json`` (`models.image_side`).
-
-    Raises:
-        UserError: as `FeatureStore.open`; or it is of another encoder, or has not ``what``.
-    """
-    store = FeatureStore.open(folder)
-    theirs = store.manifest["encoder"]
-    keys, lacks = ("sha256", "fit", "config", "modality", "frames"), False
-    if what == "tokens":  # of which there may be more than are wanted
-        below = [encoder.get("lower", 0) for encoder in (vision, theirs)]
-        larger = [encoder.get("larger", 0) for encoder in (vision, theirs)]
-        lacks = below[0] > below[1] or larger[0] not in (0, larger[1])
-        cells = None if larger[0] else store.manifest.get("cells")
-        widths = store.manifest.get("widths")
-        store.part = slice(cells), slice(widths and sum(widths[: 1 + below[0]]))
-    if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
-        raise UserError(
-            f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
-            f"{described(vision)}; extract features with that one.",
-            2,
-        )
-    if store.manifest["what"] not in (what, "both"):
-        raise UserError(
-            f"{folder}: there are {store.manifest['what']} only, and this model reads {what}; "
-            f"extract with --what {what}.",
-            2,
-        )
-    return store
-
-
-def described(vision: dict[str, Any]) -> str:
-    keys = ("fit", "modality", "frames", "lower", "larger")
-    told = {key: vision[key] for key in keys if key in vision}
-    about = ", ".join(f"{key} {value}" for key, value in told.items())
-    return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, {about})"
-
-
-# ------------------------------------------------------------------------------- writing
 
 
 def shard_name(number: int) -> str:
     return f"{number:05}.safetensors"
-
-
-def room(head: dict[str, Any], rows: int) -> dict[str, Tensor]:
-    """Memory for the tensors of a shard of so many rows."""
-    dtype = DTYPES[head["dtype"]]
-    return {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in head["tensors"].items()}
 
 
 def write_shard(
@@ -266,7 +248,6 @@ def write_shard(
     records = [astuple(entry)[:5] for entry in entries]
     # One key only: of several, safetensors writes the order in which a hash map has them.
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
-
     files.replace_file(
         folder / shard_name(number), lambda part: write_safetensors(part, tensors, metadata)
     )
@@ -295,11 +276,16 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
             stream.write(tensors[name].view(torch.uint8).numpy())
 
 
-def read_shards(folder: Path, head: dict[str, Any]) -> tuple[list[dict], list[Entry]]:
-    """The shards that are there, and their entries with the rows they have.
+def read_shards(
+    folder: Path, check: Callable[[dict[str, Any]], None]
+) -> tuple[list[dict[str, Any]], list[Entry]]:
+    """The shards that are there, finished or not, and the entries of all, with their rows.
+
+    Args:
+        check: raises UserError where a shard's head is not as it should be.
 
     Raises:
-        UserError: a shard is missing, or they are not of this ``head``.
+        UserError: as ``check``; a shard is missing, or a file is none.
     """
     shards, entries, row = [], [], 0
     for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
@@ -316,7 +302,7 @@ def read_shards(folder: Path, head: dict[str, Any]) -> tuple[list[dict], list[En
                 "folder.",
                 2,
             )
-        refuse_change(folder, found["head"], head)
+        check(found["head"])
         first = row
         for record in found["records"]:
             entry = Entry(*record)
@@ -327,26 +313,155 @@ def read_shards(folder: Path, head: dict[str, Any]) -> tuple[list[dict], list[En
     return shards, entries
 
 
-def refuse_change(folder: Path, before: dict[str, Any], head: dict[str, Any]) -> None:
-    """One folder has features of one kind."""
-    key = next((key for key in head if before.get(key) != head[key]), None)
-    if key is None:
-        return
-    was, now = f"{key} {before.get(key)}", f"{key} {head[key]}"
-    if key == "encoder":
-        was, now = described(before[key]), described(head[key])
-        now = f"another configuration of {now}" if now == was else now
-    raise UserError(
-        f"{folder}: there are features of {was}, not of {now}; choose another --out.", 2
-    )
+def write_manifest(
+    file: Path, head: dict[str, Any], shards: list[dict[str, Any]], entries: list[Entry]
+) -> None:
+    """The head of finished shards, and the records of all entries."""
+    records = [astuple(entry) for entry in entries]
+    found = head | {"shards": shards, "columns": COLUMNS, "records": records}
+    files.write_text(file, json.dumps(found) + "\n")
 
 
-def write_manifest(folder: Path, head: dict[str, Any]) -> None:
-    """The manifest, a record a line, of the shards that are there."""
-    shards, entries = read_shards(folder, head)
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    lines.append(f' "shards": {json.dumps(shards)}')
-    lines.append(f' "columns": {json.dumps(COLUMNS)}')
-    records = ",\n".join(f"  {json.dumps(astuple(entry))}" for entry in entries)
-    lines.append(f' "records": [\n{records}\n ]')
-    files.write_text(folder / MANIFEST, "{\n" + ",\n".join(lines) + "\n}\n")
+# ----------------------------------------------------------------------------------- tables
+
+
+@dataclass(slots=True)
+class Row:
+    """The picture, or its caption, that a row of a table belongs to."""
+
+    path: str  # below the source's folder, else absolute
+    digest: str  # of the file's bytes, or of the caption
+    size: int = 0
+    mtime: int = 0  # nanoseconds
+    caption: str | None = None
+
+    def line(self) -> str:
+        fields = {name: value for name in self.__slots__ if (value := getattr(self, name))}
+        return json.dumps(fields) + "\n"  # in ASCII: names that are not UTF-8 survive
+
+    @property
+    def place(self) -> bytes:
+        """What rows are sorted by."""
+        return os.fsencode(self.path) if self.caption is None else self.caption.encode()
+
+
+@dataclass(slots=True)
+class Table:
+    """A finished table, open: it can be read on after a new generation has replaced it."""
+
+    list: BinaryIO | None  # None: it has no rows
+    vectors: np.ndarray  # (rows, width) float32, mapped
+
+    @classmethod
+    def open(cls, folder: Path, stem: str, rows: int, width: int) -> Table:
+        """Raises UserError: a file is missing or too short."""
+        with sound(folder):
+            lines = (folder / f"{stem}.jsonl").open("rb") if rows else None
+            return cls(lines, mapped(folder / f"{stem}.f32", rows, width))
+
+    def rows(self) -> list[Row]:
+        return list(self.pick(range(len(self.vectors))).values())
+
+    def pick(self, numbers: Iterable[int]) -> dict[int, Row]:
+        """Some of the rows: one pass over the list, which parses no others.
+
+        Raises:
+            UserError: the list is damaged.
+        """
+        wanted = set(map(int, numbers))
+        if not wanted:
+            return {}
+        with sound(Path(self.list.name).parent):
+            self.list.seek(0)
+            lines = itertools.islice(self.list, max(wanted) + 1)
+            rows = {i: Row(**json.loads(line)) for i, line in enumerate(lines) if i in wanted}
+            if len(rows) < len(wanted):
+                raise ValueError(f"{self.list.name} is cut short")
+        return rows
+
+
+@contextmanager
+def sound(folder: Path) -> Iterator[None]:
+    """While tables are read, what does not fit together is reported as damage."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: this index is damaged ({error}); delete it and index anew."
+        ) from error
+
+
+def mapped(file: Path, rows: int, width: int) -> np.ndarray:
+    if not rows:
+        return np.empty((0, width), np.float32)  # an empty file cannot be mapped
+    return np.memmap(file, "<f4", "r", shape=(rows, width))
+
+
+class Part:
+    """The rows of a table that a run has computed so far; after a kill the next run finds them."""
+
+    def __init__(self, folder: Path, name: str, width: int):
+        self.width = width
+        self.files = [folder / f"{name}.part.{kind}" for kind in ("f32", "jsonl")]
+        self.matrix, self.list = (file.open("a+b") for file in self.files)
+        room = self.matrix.seek(0, os.SEEK_END) // (4 * width)
+        self.rows: list[Row] = []
+        self.list.seek(0)
+        whole = 0
+        for line in self.list:
+            if not line.endswith(b"\n") or len(self.rows) == room:
+                break  # the kill cut it off, or its vector
+            try:
+                self.rows.append(Row(**json.loads(line)))
+            except (ValueError, TypeError):
+                break  # so did a power cut
+            whole += len(line)
+        self.list.truncate(whole)
+        self.matrix.truncate(len(self.rows) * 4 * width)
+
+    def append(self, rows: list[Row], vectors: np.ndarray) -> None:
+        """Vectors go first: a line says that its vector is there."""
+        matrix = np.ascontiguousarray(vectors, "<f4").tobytes()
+        lines = "".join(row.line() for row in rows).encode("ascii")
+        for file, content in ((self.matrix, matrix), (self.list, lines)):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+    def vectors(self) -> np.ndarray:
+        return mapped(self.files[0], len(self.rows), self.width)
+
+    def close(self) -> None:
+        self.matrix.close()
+        self.list.close()
+
+
+def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tuple]) -> None:
+    """A table of ``rows`` in their order, with a vector each.
+
+    Args:
+        vectors: digest -> (a matrix, a row of it).
+    """
+
+    def matrix(part: Path) -> None:
+        with part.open("wb") as file:
+            for i in range(0, len(rows), COPY):
+                found = (vectors[row.digest] for row in rows[i : i + COPY])
+                file.write(b"".join(source[n].tobytes() for source, n in found))
+
+    def lines(part: Path) -> None:
+        with part.open("w", encoding="ascii") as file:
+            file.writelines(row.line() for row in rows)
+
+    files.replace_file(folder / f"{stem}.f32", matrix)
+    files.replace_file(folder / f"{stem}.jsonl", lines)
+
+
+def sweep(folder: Path, generation: int) -> None:
+    """Removes the tables of other generations, and parts that are merged."""
+    for file in folder.iterdir():
+        found = OF_TABLES.fullmatch(file.name)
+        if found and found[1] != str(generation):
+            with suppress(OSError):  # Windows, while somebody reads it: the next run's turn
+                file.unlink()
