@@ -104,7 +104,7 @@ def test_features_are_what_the_encoder_makes_of_each_picture(
         vision = write_vision(tmp_path / "cnn", architecture, {})
     found = fill(tmp_path / "out", pictures[:40], vision)
     assert (found["extracted"], found["kept"], found["failed"]) == (40, 0, 0)
-    store = FeatureStore(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     encoder = loaded(vision)[1]
     transform = encoder.transform()
     assert len(store) == 40
@@ -125,11 +125,14 @@ def test_features_are_what_the_encoder_makes_of_each_picture(
     assert not torch.equal(some[0], some[1])
 
 
-def test_kept_as_bf16_or_tokens_or_summaries_alone(pictures, vision, tmp_path):
+def test_kept_as_bf16_or_fp32_or_tokens_or_summaries_alone(pictures, vision, tmp_path):
     fill(tmp_path / "both", pictures[:10], vision)
     fill(tmp_path / "bf16", pictures[:10], vision, dtype="bf16", what="tokens")
     fill(tmp_path / "short", pictures[:10], vision, what="summaries")
-    both, bf16, short = (FeatureStore(tmp_path / n) for n in ("both", "bf16", "short"))
+    fill(tmp_path / "exact", pictures[:10], vision, dtype="fp32")
+    both, bf16, short, exact = (
+        FeatureStore.open(tmp_path / name) for name in ("both", "bf16", "short", "exact")
+    )
     rows = list(range(10))
     assert bf16.tokens(rows).dtype == torch.bfloat16
     torch.testing.assert_close(
@@ -139,6 +142,12 @@ def test_kept_as_bf16_or_tokens_or_summaries_alone(pictures, vision, tmp_path):
     assert bf16.summaries(rows) == []
     with pytest.raises(UserError, match="tokens are not kept"):
         short.tokens(rows)
+    encoder = loaded(vision)[1]
+    seen = encoder(
+        torch.stack([encoder.transform()(Image.open(path)) for path, _ in pictures[:10]])
+    )
+    assert torch.equal(exact.tokens(rows), seen.tokens)
+    assert all(map(torch.equal, exact.summaries(rows), seen.summaries))
     size = {n: len(content(tmp_path / n)["00000.safetensors"]) for n in ("both", "short")}
     assert size["both"] == pytest.approx(size["short"] + 10 * 17 * 32 * 2, abs=200)
 
@@ -155,7 +164,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(pictures, vision, tmp_
             fill(tmp_path / "parts", wanted, vision, After(after))
         if "manifest.json" not in content(tmp_path / "parts"):
             with pytest.raises(UserError, match="did not finish" if after else "no features"):
-                FeatureStore(tmp_path / "parts")
+                FeatureStore.open(tmp_path / "parts")
         (tmp_path / "parts/.00009.safetensors.123").write_bytes(b"left by a kill")
     assert 0 < len(content(tmp_path / "parts")) < len(whole) + 1
     fill(tmp_path / "parts", wanted, vision)
@@ -183,9 +192,9 @@ def test_more_data_adds_what_is_new_and_touches_nothing_else(
     assert (found["extracted"], found["kept"]) == (40, 20)
     after = content(tmp_path / "out")
     assert all(after[name] == before[name] for name in before if name != "manifest.json")
-    store = FeatureStore(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     fill(tmp_path / "whole", pictures[:80], vision)
-    whole = FeatureStore(tmp_path / "whole")
+    whole = FeatureStore.open(tmp_path / "whole")
     for path, _ in pictures[:80]:
         ours, theirs = (s.tokens([s.find(path).row]) for s in (store, whole))
         torch.testing.assert_close(ours, theirs, rtol=2**-10, atol=1e-4)
@@ -208,20 +217,20 @@ def test_the_same_picture_twice_is_extracted_once(pictures, vision, tmp_path):
     path = pictures[0][0]
     found = fill(tmp_path / "out", [(path, "a"), (path, "b"), (path, "a")], vision)
     assert found["extracted"] == 1
-    assert len(FeatureStore(tmp_path / "out")) == 1
+    assert len(FeatureStore.open(tmp_path / "out")) == 1
 
 
 def test_a_file_that_changed_is_not_found_and_extracted_again(pictures, vision, tmp_path):
     mine = paint(tmp_path / "in", 3)
     fill(tmp_path / "out", mine, vision)
-    old = FeatureStore(tmp_path / "out").tokens([1])
+    old = FeatureStore.open(tmp_path / "out").tokens([1])
     shutil.copy(pictures[9][0], mine[1][0])
-    store = FeatureStore(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     assert store.find(*mine[1]) is None
     with pytest.raises(UserError, match=r"1 of 3 pictures .* changed since, such as .*001.png"):
         store.entries_of(mine)
     assert fill(tmp_path / "out", mine, vision)["extracted"] == 1
-    store = FeatureStore(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     new = store.tokens([store.find(*mine[1]).row])
     assert not torch.equal(new, old)
     assert [entry.path for entry in store.entries] == [path for path, _ in mine]
@@ -233,7 +242,7 @@ def test_a_data_set_that_moved_is_known_by_id_and_another_one_is_not(vision, tmp
     (tmp_path / "here").rename(tmp_path / "there")
     there = [(path.replace("/here/", "/there/"), id) for path, id in here]
     assert fill(tmp_path / "out", there, vision)["extracted"] == 0
-    store = FeatureStore(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     assert [e.row for e in store.entries_of(there)] == [0, 1, 2, 3]
     shutil.rmtree(tmp_path / "there")  # the features travel alone
     assert [e.row for e in store.entries_of(there)] == [0, 1, 2, 3]
@@ -282,10 +291,10 @@ def test_a_model_reads_features_of_its_own_encoder_only(pictures, vision, tmp_pa
     with pytest.raises(UserError, match="--what tokens"):
         open_store(tmp_path / "short", own)
     with pytest.raises(UserError, match="no features there"):
-        FeatureStore(tmp_path)
+        FeatureStore.open(tmp_path)
     (tmp_path / "out/00001.safetensors").rename(tmp_path / "kept")
     with pytest.raises(UserError, match=r"00001.safetensors is missing"):
-        FeatureStore(tmp_path / "out")
+        FeatureStore.open(tmp_path / "out")
     (tmp_path / "out/00001.safetensors").write_bytes(b"foreign")
     with pytest.raises(UserError, match="no shard of features"):
         fill(tmp_path / "out", pictures[:50], vision)
@@ -320,7 +329,7 @@ def test_unreadable_files_are_named_skipped_and_remembered(pictures, vision, tmp
     assert [line.split(": ")[:2] for line in said] == [
         ["tinyvl", f"skipping {broken}"], ["tinyvl", f"skipping {gone}"],
     ]  # fmt: skip
-    store = FeatureStore(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     assert len(store) == 2
     assert [store.find(*w).row for w in wanted] == [0, None, 1, None]
     assert "no such file" in store.find(*wanted[3]).error
@@ -331,7 +340,7 @@ def test_unreadable_files_are_named_skipped_and_remembered(pictures, vision, tmp
     assert fill(tmp_path / "out", wanted, vision)["extracted"] == 1
     all_bad = fill(tmp_path / "bad", [(str(gone), "g")], vision)
     assert all_bad["failed"] == 1
-    assert len(FeatureStore(tmp_path / "bad")) == 0
+    assert len(FeatureStore.open(tmp_path / "bad")) == 0
 
 
 def test_two_extractions_do_not_work_in_one_folder(pictures, vision, tmp_path):
@@ -365,7 +374,7 @@ def test_a_batch_that_does_not_fit_is_halved(pictures, vision, tmp_path, monkeyp
     monkeypatch.setattr(encoders.ImageEncoder, "forward", tight)
     fill(tmp_path / "parts", pictures[:40], vision)
     assert max(sizes) == 32
-    whole, parts = (FeatureStore(tmp_path / n) for n in ("whole", "parts"))
+    whole, parts = (FeatureStore.open(tmp_path / n) for n in ("whole", "parts"))
     rows = list(range(40))
     torch.testing.assert_close(whole.tokens(rows), parts.tokens(rows), rtol=2**-10, atol=1e-4)
     for a, b in zip(whole.summaries(rows), parts.summaries(rows), strict=True):
@@ -549,11 +558,11 @@ def test_memory_stays_flat(vision, tmp_path):
         )  # fmt: skip
         peaks[count] = int(done.stdout) / 1024
     print(peaks)
-    assert len(FeatureStore(tmp_path / "out7200")) == 7200
+    assert len(FeatureStore.open(tmp_path / "out7200")) == 7200
     assert sum(map(len, content(tmp_path / "out7200").values())) > 60e6
     assert peaks[7200] < peaks[600] + 25
     before = resident()
-    store = FeatureStore(tmp_path / "out7200")
+    store = FeatureStore.open(tmp_path / "out7200")
     for i in range(0, 7200, 100):
         store.tokens([i])
     assert resident() < before + 25
@@ -608,7 +617,7 @@ def test_the_format_on_disk(pictures, vision, tmp_path):
     assert [r["path"] for r in records] == [path for path, _ in pictures[:40]]
     assert records[35]["bytes"] == os.stat(pictures[35][0]).st_size
     shard = load_file(tmp_path / "out" / manifest["shards"][1]["file"])
-    store = FeatureStore(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     assert torch.equal(shard["tokens"][3], store.tokens([records[35]["row"]])[0])
     assert set(shard) == set(manifest["tensors"])
     modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.suffix}

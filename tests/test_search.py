@@ -19,6 +19,7 @@ from dual import Dual
 from PIL import Image
 
 from tinyvl import UserError, index, search
+from tinyvl.device import Pieces
 from tinyvl.index import Index
 
 
@@ -322,7 +323,7 @@ def test_out_of_memory_halves_the_batch(capsys):
             return super().embed_images(pictures)
 
     pictures = list(torch.randint(0, 255, (7, 3, 8, 8), dtype=torch.uint8))
-    found = index.embed_images(Tight(), pictures, 7, index.a_picture())
+    found = index.embed_images(Tight(), pictures, 7, Pieces("One picture", "use less"))
     np.testing.assert_allclose(found, Dual().embed_images(torch.stack(pictures)), atol=1e-6)
     assert "out of memory" in capsys.readouterr().err
 

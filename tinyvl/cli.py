@@ -114,14 +114,15 @@ def caption(
     suffixes = SUFFIXES[models.modality_of(config)]
     paths = media.expand(inputs, sys.stdin, null=null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
-    if features is None:
-        loaded = load_model(model, place)
-    else:
-        from tinyvl.features import load_beside
+    if features is not None:
+        from tinyvl.features import open_store
 
-        loaded, store = load_beside(features, config, lambda: load_model(model, place))
+        store = open_store(features, config["vision"], models.reads(config))
         paths = paths if inputs else iter([entry.path for entry in store.entries])
+    loaded = load_model(model, place)
     models.take_frames(loaded, frames)
+    if store is not None:
+        store.check(loaded)
     if out is not None:
         stream, done = write.open_output(out, resume)
         paths = (path for path in paths if path not in done)

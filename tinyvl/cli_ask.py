@@ -76,13 +76,14 @@ def ask(
     suffixes = SUFFIXES[models.modality_of(config)]
     paths = media.expand(files, sys.stdin, null=null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
-    if features is None:
-        loaded = load_model(model, place, "vqa")
-    else:
-        from tinyvl.features import load_beside
+    if features is not None:
+        from tinyvl.features import open_store
 
-        loaded, store = load_beside(features, config, lambda: load_model(model, place, "vqa"))
+        store = open_store(features, config["vision"], models.reads(config))
+    loaded = load_model(model, place, "vqa")
     models.take_frames(loaded, frames)
+    if store is not None:
+        store.check(loaded)
     if out is not None:
         stream, done = write.open_output(out, resume, field="answer", question=question)
         paths = (path for path in paths if path not in done)

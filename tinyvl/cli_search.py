@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,6 @@ from tinyvl.cli_options import (
     ResumeFile,
     grouped,
     load_model,
-    local,
 )
 
 AnyModel = Annotated[
@@ -37,6 +36,11 @@ SIDES = ("text", "image")
 
 def load_towers(name: str, place: Place, sides: Iterable[str] = SIDES) -> Any:
     return load_model(name, place, task="retrieve", sides=sides)
+
+
+def loader(place: Place) -> Callable[..., Any]:
+    """What `search` loads a model with."""
+    return lambda name, *sides: load_towers(name, place, *sides)
 
 
 @grouped
@@ -65,14 +69,14 @@ def index(
         if not os.path.isdir(data):
             raise UserError("Name the index's folder with -o INDEX.", 2)
         out = Path(data) / HIDDEN
-    from tinyvl.index import bring_up_to_date
+    from tinyvl.search import bring_up_to_date
 
-    changes, _ = bring_up_to_date(
-        data, out, lambda name: load_towers(name, place), model=model and local(model),
-        batch=batch, workers=place.workers, null=null, format=format, images=images,
+    status, _ = bring_up_to_date(
+        data, out, model, loader(place), batch=batch, workers=place.workers, null=null,
+        format=format, images=images,
     )  # fmt: skip
     print(out)
-    raise typer.Exit(1 if changes.unreadable else 0)
+    raise typer.Exit(status)
 
 
 @grouped
@@ -128,33 +132,20 @@ def retrieve(
         raise UserError("--query takes a text, not an empty one.", 2)
     if folder and not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; an index elsewhere is named by --index.", 2)
-    from tinyvl.index import Index, bring_up_to_date, check_model
-    from tinyvl.search import answers, finished, groups, shift_of, shown, sides_of, term
+    from tinyvl.search import Query, answers, groups, opened, shift_of, shown, term
 
-    piped = "-" in texts
+    piped, pictures = "-" in texts, [Query(path, True) for path in images]
     adds, subtracts = [term(t) for t in plus or []], [term(t) for t in minus or []]
-    status, loaded, home = 0, None, index or Path(folder or ".") / HIDDEN
-    if index is None and not finished(home):
-        changes, loaded = bring_up_to_date(
-            folder or ".", home, lambda name: load_towers(name, place),
-            model=model and local(model), workers=place.workers, first=True,
-        )  # fmt: skip
-        status = 1 if changes.unreadable else 0
-    found = Index(home)
-    if not captions and not len(found.images.vectors):
-        raise UserError(f"{home}: this index holds no pictures.")
-    if captions and not len(found.captions.vectors):
-        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
-    if loaded is None:
-        name = local(model or found.about["model"])
-        loaded = load_towers(name, place, sides_of(texts, images, adds + subtracts))
-        check_model(home, found.about, loaded, name)
+    named = [Query(text) for text in texts] + pictures + adds + subtracts
+    status, found, loaded = opened(
+        folder, index, model, loader(place), named, captions=captions, workers=place.workers
+    )
     settings = {
         "k": k, "threshold": threshold, "captions": captions,
         "shift": shift_of(loaded, adds, subtracts), "show": shown(found, folder),
     }  # fmt: skip
     several = piped or len(texts) + len(images) > 1
-    for group in groups(texts, images):
+    for group in groups(texts, pictures):
         for hits in answers(found, loaded, group, **settings):
             if isinstance(hits, UserError):
                 status = 1

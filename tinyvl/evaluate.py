@@ -32,7 +32,7 @@ from tinyvl import (
 )
 from tinyvl.data import Record
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
-from tinyvl.features import FeatureStore, load_beside
+from tinyvl.features import FeatureStore, open_store
 from tinyvl.progress import bar
 from tinyvl.records import READABLE
 
@@ -308,14 +308,15 @@ def load(
     Args:
         pictures: {absolute path: id}.
     """
-
-    def model() -> Any:
-        return models.load(name, task=task, device=place.device, precision=place.precision)
-
-    if features is None:
-        return model(), None
-    config = models.read_config(models.checkpoint_folder(name, task))
-    return load_beside(features, config, model, pictures.items())
+    store = None
+    if features is not None:  # before the model: it may take a while
+        config = models.read_config(models.checkpoint_folder(name, task))
+        store = open_store(features, models.image_side(config), models.reads(config))
+        store.entries_of(pictures.items())
+    model = models.load(name, task=task, device=place.device, precision=place.precision)
+    if store is not None:
+        store.check(model)
+    return model, store
 
 
 def described(

@@ -1,16 +1,15 @@
 """The feature cache: what an encoder makes of each picture, computed once and kept on disk.
 
-`extract` fills a folder of shards (`store`): ``tokens`` (n, S, D) and ``summaries.00``
-(n, D_level), ..., lowest level first. Pictures are decoded in worker processes while the encoder
-computes. Its head, ``manifest.json``, says which encoder made what, and which row each picture has.
-`FeatureStore` reads the folder.
+A folder of shards (`store`): ``tokens`` (n, S, D) and ``summaries.00`` (n, D_level), ..., lowest
+level first. Its head, ``manifest.json``, says which encoder made what, and the row of each picture.
+`extract` fills it: worker processes decode while the encoder computes. `FeatureStore` reads it.
 """
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from dataclasses import astuple, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, hub, media, models, store
+from tinyvl import UserError, files, hub, media, models, store
 from tinyvl.device import PRECISIONS, Pieces, precision_name
 from tinyvl.encoders import Percept
 from tinyvl.encoders_av import Encoder, build_encoder
@@ -32,11 +31,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MANIFEST = "manifest.json"
-HEAD = ("encoder", "transform", "precision", "what", "dtype", "tensors")
+COLUMNS = [field.name for field in fields(Entry)]  # of its records
+HEAD = ("encoder", "transform", "what", "dtype", "tensors", "shards", "records")
 WHAT = ("tokens", "summaries", "both")
 SHARD_BYTES = 2**26  # of a shard: twice that is held in memory
 SHARD_ROWS = 512  # a kill costs at most a shard, so that it is soon done where rows are small too
+SMALLEST = "One picture", "use --device cpu"  # for `Pieces`
 BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
+Pairs = Iterable[tuple[str, str]]  # absolute paths and ids of pictures
+# A block, the tensors of its good pictures, and the event at which a GPU has copied them.
+Encoded = tuple[list[Entry], dict[str, Tensor], "torch.cuda.Event | None"]
 
 # ----------------------------------------------------------------------------------- reading
 
@@ -44,22 +48,24 @@ BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
 class FeatureStore:
     """A finished cache, memory-mapped: only the rows that are asked for are read."""
 
-    def __init__(self, folder: str | Path):
-        """Raises UserError: no cache is there, it is unfinished, damaged, or of a later format."""
-        self.folder = Path(folder)
-        fields = (*HEAD, "shards", "records")
-        manifest = store.read_head(self.folder / MANIFEST, "features", fields, 2)
-        if manifest is None:
-            advice = "no features there; `tinyvl features DATA --out DIR` makes them"
-            if any(self.folder.glob("*.safetensors")):
-                advice = "this extraction did not finish; run the same `tinyvl features` again"
-            raise UserError(f"{folder}: {advice}.", 2)
-        self.manifest = manifest
-        dtype = PRECISIONS[manifest["dtype"]]
-        self.shards = Shards(self.folder, manifest["shards"], manifest["tensors"], dtype)
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.shards = Shards(folder, manifest, PRECISIONS[manifest["dtype"]])
         self.known = Known(Entry(*record) for record in manifest["records"])
         self.part = slice(None), slice(None)  # of the tokens: which, and which of their numbers
         self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "FeatureStore":
+        """Raises UserError: no cache is there, it is unfinished, damaged, or of a later format."""
+        folder = Path(folder)
+        manifest = store.read_head(folder / MANIFEST, "features", HEAD, 2)
+        if manifest is None:
+            advice = "no features there; `tinyvl features DATA --out DIR` makes them"
+            if any(folder.glob("*.safetensors")):
+                advice = "this extraction did not finish; run the same `tinyvl features` again"
+            raise UserError(f"{folder}: {advice}.", 2)
+        return cls(folder, manifest)
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -71,17 +77,13 @@ class FeatureStore:
         return list(self.known.by_path.values())
 
     def find(self, path: str, id: str | None = None) -> Entry | None:
-        """The entry of a picture by absolute path, or else by the id its record has.
-
-        None: it is not here, or the file has changed since.
-        """
+        """A picture's entry by absolute path, else by id; None: not here, or changed since."""
         return self.known.find(path, id or self.ids.get(path))
 
-    def entries_of(self, pictures: Iterable[tuple[str, str]]) -> list[Entry]:
+    def entries_of(self, pictures: Pairs) -> list[Entry]:
         """The entries of some (absolute path, id); `find` then knows them by the path alone.
 
-        Raises:
-            UserError: some are not here, or have changed.
+        Raises UserError: some are not here, or have changed.
         """
         pictures = list(pictures)
         self.ids |= pictures
@@ -114,26 +116,26 @@ class FeatureStore:
         if not model.fixed_pictures:
             raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
         theirs = self.manifest["transform"]
-        ours = json.loads(json.dumps(model.encoder.data_config))
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                raise UserError(
-                    f"{self.folder}: these pictures were prepared with {key} {theirs.get(key)}, "
-                    f"and this model's encoder takes {key} {ours[key]}; it cannot read them.",
-                    2,
-                )
+        for key, value in json.loads(json.dumps(model.encoder.data_config)).items():
+            if value != theirs.get(key):
+                was = f"these pictures were prepared with {key} {theirs.get(key)}"
+                now = f"this model's encoder takes {key} {value}; it cannot read them"
+                raise UserError(f"{self.folder}: {was}, and {now}.", 2)
 
 
-def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens") -> FeatureStore:
-    """The cache in a folder, if it is of this encoder and has ``what``: "tokens" or "summaries".
+def open_store(
+    folder: str | Path, vision: dict[str, Any], what: str = "tokens", pictures: Pairs = ()
+) -> FeatureStore:
+    """The cache in a folder, checked before a model is loaded, which may take a while.
 
     Args:
-        vision: the encoder's part of a checkpoint's ``config.json`` (`models.image_side`).
+        vision: the encoder's part of the model's ``config.json`` (`models.image_side`).
+        what: the model reads of its encoder: "tokens" or "summaries".
 
-    Raises:
-        UserError: as `FeatureStore`; or it is of another encoder, or has not ``what``.
+    Raises UserError: as `FeatureStore.open`; it is of another encoder, or lacks ``what`` or some of
+    the ``pictures``, (absolute path, id).
     """
-    found = FeatureStore(folder)
+    found = FeatureStore.open(folder)
     theirs = found.manifest["encoder"]
     keys, lacks = ("sha256", "fit", "config", "modality", "frames"), False
     if what == "tokens":  # there may be more of them than are wanted
@@ -144,41 +146,13 @@ def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens")
         widths = found.manifest.get("widths")
         found.part = slice(cells), slice(widths and sum(widths[: 1 + below[0]]))
     if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
-        raise UserError(
-            f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
-            f"{described(vision)}; extract features with that one.",
-            2,
-        )
+        advice = f"this model's encoder is {described(vision)}; extract features with that one"
+        raise UserError(f"{folder}: these are features of {described(theirs)}, and {advice}.", 2)
     if found.manifest["what"] not in (what, "both"):
-        raise UserError(
-            f"{folder}: there are {found.manifest['what']} only, and this model reads {what}; "
-            f"extract with --what {what}.",
-            2,
-        )
-    return found
-
-
-def load_beside(
-    folder: Path,
-    config: dict[str, Any],
-    load: Callable[[], Any],
-    pictures: Iterable[tuple[str, str]] = (),
-) -> tuple[Any, FeatureStore]:
-    """The model that ``load`` gives, and the cache that it is to read.
-
-    Args:
-        config: the model's ``config.json``.
-        pictures: (absolute path, id) that the cache must have.
-
-    Raises:
-        UserError: the cache is not of this model's encoder, or lacks pictures. Most of it is known
-            before the model is loaded, which may take a while.
-    """
-    found = open_store(folder, models.image_side(config), models.reads(config))
+        advice = f"and this model reads {what}; extract with --what {what}"
+        raise UserError(f"{folder}: there are {found.manifest['what']} only, {advice}.", 2)
     found.entries_of(pictures)
-    model = load()
-    found.check(model)
-    return model, found
+    return found
 
 
 def described(vision: dict[str, Any]) -> str:
@@ -191,13 +165,9 @@ def described(vision: dict[str, Any]) -> str:
 
 
 def load_encoder(
-    name: str,
-    fit: str,
-    *,
-    device: torch.device,
-    precision: torch.dtype,
+    name: str, fit: str, *, device: torch.device, precision: torch.dtype,
     media: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], Encoder]:
+) -> tuple[dict[str, Any], Encoder]:  # fmt: skip
     """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
     extra = media or {}
     folder = hub.fetch(name, models.role_of("vision", extra))
@@ -217,10 +187,9 @@ def contents(
     Args:
         vision: name, sha256, config, fit, ... as in a checkpoint's ``config.json``.
         what: "tokens", "summaries" or "both".
-        dtype: in which they are kept: "fp16", "bf16" or "fp32".
+        dtype: on disk: "fp16", "bf16" or "fp32".
 
-    Raises:
-        UserError: ``what`` or ``dtype`` is none of these.
+    Raises UserError: ``what`` or ``dtype`` is none of these.
     """
     if what not in WHAT:
         raise UserError(f"--what is one of {', '.join(WHAT)}, not {what!r}.", 2)
@@ -268,54 +237,51 @@ def percept(encoder: Encoder, pictures: Tensor, pieces: Pieces | None = None) ->
             parts = [encoder(p.to(device, non_blocking=True)) for p in pictures.chunk(number)]
         return parts[0] if len(parts) == 1 else Percept.join(parts)
 
-    pieces = pieces or Pieces("One picture", "use --device cpu")
-    return pieces.run(attempt, len(pictures))
+    return (pieces or Pieces(*SMALLEST)).run(attempt, len(pictures))
 
 
 def encode(
-    decoded: Iterator[tuple[str, Tensor | media.MediaError]],
-    blocks: Iterable[list[Entry]],
-    encoder: Encoder,
-    what: str,
-    dtype: torch.dtype,
-) -> Iterator[tuple[list[Entry], dict[str, Tensor]]]:
-    """Blocks of entries, in which errors are noted, and the tensors of their good pictures.
+    blocks: list[list[Entry]], encoder: Encoder, head: dict[str, Any],
+    transform: "Callable[[Image], Tensor]", workers: int | None,
+) -> Iterator[Encoded]:  # fmt: skip
+    """Decodes and encodes blocks of pictures; notes the errors of those that cannot be read.
 
-    From a GPU the tensors come in ``dtype``, on a CPU as the encoder gave them.
+    From a GPU the tensors come in the cache's dtype, on a CPU as the encoder gave them.
     The results come one block late: a GPU computes the next one while they are copied and kept.
     """
-    device, pieces = weight(encoder).device, Pieces("One picture", "use --device cpu")
-    gpu = device.type == "cuda"
-    late: deque[tuple[list[Entry], dict[str, Tensor], Any]] = deque()
-    for block in blocks:
-        good, parts, copied = [], {}, None
-        for entry, (_, picture) in zip(block, islice(decoded, len(block)), strict=True):
-            if isinstance(picture, Tensor):
-                good.append(picture)
-            else:
-                entry.error = str(picture)
-        if good:
-            pictures = torch.stack(good)
-            seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
-            parts = parts_of(seen, what)
-        if good and gpu:  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
-            parts = {
-                name: part.to(dtype).contiguous().to("cpu", non_blocking=True)
-                for name, part in parts.items()
-            }
-            copied = torch.cuda.current_stream(device).record_event()
-        late.append((block, parts, copied))
-        if len(late) > 1:
-            yield settled(*late.popleft())
-    if late:
-        yield settled(*late.popleft())
-
-
-def settled(block: list[Entry], parts: dict[str, Tensor], copied: Any) -> tuple[list, dict]:
-    """A block whose copies from the GPU are complete."""
-    if copied is not None:
-        copied.synchronize()
-    return block, parts
+    device, dtype = weight(encoder).device, PRECISIONS[head["dtype"]]
+    gpu, pieces = device.type == "cuda", Pieces(*SMALLEST)
+    decoded = media.decode_images(
+        (entry.path for block in blocks for entry in block),
+        transform,
+        target=encoder.size,
+        workers=workers,
+        # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
+        lookahead=max(64, 2 * len(blocks[0])) if gpu else 4 * media.cores(),
+    )
+    late: Encoded | None = None
+    with closing(decoded):
+        for block in blocks:
+            good, parts, copied = [], {}, None
+            for entry, (_, picture) in zip(block, islice(decoded, len(block)), strict=True):
+                if isinstance(picture, Tensor):
+                    good.append(picture)
+                else:
+                    entry.error = str(picture)
+            if good:
+                pictures = torch.stack(good)
+                seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
+                parts = parts_of(seen, head["what"])
+            if good and gpu:  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
+                parts = {
+                    name: part.to(dtype).contiguous().to("cpu", non_blocking=True)
+                    for name, part in parts.items()
+                }
+                copied = torch.cuda.current_stream(device).record_event()
+            if late:
+                yield late
+            late = block, parts, copied
+        yield late
 
 
 # ----------------------------------------------------------------------------------- writing
@@ -323,7 +289,7 @@ def settled(block: list[Entry], parts: dict[str, Tensor], copied: Any) -> tuple[
 
 def extract(
     folder: Path,
-    pictures: Iterable[tuple[str, str]],
+    pictures: Pairs,
     encoder: Encoder,
     head: dict[str, Any],
     run: Run,
@@ -345,24 +311,32 @@ def extract(
         batch: pictures in the encoder at once.
         advice: what to do where the disk has no room.
 
-    Returns:
-        how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
-
-    Raises:
-        UserError: the folder has features of another kind, or no room; or ``run`` is stopped.
+    Returns how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
+    Raises UserError: the folder has features of another kind, or no room; or ``run`` is stopped.
     """
     check = partial(refuse_change, folder, head)
+    row = sum(torch.Size(shape).numel() for shape in head["tensors"].values())
+    row *= PRECISIONS[head["dtype"]].itemsize  # bytes
     with store.writing(folder, "another extraction is at work there"):
         shards, entries = store.read_shards(folder, check)
         todo, kept, failed = Known(entries).compare(pictures)
-        need, what = len(todo) * (row_bytes(head) + 300), f"the features of {len(todo):,} pictures"
-        store.check_room(folder, need, what, advice, run.quiet)
+        what = f"the features of {len(todo):,} pictures"
+        store.check_room(folder, len(todo) * (row + 300), what, advice, run.quiet)
         for error in failed:
             skip(error)
-        transform = transform or encoder.view()
-        fill(folder, len(shards), todo, encoder, head, run, transform, batch, title)
+        if todo:
+            rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row) // BLOCK * BLOCK)
+            whole = [todo[i : i + rows] for i in range(0, len(todo), rows)]
+            chunks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in whole]
+            blocks = [block for chunk in chunks for block in chunk]
+            encoded = encode(blocks, encoder, head, transform or encoder.view(), run.workers)
+            with closing(encoded), bar(title, len(todo), run.quiet) as done:
+                save(folder, len(shards), chunks, encoded, head, run, done)
         if todo or not (folder / MANIFEST).exists():
-            store.write_manifest(folder / MANIFEST, head, *store.read_shards(folder, check))
+            shards, entries = store.read_shards(folder, check)
+            records = [astuple(entry) for entry in entries]
+            found = head | {"shards": shards, "columns": COLUMNS, "records": records}
+            files.write_text(folder / MANIFEST, json.dumps(found) + "\n")
     good = sum(entry.error is None for entry in todo)
     return {
         "extracted": good,
@@ -372,50 +346,30 @@ def extract(
     }
 
 
-def fill(
-    folder: Path,
-    first: int,
-    todo: list[Entry],
-    encoder: Encoder,
-    head: dict[str, Any],
-    run: Run,
-    transform: "Callable[[Image], Tensor]",
-    batch: int,
-    title: str,
-) -> None:
-    """Shards of ``todo``, from number ``first`` on, in which pictures that are none are noted."""
-    gpu, dtype = weight(encoder).device.type == "cuda", PRECISIONS[head["dtype"]]
-    rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row_bytes(head)) // BLOCK * BLOCK)
-    chunks = [todo[i : i + rows] for i in range(0, len(todo), rows)]
-    blocks = (c[i : i + batch] for c in chunks for i in range(0, len(c), batch))
-    decoded = media.decode_images(
-        (entry.path for entry in todo),
-        transform,
-        target=encoder.size,
-        workers=run.workers,
-        # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
-        lookahead=max(64, 2 * batch) if gpu else 4 * media.cores(),
-    )
-    encoded = encode(decoded, blocks, encoder, head["what"], dtype)
+def save(
+    folder: Path, first: int, chunks: list[list[list[Entry]]], encoded: Iterator[Encoded],
+    head: dict[str, Any], run: Run, advance: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Writes a shard for each of ``chunks``, which are some blocks each, from ``first`` on.
+
+    Raises UserError: ``run`` is stopped, or a shard cannot be written.
+    """
     # One page is filled while the other is written: on a CPU new memory for each shard costs a
     # twentieth of the time. And all of torch's work stays in this thread: in another it would
     # start OpenMP threads of its own, and with more of these than cores the encoder would be a
     # fifth slower from then on.
-    rows = min(rows, len(todo))
+    rows, dtype = sum(map(len, chunks[0])), PRECISIONS[head["dtype"]]
     pages = [
         {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in head["tensors"].items()}
         for _ in range(2)
     ]
     writing: Future | None = None
-    with (
-        closing(decoded),
-        ThreadPoolExecutor(1) as writer,
-        bar(title, len(todo), run.quiet) as advance,
-    ):
+    with ThreadPoolExecutor(1) as writer:
         for number, chunk in enumerate(chunks, first):
             page, filled = pages[number % 2], 0
-            for _ in range(0, len(chunk), batch):
-                block, parts = next(encoded)
+            for block, parts, copied in islice(encoded, len(chunk)):
+                if copied is not None:
+                    copied.synchronize()
                 for name, part in parts.items():
                     page[name][filled : filled + len(part)] = part
                 errors = [entry.error for entry in block if entry.error]
@@ -428,14 +382,9 @@ def fill(
             if writing:
                 writing.result()
             shard = {name: tensor[:filled] for name, tensor in page.items()}
-            writing = writer.submit(store.write_shard, folder, number, head, chunk, shard)
-        if writing:
-            writing.result()
-
-
-def row_bytes(head: dict[str, Any]) -> int:
-    numbers = sum(torch.Size(shape).numel() for shape in head["tensors"].values())
-    return numbers * PRECISIONS[head["dtype"]].itemsize
+            entries = [entry for block in chunk for entry in block]
+            writing = writer.submit(store.write_shard, folder, number, head, entries, shard)
+        writing.result()
 
 
 def refuse_change(folder: Path, head: dict[str, Any], before: dict[str, Any]) -> None:
@@ -447,6 +396,5 @@ def refuse_change(folder: Path, head: dict[str, Any], before: dict[str, Any]) ->
     if key == "encoder":
         was, now = described(before[key]), described(head[key])
         now = f"another configuration of {now}" if now == was else now
-    raise UserError(
-        f"{folder}: there are features of {was}, not of {now}; choose another --out.", 2
-    )
+    message = f"{folder}: there are features of {was}, not of {now}; choose another --out."
+    raise UserError(message, 2)

@@ -17,7 +17,7 @@ import json
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,12 +29,13 @@ from torch import Tensor
 
 from tinyvl import UserError, data, files, media, store
 from tinyvl.device import Pieces
-from tinyvl.progress import bar, say, skip
+from tinyvl.progress import bar, skip
 from tinyvl.store import Part, Row, Table, write_table
 
 TABLES = ("images", "captions")
 FIELDS = ("model", "fingerprint", "width", "source", "root", "generation", *TABLES)
 TEXTS = 64  # captions embedded together
+SMALLEST = "One picture", "use --device cpu"  # for `Pieces`
 
 
 class Index:
@@ -48,9 +49,8 @@ class Index:
             if self.about is None:
                 raise UserError(f"{folder}: no index there; make one with tinyvl index.", 2)
             if not self.about["generation"]:
-                raise UserError(
-                    f"{folder}: this index is unfinished; run tinyvl index again to go on.", 2
-                )
+                advice = "run tinyvl index again to go on"
+                raise UserError(f"{folder}: this index is unfinished; {advice}.", 2)
             try:
                 self.images, self.captions = (open_table(folder, self.about, n) for n in TABLES)
                 return
@@ -80,17 +80,15 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 def check_model(folder: Path, about: dict[str, Any], model: Any, name: str) -> None:
     """Raises UserError: the index's vectors and the model's do not belong together."""
     if about["fingerprint"] != model.fingerprint:
-        raise UserError(
-            f"{folder} was made by another model ({about['model']}) than {name} is now; name that "
-            "one with --model, or delete the index to make it anew.",
-            2,
-        )
+        advice = "name that one with --model, or delete the index to make it anew"
+        made = f"made by another model ({about['model']}) than {name} is now"
+        raise UserError(f"{folder} was {made}; {advice}.", 2)
 
 
 def portable(path: str, root: str, folder: Path) -> str:
     """An absolute path as `index.json` keeps it: relative where the index lies below ``root``.
 
-    So a folder can be moved together with the index in it.
+    So a folder can be moved with the index in it.
     """
     home = os.path.abspath(folder)
     below = root and os.path.join(home, "").startswith(os.path.join(root, ""))
@@ -185,55 +183,10 @@ class Changes:
         return ", ".join(found)
 
 
-def bring_up_to_date(
-    name: str,
-    folder: Path,
-    load: Callable[[str], Any],
-    *,
-    model: str | None = None,
-    batch: int = 16,
-    workers: int | None = None,
-    first: bool = False,
-    **reading: Any,
-) -> tuple[Changes, Any]:
-    """Reads a source, loads a dual encoder and updates an index. -> what changed, and the model.
-
-    Args:
-        name: of the source; ``reading`` are its options: see `read_source`.
-        folder: the index; made where it does not exist.
-        load: gives the model of a name.
-        model: that name; None: of what made the index, or "default".
-        first: say beforehand how many pictures there are, since nobody asked for an index.
-
-    Raises:
-        UserError: as `read_source`, ``load`` and `update`; or Control-C, after which the same
-            call goes on.
-    """
-    about = read_about(folder) or {}
-    source = read_source(name, **reading)
-    if first:
-        there = "unfinished" if about else "no"
-        count = f"{len(source.captions):,} pictures"
-        say(f"tinyvl: {name}: {there} index yet; embedding {count} into {folder}")
-    model = model or about.get("model", "default")
-    loaded = load(model)
-    try:
-        changes = update(folder, source, loaded, name=model, batch=batch, workers=workers)
-    except KeyboardInterrupt:
-        raise UserError("stopped; the same command goes on from here", 130) from None
-    say(f"{folder}: {changes}")
-    return changes, loaded
-
-
 def update(
-    folder: Path,
-    source: Source,
-    model: Any,
-    *,
-    name: str,
-    batch: int = 16,
+    folder: Path, source: Source, model: Any, *, name: str, batch: int = 16,
     workers: int | None = None,
-) -> Changes:
+) -> Changes:  # fmt: skip
     """Brings an index up to date with its source, or makes it.
 
     A picture is embedded in a batch of a fixed size, the last one filled up, because in batches of
@@ -256,10 +209,9 @@ def update(
             about = begin(folder, source, model, name)
             return Update(folder, about, source, model, batch, workers).run()
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: the index cannot be written ({error.strerror or error}); "
-            "name another place with -o."
-        ) from error
+        why = f"the index cannot be written ({error.strerror or error})"
+        where = error.filename or folder
+        raise UserError(f"{where}: {why}; name another place with -o.") from error
 
 
 def begin(folder: Path, source: Source, model: Any, name: str) -> dict[str, Any]:
@@ -351,13 +303,11 @@ class Update:
         return sorted(rows, key=lambda row: row.place)
 
     def embed(self, changed: list[Row]) -> tuple[list[Row], dict[str, str]]:
-        """Digests pictures and embeds what is not known by its content.
+        """Embeds what is not known by its content.
 
-        Returns:
-            the rows of the files that could be opened, and {digest: why} of those that are no
-            pictures.
+        -> the rows of the files that could be opened, and {digest: why} of those not decoded.
         """
-        part, known, pieces = self.parts["images"], self.known("images"), a_picture()
+        part, known, pieces = self.parts["images"], self.known("images"), Pieces(*SMALLEST)
         rows: list[Row] = []
         waiting: deque[Row] = deque()  # at the decoder
 
@@ -408,10 +358,8 @@ class Update:
             for text in self.source.captions[row.path]:
                 texts.setdefault(one_line(text), row.path)
         texts.pop("", None)
-        rows = [
-            Row(path, blake(text.encode()).hexdigest(), caption=text)
-            for text, path in texts.items()
-        ]
+        digests = (blake(text.encode()).hexdigest() for text in texts)
+        rows = [Row(texts[t], d, caption=t) for t, d in zip(texts, digests, strict=True)]
         known = self.known("captions")
         new = [row for row in rows if row.digest not in known]
         new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
@@ -435,17 +383,10 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
-def a_picture() -> Pieces:
-    """How many pieces a batch of pictures is cut into."""
-    return Pieces("One picture", "use --device cpu")
-
-
 def embed_images(model: Any, pictures: list[Tensor], size: int, pieces: Pieces) -> np.ndarray:
-    """uint8 (3, H, W) each -> (n, width) float32; in batches of one size, the last filled up.
+    """uint8 (3, H, W) each -> (n, width) float32, as one batch filled up to ``size``.
 
-    Args:
-        size: of a batch, at least as many as there are pictures.
-        pieces: into how many of them a batch is cut where memory is short.
+    Where memory is short, it is cut into ``pieces`` of one size, the last filled up.
     """
 
     def attempt(number: int) -> np.ndarray:

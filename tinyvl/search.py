@@ -7,6 +7,7 @@ similar; `tinyvl classify` compares pictures with the vectors of labels, put int
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,21 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, media
-from tinyvl.index import Index, a_picture, embed_images, one_line, read_about
+from tinyvl.device import Pieces
+from tinyvl.files import local
+from tinyvl.index import (
+    SMALLEST,
+    Index,
+    check_model,
+    embed_images,
+    one_line,
+    read_about,
+    read_source,
+    update,
+)  # fmt: skip
 from tinyvl.write import computed, gathered
 
+HIDDEN = ".tinyvl"  # the index of a folder, in that folder
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
 ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
 
@@ -192,74 +205,27 @@ def answers(
         show: a row's path -> as it is printed.
     """
     table = index.captions if captions else index.images
-    vectors: list[np.ndarray] = []
-    found: list[UserError | None] = []
-    for query, vector in zip(queries, embed(model, queries), strict=True):
+    found = embed(model, queries)
+    for i, (query, vector) in enumerate(zip(queries, found, strict=True)):
         if not isinstance(vector, UserError):
             vector = vector + shift
-            length = np.linalg.norm(vector)
+            found[i] = vector / max(length := np.linalg.norm(vector), 1e-3)
             if length < 1e-3:
-                vector = UserError(f"{query.name}: nothing is left of it after --plus and --minus.")
-            else:
-                vectors.append(vector / length)
-        found.append(vector if isinstance(vector, UserError) else None)
+                found[i] = UserError(f"{query.name}: nothing is left after --plus and --minus.")
+    vectors = [vector for vector in found if not isinstance(vector, UserError)]
     matrix = np.stack(vectors) if vectors else np.empty((0, model.width))
     results = search(table.vectors, matrix, k, threshold)
     rows = table.pick(n for numbers, _ in results for n in numbers)
     remaining = iter(results)
-    for query, error in zip(queries, found, strict=True):
-        if error:
-            yield error
+    for query, vector in zip(queries, found, strict=True):
+        if isinstance(vector, UserError):
+            yield vector
             continue
         pairs = zip(*next(remaining), strict=True)
         yield [
             Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
             for rank, (n, score) in enumerate(pairs, 1)
         ]
-
-
-def finished(folder: Path) -> bool:
-    """Whether there is an index that can be searched. Raises UserError: it is damaged."""
-    return bool((read_about(folder) or {}).get("generation"))
-
-
-def shown(index: Index, folder: str | None) -> Callable[[str], str]:
-    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
-    root, here = index.root, os.path.join(os.getcwd(), "")
-
-    def show(path: str) -> str:
-        if folder is not None:
-            return os.path.join(folder, path)
-        return os.path.join(root, path).removeprefix(here)
-
-    return show
-
-
-def groups(texts: list[str], images: list[str]) -> Iterator[list[Query]]:
-    """Queries to be answered together: those named, then lines of standard input as they come.
-
-    Args:
-        texts: "-" stands for standard input.
-        images: paths.
-    """
-    named = [Query(text) for text in texts if text != "-"]
-    named += [Query(path, picture=True) for path in images]
-    if named:
-        yield named
-    if "-" in texts:
-        lines = (Query(line.strip()) for line in media.expand(["-"]))
-        yield from gathered(lines, QUERIES)
-
-
-def sides_of(texts: list[str], images: list[str], terms: list[Query]) -> list[str]:
-    """The towers that queries need: "text", "image" or both.
-
-    Args:
-        terms: what is added to each query and subtracted from it.
-    """
-    words = bool(texts) or any(not term.picture for term in terms)
-    pictures = bool(images) or any(term.picture for term in terms)
-    return ["text"] * words + ["image"] * pictures
 
 
 # ----------------------------------------------------------------------------------------- labels
@@ -292,15 +258,9 @@ def read_labels(given: str) -> list[str]:
 
 
 def classify(
-    model: Any,
-    paths: Iterable[str],
-    labels: list[str],
-    classes: Tensor,
-    *,
-    top: int = 1,
-    batch: int = 16,
-    workers: int | None = None,
-) -> Iterator[tuple[str, list[dict[str, Any]] | UserError]]:
+    model: Any, paths: Iterable[str], labels: list[str], classes: Tensor, *, top: int = 1,
+    batch: int = 16, workers: int | None = None,
+) -> Iterator[tuple[str, list[dict[str, Any]] | UserError]]:  # fmt: skip
     """(path, its ``top`` likeliest labels, or what is wrong with the picture), in order.
 
     A picture's probabilities are the softmax of its products with the labels' vectors, divided by
@@ -314,7 +274,7 @@ def classify(
         for each label the fields that `write.write_rows` writes.
     """
     classes, temperature = classes.float().cpu(), float(model.temperature)
-    encoder, pieces = model.encoder, a_picture()
+    encoder, pieces = model.encoder, Pieces(*SMALLEST)
     decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
 
     def likeliest(pictures: list[Tensor]) -> Iterator[list[dict[str, Any]]]:
@@ -328,3 +288,112 @@ def classify(
 
     for group in gathered(decoded, batch):
         yield from computed(group, likeliest)
+
+
+# --------------------------------------------------------------------------------------- commands
+
+# The commands `index` and `retrieve`. ``load`` gives a model of its name, and of its towers those
+# that are named, if not both.
+Load = Callable[..., Any]
+
+
+def bring_up_to_date(
+    data: str,
+    out: Path,
+    model: str | None,
+    load: Load,
+    *,
+    batch: int = 16,
+    workers: int | None = None,
+    say: Callable[[int], str] | None = None,
+    **reading: Any,
+) -> tuple[int, Any]:
+    """Indexes ``data`` in the folder ``out``. -> the exit status, and the model.
+
+    Args:
+        model: None: the one that made the index, or the default.
+        say: tells about the number of pictures.
+        reading: goes to `index.read_source`.
+
+    Raises:
+        UserError: as `index.update`; stopped by Control-C.
+    """
+    about = read_about(out) or {}
+    source = read_source(data, **reading)
+    if say:
+        print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
+    name = local(model or about.get("model", "default"))
+    loaded = load(name)
+    try:
+        changes = update(out, source, loaded, name=name, batch=batch, workers=workers)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on from here", 130) from None
+    print(f"{out}: {changes}", file=sys.stderr)
+    return int(changes.unreadable > 0), loaded
+
+
+def opened(
+    folder: str | None,
+    home: Path | None,
+    model: str | None,
+    load: Load,
+    queries: list[Query],
+    *,
+    captions: bool = False,
+    workers: int | None = None,
+) -> tuple[int, Index, Any]:
+    """The index ``home``, or the folder's own, which is made first where there is none.
+
+    Args:
+        model: None: the one that made the index.
+        queries: these need one of the model's towers, or both.
+
+    Returns:
+        The exit status, the index, and the model.
+
+    Raises:
+        UserError: there is nothing to search, or ``model`` did not make the index.
+    """
+    status, loaded, where = 0, None, folder or "."
+    if home is None:
+        home = Path(where) / HIDDEN
+        if not (read_about(home) or {}).get("generation"):
+            there = "unfinished" if (home / "index.json").exists() else "no"
+
+            def say(count: int) -> str:
+                return f"{where}: {there} index yet; embedding {count:,} pictures into {home}"
+
+            status, loaded = bring_up_to_date(where, home, model, load, workers=workers, say=say)
+    found = Index(home)
+    if not captions and not len(found.images.vectors):
+        raise UserError(f"{home}: this index holds no pictures.")
+    if captions and not len(found.captions.vectors):
+        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
+    if loaded is None:
+        name, kinds = local(model or found.about["model"]), {query.picture for query in queries}
+        sides = [side for side, picture in (("text", False), ("image", True)) if picture in kinds]
+        loaded = load(name, sides)
+        check_model(home, found.about, loaded, name)
+    return status, found, loaded
+
+
+def shown(index: Index, folder: str | None) -> Callable[[str], str]:
+    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
+    root, here = index.root, os.path.join(os.getcwd(), "")
+
+    def show(path: str) -> str:
+        if folder is not None:
+            return os.path.join(folder, path)
+        return os.path.join(root, path).removeprefix(here)
+
+    return show
+
+
+def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:
+    """Queries to be answered together: those named, then those on standard input as they come."""
+    named = [Query(text) for text in texts if text != "-"] + images
+    if named:
+        yield named
+    if "-" in texts:
+        lines = (Query(line.strip()) for line in media.expand(["-"]))
+        yield from gathered(lines, QUERIES)

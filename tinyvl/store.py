@@ -1,10 +1,8 @@
 """Rows of numbers on disk: the feature cache and the search index keep theirs in this way.
 
-A folder holds rows and a head, a JSON file that says what the rows are and what made them. The
-head is written last: a folder without one is unfinished. One process writes at a time, and it may
-be killed at any moment: the next one reads what is whole and goes on behind it.
-
-Rows are read through a memory map. They lie in one of two forms:
+A folder holds rows and a head, a JSON file that says what they are and what made them. One process
+writes at a time, and it may be killed at any moment: the next one reads what is whole and goes on
+behind it. The head is written last. Rows are read through a memory map, in one of two forms:
 
     shards  (features)  ``00000.safetensors``, ...: several tensors of one dtype. A file appears
             whole and never changes; its header names the pictures that its rows belong to.
@@ -36,19 +34,17 @@ from tinyvl import UserError, files
 from tinyvl.progress import say
 
 CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a shard's header
-COLUMNS = ["path", "id", "bytes", "modified", "error", "row"]  # of the records in a head
+SHARD = "{:05}.safetensors"
+AGAIN = "restore it, or extract into another folder"
 COPY = 8192  # rows of a table copied at once
 OF_TABLES = re.compile(r"\w+\.(\d+|part)\.(?:f32|jsonl)")
-
-# ----------------------------------------------------------------------------------- the folder
 
 
 @contextmanager
 def writing(folder: Path, busy: str) -> Iterator[None]:
     """The only writer of a folder, which is made if need be; what a kill left half written goes.
 
-    Raises:
-        UserError: the folder cannot be made; or another process writes there, as ``busy`` says.
+    Raises UserError: the folder cannot be made, or another process writes there: ``busy``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,15 +57,9 @@ def writing(folder: Path, busy: str) -> Iterator[None]:
 
 
 def read_head(file: Path, what: str, fields: Iterable[str], status: int) -> dict[str, Any] | None:
-    """What a folder's head says; None where there is none.
+    """What the head of ``what`` says, which must have some fields; None where there is none.
 
-    Args:
-        what: the folder's content, for messages.
-        fields: those that it must have.
-        status: the exit status where it is damaged.
-
-    Raises:
-        UserError: it is damaged or of a later format, or the folder is a file.
+    Raises UserError: it is damaged (with ``status``), of a later format, or its folder is a file.
     """
     try:
         head = json.loads(file.read_text(encoding="utf-8"))
@@ -83,31 +73,22 @@ def read_head(file: Path, what: str, fields: Iterable[str], status: int) -> dict
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file.parent}: {file.name} cannot be read ({error}).", status) from error
     if not known:
-        raise UserError(
-            f"{file.parent}: {file.name} is of a later tinyvl; update this one, or make the {what} "
-            "anew.",
-            2,
-        )
+        advice = f"of a later tinyvl; update this one, or make the {what} anew"
+        raise UserError(f"{file.parent}: {file.name} is {advice}.", 2)
     return head
 
 
 def check_room(folder: Path, need: int, what: str, advice: str, quiet: bool) -> None:
-    """Says how much disk ``what`` takes, ``need`` bytes.
-
-    Raises:
-        UserError: it does not fit; ``advice`` says what to do.
-    """
+    """Says that ``what`` takes ``need`` bytes. Raises UserError, with ``advice``: no room."""
     free = shutil.disk_usage(folder).free
-    takes, left = f"{need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB"
+    takes, left = f"{what} take {need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB are free"
     if need > 0.9 * free:
-        raise UserError(
-            f"{folder}: {what} take {takes}, and {left} are free on that disk; {advice}.", 2
-        )
+        raise UserError(f"{folder}: {takes}, and {left} on that disk; {advice}.", 2)
     if need:
-        say(f"{what} take {takes} in {folder} ({left} are free)", quiet)
+        say(f"{takes} in {folder} ({left})", quiet)
 
 
-# ----------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------------------------- the pictures
 
 
 @dataclass(slots=True)
@@ -172,36 +153,20 @@ class Known:
         return entry if entry and (same or there[0] < 0) else None  # features may travel alone
 
 
-# ----------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 class Shards:
     """Finished shards: only the rows that are asked for are read."""
 
-    def __init__(
-        self,
-        folder: Path,
-        shards: list[dict[str, Any]],
-        tensors: dict[str, list[int]],
-        dtype: torch.dtype,
-    ):
-        """Args:
-            shards: the file, rows and bytes of each.
-            tensors: the shape of each tensor's rows.
-
-        Raises:
-            UserError: a file is missing, or has another size.
-        """
-        self.folder, self.tensors, self.dtype = folder, tensors, dtype
-        self.files = [folder / shard["file"] for shard in shards]
-        for file, shard in zip(self.files, shards, strict=True):
+    def __init__(self, folder: Path, head: dict[str, Any], dtype: torch.dtype):
+        """Raises UserError: a file that the head names is missing, or has another size."""
+        self.folder, self.tensors, self.dtype = folder, head["tensors"], dtype
+        self.files = [folder / shard["file"] for shard in head["shards"]]
+        for file, shard in zip(self.files, head["shards"], strict=True):
             if stat(file)[0] != shard["bytes"]:
-                raise UserError(
-                    f"{folder}: {file.name} is missing or not what was written; restore it, or "
-                    "extract into another folder.",
-                    2,
-                )
-        self.ends = list(itertools.accumulate(shard["rows"] for shard in shards))
+                raise UserError(f"{folder}: {file.name} is missing or was changed; {AGAIN}.", 2)
+        self.ends = list(itertools.accumulate(shard["rows"] for shard in head["shards"]))
         self.mapped: dict[tuple[int, str], Tensor] = {}
 
     def __len__(self) -> int:
@@ -211,8 +176,7 @@ class Shards:
     def read(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
         """Some rows of a tensor, or the same part of each: (n, ...), in the dtype on disk.
 
-        Raises:
-            UserError: there is no such tensor, or its file is damaged.
+        Raises UserError: there is no such tensor, or its file is damaged.
         """
         if name not in self.tensors:
             raise UserError(f"{self.folder}: {name} are not kept there.", 2)
@@ -233,10 +197,6 @@ class Shards:
         return self.mapped[file, name]
 
 
-def shard_name(number: int) -> str:
-    return f"{number:05}.safetensors"
-
-
 def write_shard(
     folder: Path,
     number: int,
@@ -249,25 +209,22 @@ def write_shard(
     # One key only: of several, safetensors writes the order in which a hash map has them.
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
     files.replace_file(
-        folder / shard_name(number), lambda part: write_safetensors(part, tensors, metadata)
+        folder / SHARD.format(number), lambda part: write_safetensors(part, tensors, metadata)
     )
 
 
 def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The bytes of `safetensors.torch.save_file`, of contiguous tensors of one dtype.
+    """The bytes of `safetensors.torch.save_file`, of contiguous tensors.
 
-    That holds Python's lock while it writes, so that an encoder on the CPU would wait meanwhile.
+    That one holds Python's lock while it writes: an encoder on the CPU would wait meanwhile.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in sorted(tensors):
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        code, shape = CODES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
@@ -279,13 +236,9 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
 def read_shards(
     folder: Path, check: Callable[[dict[str, Any]], None]
 ) -> tuple[list[dict[str, Any]], list[Entry]]:
-    """The shards that are there, finished or not, and the entries of all, with their rows.
+    """The shards that are there, and the entries of all, with their rows.
 
-    Args:
-        check: raises UserError where a shard's head is not as it should be.
-
-    Raises:
-        UserError: as ``check``; a shard is missing, or a file is none.
+    Raises UserError: one is missing, a file is none, or ``check`` refuses its head.
     """
     shards, entries, row = [], [], 0
     for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
@@ -293,15 +246,10 @@ def read_shards(
             with safe_open(file, "pt") as shard:
                 found = json.loads(shard.metadata()["tinyvl"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{file}: this is no shard of features; extract into another folder.", 2
-            ) from error
-        if file.name != shard_name(number):
-            raise UserError(
-                f"{folder}: {shard_name(number)} is missing; restore it, or extract into another "
-                "folder.",
-                2,
-            )
+            message = f"{file}: this is no shard of features; extract into another folder."
+            raise UserError(message, 2) from error
+        if file.name != SHARD.format(number):
+            raise UserError(f"{folder}: {SHARD.format(number)} is missing; {AGAIN}.", 2)
         check(found["head"])
         first = row
         for record in found["records"]:
@@ -313,16 +261,7 @@ def read_shards(
     return shards, entries
 
 
-def write_manifest(
-    file: Path, head: dict[str, Any], shards: list[dict[str, Any]], entries: list[Entry]
-) -> None:
-    """The head of finished shards, and the records of all entries."""
-    records = [astuple(entry) for entry in entries]
-    found = head | {"shards": shards, "columns": COLUMNS, "records": records}
-    files.write_text(file, json.dumps(found) + "\n")
-
-
-# ----------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 @dataclass(slots=True)
@@ -345,6 +284,16 @@ class Row:
         return os.fsencode(self.path) if self.caption is None else self.caption.encode()
 
 
+@contextmanager
+def sound(folder: Path) -> Iterator[None]:
+    """While tables are read, what does not fit together is reported as damage."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        message = f"{folder}: this index is damaged ({error}); delete it and index anew."
+        raise UserError(message) from error
+
+
 @dataclass(slots=True)
 class Table:
     """A finished table, open: it can be read on after a new generation has replaced it."""
@@ -353,11 +302,11 @@ class Table:
     vectors: np.ndarray  # (rows, width) float32, mapped
 
     @classmethod
-    def open(cls, folder: Path, stem: str, rows: int, width: int) -> Table:
+    def open(cls, folder: Path, stem: str, count: int, width: int) -> Table:
         """Raises UserError: a file is missing or too short."""
         with sound(folder):
-            lines = (folder / f"{stem}.jsonl").open("rb") if rows else None
-            return cls(lines, mapped(folder / f"{stem}.f32", rows, width))
+            lines = (folder / f"{stem}.jsonl").open("rb") if count else None
+            return cls(lines, mapped(folder / f"{stem}.f32", count, width))
 
     def rows(self) -> list[Row]:
         return list(self.pick(range(len(self.vectors))).values())
@@ -365,8 +314,7 @@ class Table:
     def pick(self, numbers: Iterable[int]) -> dict[int, Row]:
         """Some of the rows: one pass over the list, which parses no others.
 
-        Raises:
-            UserError: the list is damaged.
+        Raises UserError: the list is damaged.
         """
         wanted = set(map(int, numbers))
         if not wanted:
@@ -378,17 +326,6 @@ class Table:
             if len(rows) < len(wanted):
                 raise ValueError(f"{self.list.name} is cut short")
         return rows
-
-
-@contextmanager
-def sound(folder: Path) -> Iterator[None]:
-    """While tables are read, what does not fit together is reported as damage."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder}: this index is damaged ({error}); delete it and index anew."
-        ) from error
 
 
 def mapped(file: Path, rows: int, width: int) -> np.ndarray:
@@ -438,11 +375,7 @@ class Part:
 
 
 def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tuple]) -> None:
-    """A table of ``rows`` in their order, with a vector each.
-
-    Args:
-        vectors: digest -> (a matrix, a row of it).
-    """
+    """A table of ``rows`` in their order. ``vectors``: by digest, a matrix and a row of it."""
 
     def matrix(part: Path) -> None:
         with part.open("wb") as file:

@@ -153,7 +153,7 @@ class Pictures:
                     title=f"encoding {name} pictures" + f", view {view}" * (views > 1),
                     advice="use --no-cache to encode them anew each time",
                 )
-                self.stores.append(FeatureStore(folder))
+                self.stores.append(FeatureStore.open(folder))
         self.rows = [[e.row for e in kept.entries_of(pictures)] for kept in self.stores]
         for rows in self.rows:
             self.bad |= {i for i, row in enumerate(rows) if row is None}

@@ -143,7 +143,7 @@ def in_pieces(
 
 def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterator[list[Any]]:
     """Lists of up to ``size`` items: full ones when items come fast, what is there when slow."""
-    end, ready = object(), queue.Queue(maxsize=2 * size)
+    end, slow, ready = object(), object(), queue.Queue(maxsize=2 * size)
     closed = threading.Event()
 
     def put(item: Any) -> bool:
@@ -157,10 +157,8 @@ def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterato
 
     def pump() -> None:
         try:
-            for item in items:
-                if not put(item):
-                    return
-            put(end)
+            if all(put(item) for item in items):
+                put(end)
         except BaseException as error:
             put(error)
         finally:
@@ -168,27 +166,23 @@ def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterato
 
     thread = threading.Thread(target=pump, daemon=True)
     thread.start()
+    group: list[Any] = []
     try:
-        group: list[Any] = []
         while True:
             try:
                 item = ready.get(timeout=patience if group else None)
             except queue.Empty:
+                item = slow
+            over = item is end or isinstance(item, BaseException)
+            if not over and item is not slow:
+                group.append(item)
+            if group and (over or item is slow or len(group) == size):
                 yield group
                 group = []
-                continue
             if item is end:
-                break
-            if isinstance(item, BaseException):
-                if group:
-                    yield group
+                return
+            if over:
                 raise item
-            group.append(item)
-            if len(group) == size:
-                yield group
-                group = []
-        if group:
-            yield group
     finally:
         closed.set()
         thread.join(timeout=5)
