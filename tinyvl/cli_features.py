@@ -46,7 +46,7 @@ def features(
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
     ] = "both",
-    dtype: Annotated[str, typer.Option(help="Kept as fp16 or bf16.")] = "fp16",
+    dtype: Annotated[str, typer.Option(help="On disk: fp16, bf16 or fp32.")] = "fp16",
     split: Annotated[str | None, typer.Option(help="This part of the data only.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None,
     format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None,

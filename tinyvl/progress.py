@@ -32,7 +32,7 @@ def bar(title: str, total: int, quiet: bool = False, start: int = 0):
                 last[0] = time.monotonic()
                 pace = (time.monotonic() - begun) / (done[0] - start)
                 left = f"{pace * (total - done[0]) / 60:.0f} min left"
-                print(f"{title}: {done[0]}/{total}  {left}  {text}", file=sys.stderr, flush=True)
+                say(f"{title}: {done[0]}/{total}  {left}  {text}")
 
         yield advance
         return

@@ -237,10 +237,7 @@ def read_labels(given: str) -> list[str]:
     Raises:
         UserError: fewer than two.
     """
-    try:
-        there = os.path.isfile(given)
-    except ValueError:  # a NUL in it
-        there = False
+    there = os.path.isfile(given)
     try:
         text = Path(given).read_text(encoding="utf-8-sig") if there else given
     except (OSError, UnicodeDecodeError) as error:
