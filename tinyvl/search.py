@@ -274,9 +274,9 @@ def classify(
     encoder, pieces = model.encoder, Pieces(*SMALLEST)
     decoded = media.decode_images(paths, encoder.transform(), target=encoder.size, workers=workers)
 
-    def likeliest(pictures: list[Tensor]) -> Iterator[list[dict[str, Any]]]:
-        vectors = torch.from_numpy(embed_images(model, pictures, len(pictures), pieces))  # (B, d)
-        chances = (vectors @ classes.T / temperature).softmax(dim=1)  # (B, C)
+    def likeliest(good: list[tuple[str, Tensor]]) -> Iterator[list[dict[str, Any]]]:
+        vectors = embed_images(model, [picture for _, picture in good], len(good), pieces)  # (B, d)
+        chances = (torch.from_numpy(vectors) @ classes.T / temperature).softmax(dim=1)  # (B, C)
         for values, which in zip(*chances.topk(min(top, len(labels))), strict=True):
             yield [
                 {"label": labels[i], "probability": round(p, 6), "rank": rank}

@@ -67,10 +67,8 @@ def captions(
     """
     pieces = Pieces(*SMALLEST)
     for group in gathered(decoded(model, paths, questions, workers, store), batch):
-        good = [item for item in group if isinstance(item[1], Tensor)]
-        found = iter(run(model, good, style, pieces))
-        for path, picture, *_ in group:
-            yield path, *(next(found) if isinstance(picture, Tensor) else (picture, 0.0))
+        for path, found in computed(group, lambda good: run(model, good, style, pieces)):
+            yield path, *((found, 0.0) if isinstance(found, UserError) else found)
 
 
 def decoded(
@@ -126,6 +124,7 @@ def run(
 def in_pieces(
     model: "Captioner", items: list[tuple], style: Style, number: int
 ) -> list[tuple[str, float]]:
+    """What `run` makes of items of one shape, in this many batches."""
     each, found = -(-len(items) // number), []
     for i in range(0, len(items), each):
         part, options = items[i : i + each], dict(vars(style))
@@ -189,12 +188,17 @@ def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterato
 
 
 def computed(
-    group: list[tuple[str, Tensor | UserError]], compute: Callable[[list[Tensor]], Iterable]
+    group: list[tuple], compute: Callable[[list[tuple]], Iterable]
 ) -> Iterator[tuple[str, Any]]:
-    """(path, what ``compute`` makes of the picture, or what is wrong with it), in order."""
-    good = [picture for _, picture in group if isinstance(picture, Tensor)]
+    """(path, what ``compute`` makes of the item, or what is wrong with its picture), in order.
+
+    Args:
+        group: (path, picture or what is wrong with it, ...).
+        compute: gets those that have a picture, all at once.
+    """
+    good = [item for item in group if isinstance(item[1], Tensor)]
     found = iter(compute(good) if good else ())
-    for path, picture in group:
+    for path, picture, *_ in group:
         yield path, next(found) if isinstance(picture, Tensor) else picture
 
 
