@@ -453,6 +453,19 @@ def test_one_writer_at_a_time(tmp_path, photos):
     assert refresh(tmp_path / "i", photos).unchanged == 30
 
 
+def test_what_a_kill_left_half_written_goes_and_other_files_stay(tmp_path, photos):
+    refresh(tmp_path / "i", photos)
+    before = contents(tmp_path / "i")
+    for name in (".index.json.123", ".images.1.f32.77"):
+        (tmp_path / "i" / name).write_text("half")
+    mine = tmp_path / "i" / ".my.own.file"
+    mine.write_text("mine")
+    refresh(tmp_path / "i", photos)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert contents(tmp_path / "i") == before
+
+
 def test_a_reader_keeps_what_it_opened_while_a_writer_replaces_it(tmp_path, photos, monkeypatch):
     refresh(tmp_path / "i", photos)
     old = Index(tmp_path / "i")

@@ -37,6 +37,7 @@ CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # 
 SHARD = "{:05}.safetensors"
 AGAIN = "restore it, or extract into another folder"
 COPY = 8192  # rows of a table copied at once
+HALF = re.compile(r"\..+\.(?:safetensors|json|f32|jsonl)\.\d+")  # of `files.replace_file`
 OF_TABLES = re.compile(r"\w+\.(\d+|part)\.(?:f32|jsonl)")
 
 
@@ -51,8 +52,9 @@ def writing(folder: Path, busy: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
     with files.locked(folder, busy):
-        for part in folder.glob(".*.*.*"):  # of `files.replace_file`
-            part.unlink()
+        for file in folder.iterdir():
+            if HALF.fullmatch(file.name):
+                file.unlink()
         yield
 
 
@@ -86,9 +88,6 @@ def check_room(folder: Path, need: int, what: str, advice: str, quiet: bool) -> 
         raise UserError(f"{folder}: {takes}, and {left} on that disk; {advice}.", 2)
     if need:
         say(f"{takes} in {folder} ({left})", quiet)
-
-
-# ------------------------------------------------------------------------------------- the pictures
 
 
 @dataclass(slots=True)
