@@ -17,7 +17,7 @@ from test_features import content, paint
 from tiny import write_decoder, write_text, write_vision
 from typer.testing import CliRunner
 
-from tinyvl import UserError, cli, extract
+from tinyvl import UserError, cli, features
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(world, tmp_path, monke
     originals = sorted((tmp_path / "in").iterdir())
     for i in range(6, 1000):
         os.link(originals[i % 6], tmp_path / f"in/{i:04}.png")
-    program = "import sys; from tinyvl import extract, cli; extract.SHARD_ROWS = 64; cli.main()"
+    program = "import sys; from tinyvl import features, cli; features.SHARD_ROWS = 64; cli.main()"
 
     def arguments(out: str) -> list[str]:
         folders = [tmp_path / "in", "--out", tmp_path / out]
@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(world, tmp_path, monke
         if number == signal.SIGINT:
             assert "goes on from here" in said
         assert not (parts / "manifest.json").exists()
-    monkeypatch.setattr(extract, "SHARD_ROWS", 64)
+    monkeypatch.setattr(features, "SHARD_ROWS", 64)
     _, (counts,), _ = tinyvl(*arguments("parts"))
     assert counts["kept"] >= 2 * 64
     assert counts["extracted"] + counts["kept"] == 1000

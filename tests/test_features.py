@@ -20,7 +20,6 @@ from tiny import write_decoder, write_vision
 from tinyvl import (
     UserError,
     encoders,
-    extract,
     features,
     models,
     presets,
@@ -30,6 +29,7 @@ from tinyvl import (
 )
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.presets import Run
+from tinyvl.store import write_safetensors
 from tinyvl.train_run import Interrupted
 
 CPU = torch.device("cpu")
@@ -61,11 +61,11 @@ def vision(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(extract, "SHARD_ROWS", 32)
+    monkeypatch.setattr(features, "SHARD_ROWS", 32)
 
 
 def loaded(folder: Path, fit: str = "crop", precision: torch.dtype = torch.float32):
-    return extract.load_encoder(str(folder), fit, device=CPU, precision=precision)
+    return features.load_encoder(str(folder), fit, device=CPU, precision=precision)
 
 
 def fill(out: Path, pictures: Pairs, vision: Path, stop: list | None = None, **changes) -> dict:
@@ -73,11 +73,11 @@ def fill(out: Path, pictures: Pairs, vision: Path, stop: list | None = None, **c
     chosen = {k: changes.pop(k) for k in ("fit", "precision") if k in changes}
     description, encoder = loaded(vision, **chosen)
     kinds = {k: changes.pop(k) for k in ("what", "dtype") if k in changes}
-    head = extract.contents(description, encoder, **kinds)
+    head = features.contents(description, encoder, **kinds)
     run = Run(out, CPU, workers=0, quiet=True)
     if stop is not None:
         run.stop = stop
-    return extract.extract(out, pictures, encoder, head, run, **changes)
+    return features.extract(out, pictures, encoder, head, run, **changes)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -125,11 +125,14 @@ def test_features_are_what_the_encoder_makes_of_each_picture(
     assert not torch.equal(some[0], some[1])
 
 
-def test_kept_as_bf16_or_tokens_or_summaries_alone(pictures, vision, tmp_path):
+def test_kept_as_bf16_or_fp32_or_tokens_or_summaries_alone(pictures, vision, tmp_path):
     fill(tmp_path / "both", pictures[:10], vision)
     fill(tmp_path / "bf16", pictures[:10], vision, dtype="bf16", what="tokens")
     fill(tmp_path / "short", pictures[:10], vision, what="summaries")
-    both, bf16, short = (FeatureStore.open(tmp_path / n) for n in ("both", "bf16", "short"))
+    fill(tmp_path / "exact", pictures[:10], vision, dtype="fp32")
+    both, bf16, short, exact = (
+        FeatureStore.open(tmp_path / name) for name in ("both", "bf16", "short", "exact")
+    )
     rows = list(range(10))
     assert bf16.tokens(rows).dtype == torch.bfloat16
     torch.testing.assert_close(
@@ -139,6 +142,12 @@ def test_kept_as_bf16_or_tokens_or_summaries_alone(pictures, vision, tmp_path):
     assert bf16.summaries(rows) == []
     with pytest.raises(UserError, match="tokens are not kept"):
         short.tokens(rows)
+    encoder = loaded(vision)[1]
+    seen = encoder(
+        torch.stack([encoder.transform()(Image.open(path)) for path, _ in pictures[:10]])
+    )
+    assert torch.equal(exact.tokens(rows), seen.tokens)
+    assert all(map(torch.equal, exact.summaries(rows), seen.summaries))
     size = {n: len(content(tmp_path / n)["00000.safetensors"]) for n in ("both", "short")}
     assert size["both"] == pytest.approx(size["short"] + 10 * 17 * 32 * 2, abs=200)
 
@@ -171,13 +180,13 @@ def test_more_data_adds_what_is_new_and_touches_nothing_else(
     fill(tmp_path / "out", pictures[:40], vision)
     before = content(tmp_path / "out")
     decoded = []
-    real = extract.media_workers.decode_images
+    real = features.media_workers.decode_images
 
     def spy(paths, *args, **kwargs):
         decoded.extend(paths := list(paths))
         return real(paths, *args, **kwargs)
 
-    monkeypatch.setattr(extract.media_workers, "decode_images", spy)
+    monkeypatch.setattr(features.media_workers, "decode_images", spy)
     found = fill(tmp_path / "out", pictures[20:80], vision)
     assert decoded == [path for path, _ in pictures[40:80]]
     assert (found["extracted"], found["kept"]) == (40, 20)
@@ -199,7 +208,7 @@ def test_shards_are_written_as_safetensors_writes_them(tmp_path, dtype, rows):
     tensors = {name: tensor[:rows] for name, tensor in page.items()}
     metadata = {"tinyvl": json.dumps({"path": 'a"b\\c\n\x7f', "name": "ü€😀", "nothing": None})}
     metadata["tinyvl"] += "ü€😀\t\x01"
-    features.write_safetensors(tmp_path / "ours", tensors, metadata)
+    write_safetensors(tmp_path / "ours", tensors, metadata)
     save_file(tensors, tmp_path / "theirs", metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -523,12 +532,12 @@ def test_captions_from_features_need_no_pictures(world, tmp_path, monkeypatch):
 def test_memory_stays_flat(vision, tmp_path):
     """Twelve times the pictures, 60 MB of features more, and less than 25 MB of memory more."""
     code = (
-        "import sys, resource, torch; from pathlib import Path; from tinyvl import extract;"
+        "import sys, resource, torch; from pathlib import Path; from tinyvl import features;"
         "from tinyvl.presets import Run;"
         "n, vision, out = int(sys.argv[1]), sys.argv[2], sys.argv[3];"
-        "v, e = extract.load_encoder(vision, 'crop', device='cpu', precision=torch.float32);"
+        "v, e = features.load_encoder(vision, 'crop', device='cpu', precision=torch.float32);"
         "files = sorted(map(str, Path(sys.argv[4]).iterdir()));"
-        "extract.extract(Path(out), [(p, p) for p in files[:n]], e, extract.contents(v, e),"
+        "features.extract(Path(out), [(p, p) for p in files[:n]], e, features.contents(v, e),"
         "Run(Path(out), torch.device('cpu'), workers=1, quiet=True));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
@@ -574,13 +583,13 @@ def test_flickr8k_with_the_default_encoder(tmp_path):
     from tinyvl import data
 
     records = data.read(FLICKR)[:100]
-    description, encoder = extract.load_encoder(
+    description, encoder = features.load_encoder(
         "EfficientNet-Lite2", "jpeg", device=CPU, precision=torch.float32
     )
-    head = extract.contents(description, encoder)
+    head = features.contents(description, encoder)
     run = Run(tmp_path, CPU, quiet=True)
     pictures = [(r.image, r.id) for r in records]
-    found = extract.extract(tmp_path / "out", pictures, encoder, head, run)
+    found = features.extract(tmp_path / "out", pictures, encoder, head, run)
     assert found["extracted"] == 100
     store = open_store(tmp_path / "out", description)
     assert store.tokens([0]).shape == (1, 81, 1280)
@@ -608,7 +617,7 @@ def test_the_format_on_disk(pictures, vision, tmp_path):
     assert [r["path"] for r in records] == [path for path, _ in pictures[:40]]
     assert records[35]["bytes"] == os.stat(pictures[35][0]).st_size
     shard = load_file(tmp_path / "out" / manifest["shards"][1]["file"])
-    store = features.FeatureStore.open(tmp_path / "out")
+    store = FeatureStore.open(tmp_path / "out")
     assert torch.equal(shard["tokens"][3], store.tokens([records[35]["row"]])[0])
     assert set(shard) == set(manifest["tensors"])
     modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.suffix}

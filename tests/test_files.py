@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tinyvl import UserError
-from tinyvl.files import write_text
+from tinyvl.files import building, write_text
 
 
 def test_a_failure_leaves_the_old_file_alone(tmp_path):
@@ -17,3 +17,25 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path):
     assert os.listdir(tmp_path) == ["file.txt"]
     with pytest.raises(UserError, match="cannot be written"):
         write_text(tmp_path / "none/file.txt", "new")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "below" / "made"
+    half = building(target)
+    (half.__enter__() / "a").write_text("half")
+    assert not half.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert os.listdir(target.parent) == []
+    with building(target) as new:
+        (new / "a").write_text("whole")
+        (new / "inner").mkdir()
+        assert not target.exists()
+    assert sorted(os.listdir(target)) == ["a", "inner"]
+    for name, left in (("a", ["a", "inner"]), ("b", ["b"])):  # another process was first
+        with building(target) as new:
+            (new / name).write_text("again")
+        assert sorted(os.listdir(target)) == left  # whole: its; else ours
+    with (
+        pytest.raises(UserError, match=r"Cannot write to the cache \(.*\); free some space"),
+        building(target / "b" / "c", "the cache"),
+    ):
+        raise AssertionError

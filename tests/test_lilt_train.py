@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_text, write_vision
 
-from tinyvl import UserError, extract, media_augment, models, presets, train, train_batches
+from tinyvl import UserError, features, media_augment, models, presets, train, train_batches
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -148,12 +148,12 @@ def test_a_locked_tower_reads_features_of_its_encoder(world, tmp_path, architect
     if architecture == "cnn":
         world = world | {"vision": str(write_vision(tmp_path / "cnn", "test_efficientnet", {}))}
     this = job(world, options={"image": image, "text": LWA}, epochs=1)
-    vision, encoder = extract.load_encoder(
+    vision, encoder = features.load_encoder(
         world["vision"], "squash", device=torch.device("cpu"), precision=torch.float32
     )
     pictures = [(r.image, r.id) for part in train_batches.load_records(this) for r in part]
-    head = extract.contents(vision, encoder)
-    extract.extract(tmp_path / "features", pictures, encoder, head, run(tmp_path))
+    head = features.contents(vision, encoder)
+    features.extract(tmp_path / "features", pictures, encoder, head, run(tmp_path))
     train.train(this, run(tmp_path / "plain"))
     train.train(this, run(tmp_path / "stored", features=tmp_path / "features"))
     assert losses_of(tmp_path / "stored") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-3)

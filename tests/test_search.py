@@ -18,7 +18,8 @@ import torch
 from dual import Dual
 from PIL import Image
 
-from tinyvl import UserError, index, indexing, search
+from tinyvl import UserError, index, search
+from tinyvl.device import Pieces
 from tinyvl.index import Index
 
 
@@ -123,8 +124,8 @@ def photos(tmp_path) -> Path:
 
 
 def refresh(folder: Path, data: Path | str, model: Dual | None = None, batch: int = 4):
-    source = indexing.read_source(str(data))
-    return indexing.update(folder, source, model or Dual(), name="m", batch=batch, workers=0)
+    source = index.read_source(str(data))
+    return index.update(folder, source, model or Dual(), name="m", batch=batch, workers=0)
 
 
 def contents(folder: Path) -> dict:
@@ -322,7 +323,7 @@ def test_out_of_memory_halves_the_batch(capsys):
             return super().embed_images(pictures)
 
     pictures = list(torch.randint(0, 255, (7, 3, 8, 8), dtype=torch.uint8))
-    found = indexing.embed_images(Tight(), pictures, 7)
+    found = index.embed_images(Tight(), pictures, 7, Pieces("One picture", "use less"))
     np.testing.assert_allclose(found, Dual().embed_images(torch.stack(pictures)), atol=1e-6)
     assert "out of memory" in capsys.readouterr().err
 
@@ -437,8 +438,8 @@ def test_mistakes_cost_one_sentence(tmp_path, photos):
 def test_one_writer_at_a_time(tmp_path, photos):
     refresh(tmp_path / "i", photos)
     hold = (
-        "import sys, time; from pathlib import Path; from tinyvl import index\n"
-        f"with index.locked(Path({str(tmp_path / 'i')!r})):\n"
+        "import sys, time; from pathlib import Path; from tinyvl import files\n"
+        f"with files.locked(Path({str(tmp_path / 'i')!r}), 'busy'):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
@@ -450,6 +451,19 @@ def test_one_writer_at_a_time(tmp_path, photos):
         holder.kill()
         holder.wait()
     assert refresh(tmp_path / "i", photos).unchanged == 30
+
+
+def test_what_a_kill_left_half_written_goes_and_other_files_stay(tmp_path, photos):
+    refresh(tmp_path / "i", photos)
+    before = contents(tmp_path / "i")
+    for name in (".index.json.123", ".images.1.f32.77"):
+        (tmp_path / "i" / name).write_text("half")
+    mine = tmp_path / "i" / ".my.own.file"
+    mine.write_text("mine")
+    refresh(tmp_path / "i", photos)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert contents(tmp_path / "i") == before
 
 
 def test_a_reader_keeps_what_it_opened_while_a_writer_replaces_it(tmp_path, photos, monkeypatch):

@@ -46,7 +46,7 @@ def features(
     what: Annotated[
         str, typer.Option(help="tokens (I-Tuning reads them), summaries (eP-ALM), or both.")
     ] = "both",
-    dtype: Annotated[str, typer.Option(help="Kept as fp16 or bf16.")] = "fp16",
+    dtype: Annotated[str, typer.Option(help="On disk: fp16, bf16 or fp32.")] = "fp16",
     split: Annotated[str | None, typer.Option(help="This part of the data only.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None,
     format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None,
@@ -63,8 +63,9 @@ def features(
     same bytes; with more data it adds what is new. Prints the counts as JSON.
     """
     from tinyvl import data as sets
-    from tinyvl import extract, models, presets
+    from tinyvl import models, presets
     from tinyvl.device import choose_device, choose_precision, keep_memory
+    from tinyvl.features import contents, extract, load_encoder
     from tinyvl.presets import Run
 
     method = "itune" if modality in (None, "image") else "epalm"
@@ -94,17 +95,17 @@ def features(
         what = {"image": "pictures", "video": "videos", "audio": "sounds"}[kind]
         raise UserError(f"{', '.join(data)}: no {what} there.", 2)
     keep_memory()
-    description, encoder = extract.load_encoder(
+    description, encoder = load_encoder(
         local(vision or row.vision),
         fit or row.fit,
         device=target,
         precision=dtype_of_encoder,
         media=told,
     )
-    head = extract.contents(description, encoder, what=what, dtype=dtype)
+    head = contents(description, encoder, what=what, dtype=dtype)
     run = Run(out, target, workers=workers, quiet=quiet)
     try:
-        done = extract.extract(out, pictures, encoder, head, run, batch=batch)
+        done = extract(out, pictures, encoder, head, run, batch=batch)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on from here.", 130) from None
     print(json.dumps({"features": str(out), **done}))

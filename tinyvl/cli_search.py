@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,12 +20,7 @@ from tinyvl.cli_options import (
     ResumeFile,
     grouped,
     load_model,
-    local,
 )
-
-if TYPE_CHECKING:
-    from tinyvl.index import Index
-    from tinyvl.search import Query
 
 AnyModel = Annotated[
     str | None,
@@ -41,6 +36,11 @@ SIDES = ("text", "image")
 
 def load_towers(name: str, place: Place, sides: Iterable[str] = SIDES) -> Any:
     return load_model(name, place, task="retrieve", sides=sides)
+
+
+def loader(place: Place) -> Callable[..., Any]:
+    """What `search` loads a model with."""
+    return lambda name, *sides: load_towers(name, place, *sides)
 
 
 @grouped
@@ -69,39 +69,14 @@ def index(
         if not os.path.isdir(data):
             raise UserError("Name the index's folder with -o INDEX.", 2)
         out = Path(data) / HIDDEN
+    from tinyvl.search import bring_up_to_date
+
     status, _ = bring_up_to_date(
-        data, out, model, place, null=null, batch=batch, format=format, images=images
-    )
+        data, out, model, loader(place), batch=batch, workers=place.workers, null=null,
+        format=format, images=images,
+    )  # fmt: skip
     print(out)
     raise typer.Exit(status)
-
-
-def bring_up_to_date(
-    data: str,
-    out: Path,
-    model: str | None,
-    place: Place,
-    *,
-    batch: int = 16,
-    say: Callable[[int], str] | None = None,
-    **reading: Any,
-) -> tuple[int, Any]:
-    """-> the exit status, and the model; ``reading`` goes to `indexing.read_source`."""
-    from tinyvl.index import read_about
-    from tinyvl.indexing import read_source, update
-
-    about = read_about(out) or {}
-    source = read_source(data, **reading)
-    if say:
-        print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
-    name = local(model or about.get("model", "default"))
-    loaded = load_towers(name, place)
-    try:
-        changes = update(out, source, loaded, name=name, batch=batch, workers=place.workers)
-    except KeyboardInterrupt:
-        raise UserError("stopped; the same command goes on from here", 130) from None
-    print(f"{out}: {changes}", file=sys.stderr)
-    return int(changes.unreadable > 0), loaded
 
 
 @grouped
@@ -157,33 +132,20 @@ def retrieve(
         raise UserError("--query takes a text, not an empty one.", 2)
     if folder and not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; an index elsewhere is named by --index.", 2)
-    from tinyvl.index import Index, check_model
-    from tinyvl.search import Query, answers, shift_of, term
+    from tinyvl.search import Query, answers, groups, opened, shift_of, shown, term
 
-    piped = "-" in texts
+    piped, pictures = "-" in texts, [Query(path, True) for path in images]
     adds, subtracts = [term(t) for t in plus or []], [term(t) for t in minus or []]
-    status, loaded, home = 0, None, index or Path(folder or ".") / HIDDEN
-    if index is None and not finished(home):
-        status, loaded = make_first(folder or ".", home, model, place)
-    found = Index(home)
-    if not captions and not len(found.images.vectors):
-        raise UserError(f"{home}: this index holds no pictures.")
-    if captions and not len(found.captions.vectors):
-        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
-    if loaded is None:
-        name = local(model or found.about["model"])
-        terms = adds + subtracts
-        words = bool(texts) or not all(t.picture for t in terms)
-        pictures = bool(images) or any(t.picture for t in terms)
-        sides = [side for side, used in zip(SIDES, (words, pictures), strict=True) if used]
-        loaded = load_towers(name, place, sides)
-        check_model(home, found.about, loaded, name)
+    named = [Query(text) for text in texts] + pictures + adds + subtracts
+    status, found, loaded = opened(
+        folder, index, model, loader(place), named, captions=captions, workers=place.workers
+    )
     settings = {
         "k": k, "threshold": threshold, "captions": captions,
         "shift": shift_of(loaded, adds, subtracts), "show": shown(found, folder),
     }  # fmt: skip
     several = piped or len(texts) + len(images) > 1
-    for group in groups(texts, [Query(path, True) for path in images]):
+    for group in groups(texts, pictures):
         for hits in answers(found, loaded, group, **settings):
             if isinstance(hits, UserError):
                 status = 1
@@ -200,47 +162,6 @@ def retrieve(
                 print(line, end="\0" if null else "\n")
         sys.stdout.flush()
     raise typer.Exit(status)
-
-
-def finished(home: Path) -> bool:
-    from tinyvl.index import read_about
-
-    return bool((read_about(home) or {}).get("generation"))
-
-
-def make_first(folder: str, home: Path, model: str | None, place: Place) -> tuple[int, Any]:
-    def say(count: int) -> str:
-        there = "unfinished" if (home / "index.json").exists() else "no"
-        return f"{folder}: {there} index yet; embedding {count:,} pictures into {home}"
-
-    return bring_up_to_date(folder, home, model, place, say=say)
-
-
-def shown(found: "Index", folder: str | None) -> Callable[[str], str]:
-    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
-    root, here = found.root, os.path.join(os.getcwd(), "")
-
-    def show(path: str) -> str:
-        if folder is not None:
-            return os.path.join(folder, path)
-        return os.path.join(root, path).removeprefix(here)
-
-    return show
-
-
-def groups(texts: list[str], images: list["Query"]) -> Iterator[list["Query"]]:
-    """Queries to be answered together: those named, then those on standard input as they come."""
-    from tinyvl.search import Query
-
-    named = [Query(text) for text in texts if text != "-"] + images
-    if named:
-        yield named
-    if "-" in texts:
-        from tinyvl.media import expand
-        from tinyvl.write import gathered
-
-        lines = (Query(line.strip()) for line in expand(["-"]))
-        yield from gathered(lines, 256)
 
 
 @grouped
@@ -274,8 +195,8 @@ def classify(
         raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     from tinyvl import media
     from tinyvl.classes import class_embeddings, templates
-    from tinyvl.classify import classify, read_labels, write
-    from tinyvl.write import open_output
+    from tinyvl.search import classify, read_labels
+    from tinyvl.write import open_output, write_rows
 
     names, prompts = read_labels(labels), templates(prompt)
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
@@ -288,4 +209,5 @@ def classify(
         stream, done = open_output(out, resume, field="label", tabs=2, lines=lines)
         paths = (path for path in paths if path not in done)
     results = classify(loaded, paths, names, classes, top=top, batch=batch, workers=place.workers)
-    raise typer.Exit(write(results, stream, as_json=as_json, bare=one and out is None))
+    text, bare = "{label}\t{probability:.4f}", one and out is None
+    raise typer.Exit(write_rows(results, stream, text, as_json=as_json, bare=bare))

@@ -1,79 +1,48 @@
-"""The feature cache on disk: what an encoder makes of each picture, computed once.
+"""The feature cache: what an encoder makes of each picture, computed once and kept on disk.
 
-A folder holds safetensors shards (``00000.safetensors``, ...) and ``manifest.json``. A shard has
-``tokens`` (n, S, D) and ``summaries.00`` (n, D_level), ..., lowest level first, and its header
-names the pictures they are of: an extraction that was killed goes on behind the shards it finds.
-The manifest is written last. It says which encoder made what, and in which row each picture is.
-`extract` fills such a folder; `FeatureStore` reads it.
+A folder of shards (`store`): ``tokens`` (n, S, D) and ``summaries.00`` (n, D_level), ..., lowest
+level first. Its head, ``manifest.json``, says which encoder made what, and the row of each picture.
+`extract` fills it: worker processes decode while the encoder computes. `FeatureStore` reads it.
 """
 
 import json
-import os
-from bisect import bisect
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import astuple, fields
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinyvl import UserError, files
+from tinyvl import UserError, files, hub, media_workers, models, store
+from tinyvl.device import PRECISIONS, Pieces, precision_name
+from tinyvl.encoders import Encoder, Percept
+from tinyvl.encoders_build import build_encoder
+from tinyvl.presets import Run
+from tinyvl.progress import bar, skip
+from tinyvl.store import Entry, Known, Shards
+from tinyvl.train_run import Interrupted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MANIFEST = "manifest.json"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # in a shard's header
-COLUMNS = ["path", "id", "bytes", "modified", "error", "row"]  # of the manifest's records
+COLUMNS = [field.name for field in fields(Entry)]  # of its records
+HEAD = ("encoder", "transform", "what", "dtype", "tensors", "shards", "records")
+WHAT = ("tokens", "summaries", "both")
+SHARD_BYTES = 2**26  # of a shard: twice that is held in memory
+SHARD_ROWS = 512  # a kill costs at most a shard, so that it is soon done where rows are small too
+SMALLEST = "One picture", "use --device cpu"  # for `Pieces`
+BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
+Pairs = Iterable[tuple[str, str]]  # absolute paths and ids of pictures
+# A block, the tensors of its good pictures, and the event at which a GPU has copied them.
+Encoded = tuple[list[Entry], dict[str, Tensor], "torch.cuda.Event | None"]
 
-
-@dataclass(slots=True)
-class Entry:
-    """A picture in a cache: the file as it was, and the row that it got."""
-
-    path: str
-    id: str
-    bytes: int  # -1: there was no file
-    modified: int  # nanoseconds
-    error: str | None = None  # why it could not be read
-    row: int | None = None
-
-
-def stat(path: str | Path) -> tuple[int, int]:
-    """Size and time of change of a file; (-1, 0) if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, 0
-    return found.st_size, found.st_mtime_ns
-
-
-class Index:
-    """Entries by path, and by id and file name for a data set that was moved."""
-
-    def __init__(self, entries: Iterable[Entry] = ()):
-        self.by_path: dict[str, Entry] = {}
-        self.by_name: dict[tuple[str, str], Entry | None] = {}
-        for entry in entries:
-            self.add(entry)
-
-    def add(self, entry: Entry) -> None:
-        """Takes the place of an older entry: the file has changed."""
-        name = entry.id, os.path.basename(entry.path)
-        known = self.by_name.get(name, entry)
-        self.by_path[entry.path] = entry
-        self.by_name[name] = entry if known and known.path == entry.path else None  # None: two
-
-    def find(self, path: str, id: str | None = None) -> Entry | None:
-        """The entry of a picture, unless its file is there and has changed since."""
-        there = stat(path)
-        if entry := self.by_path.get(path):
-            same = (entry.bytes, entry.modified) == there
-        elif id and (entry := self.by_name.get((id, os.path.basename(path)))):
-            # The same file at another place; were it still at its own, this would be another one.
-            same = entry.bytes == there[0] and not os.path.exists(entry.path)
-        return entry if entry and (same or there[0] < 0) else None  # features may travel alone
+# ----------------------------------------------------------------------------------- reading
 
 
 class FeatureStore:
@@ -81,61 +50,40 @@ class FeatureStore:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
-        self.index = Index(Entry(*record) for record in manifest["records"])
-        self.ends = list(accumulate(shard["rows"] for shard in manifest["shards"]))
-        self.mapped: dict[tuple[int, str], Tensor] = {}
+        self.shards = Shards(folder, manifest, PRECISIONS[manifest["dtype"]])
+        self.known = Known(Entry(*record) for record in manifest["records"])
         self.part = slice(None), slice(None)  # of the tokens: which, and which of their numbers
         self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureStore":
-        """The cache in a folder.
-
-        Raises:
-            UserError: none is there, it is unfinished, of another format, or a shard is amiss.
-        """
+        """Raises UserError: no cache is there, it is unfinished, damaged, or of a later format."""
         folder = Path(folder)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        manifest = store.read_head(folder / MANIFEST, "features", HEAD, 2)
+        if manifest is None:
             advice = "no features there; `tinyvl features DATA --out DIR` makes them"
             if any(folder.glob("*.safetensors")):
                 advice = "this extraction did not finish; run the same `tinyvl features` again"
-            raise UserError(f"{folder}: {advice}.", 2) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: {MANIFEST} cannot be read ({error}).", 2) from None
-        if not isinstance(manifest, dict) or manifest.get("format") != 1:
-            raise UserError(f"{folder}: {MANIFEST} is not one that this tinyvl reads.", 2)
-        for shard in manifest["shards"]:
-            if stat(folder / shard["file"])[0] != shard["bytes"]:
-                raise UserError(
-                    f"{folder}: {shard['file']} is missing or not what was written; restore it, or "
-                    "extract into another folder.",
-                    2,
-                )
+            raise UserError(f"{folder}: {advice}.", 2)
         return cls(folder, manifest)
 
     def __len__(self) -> int:
         """How many rows there are."""
-        return self.ends[-1] if self.ends else 0
+        return len(self.shards)
 
     @property
     def entries(self) -> list[Entry]:
         """The pictures, in the order of extraction; ``error`` says which could not be read."""
-        return list(self.index.by_path.values())
+        return list(self.known.by_path.values())
 
     def find(self, path: str, id: str | None = None) -> Entry | None:
-        """The entry of a picture by absolute path, or else by the id its record has.
+        """A picture's entry by absolute path, else by id; None: not here, or changed since."""
+        return self.known.find(path, id or self.ids.get(path))
 
-        None: it is not here, or the file has changed since.
-        """
-        return self.index.find(path, id or self.ids.get(path))
-
-    def entries_of(self, pictures: Iterable[tuple[str, str]]) -> list[Entry]:
+    def entries_of(self, pictures: Pairs) -> list[Entry]:
         """The entries of some (absolute path, id); `find` then knows them by the path alone.
 
-        Raises:
-            UserError: some are not here, or have changed.
+        Raises UserError: some are not here, or have changed.
         """
         pictures = list(pictures)
         self.ids |= pictures
@@ -151,184 +99,296 @@ class FeatureStore:
         return found
 
     def tokens(self, indices: Sequence[int]) -> Tensor:
-        """Token maps of some rows: (n, S, D), in the type they are kept in; of these its part."""
-        return self._rows("tokens", indices, self.part)
+        """Token maps of some rows: (n, S, D), in the dtype on disk."""
+        return self.shards.read("tokens", indices, self.part)
 
     def summaries(self, indices: Sequence[int]) -> list[Tensor]:
         """The summaries of some rows, a level each, lowest first: (n, D_level)."""
         names = [name for name in self.manifest["tensors"] if name != "tokens"]
-        return [self._rows(name, indices) for name in names]
+        return [self.shards.read(name, indices) for name in names]
 
     def read(self, what: str, indices: Sequence[int]) -> Tensor:
-        """What a method reads of some rows: "tokens" (n, S, D), or "summaries" in a row (n, ΣD)."""
-        if what == "tokens":
-            return self.tokens(indices)
-        return torch.cat(self.summaries(indices), -1)
-
-    def _rows(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
-        if name not in self.manifest["tensors"]:
-            raise UserError(f"{self.folder}: {name} are not kept there.", 2)
-        shape, dtype = self.manifest["tensors"][name], DTYPES[self.manifest["dtype"]]
-        shape = torch.empty(shape, device="meta")[part].shape
-        out = torch.empty(len(indices), *shape, dtype=dtype)
-        for i, index in enumerate(indices):
-            file = bisect(self.ends, index)
-            out[i] = self._map(file, name)[index - (self.ends[file - 1] if file else 0), *part]
-        return out
-
-    def _map(self, file: int, name: str) -> Tensor:
-        if (file, name) not in self.mapped:
-            path = self.folder / self.manifest["shards"][file]["file"]
-            try:
-                with safe_open(path, "pt") as shard:  # maps the file, and keeps no descriptor
-                    self.mapped[file, name] = shard.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: cannot be read ({error}).") from error
-        return self.mapped[file, name]
+        """What a method reads of some rows: "tokens" (n, S, D), or "summaries" joined (n, ΣD)."""
+        return self.tokens(indices) if what == "tokens" else torch.cat(self.summaries(indices), -1)
 
     def check(self, model: Any) -> None:
-        """Refuses a model whose encoder is not as it was: partly trained, or of another size."""
+        """Raises UserError: the model's encoder is not as it was: partly trained, or resized."""
         if not model.fixed_pictures:
             raise UserError("--features is for an encoder that is wholly frozen; leave it out.", 2)
         theirs = self.manifest["transform"]
-        ours = json.loads(json.dumps(model.encoder.data_config))
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                raise UserError(
-                    f"{self.folder}: these pictures were prepared with {key} {theirs.get(key)}, "
-                    f"and this model's encoder takes {key} {ours[key]}; it cannot read them.",
-                    2,
-                )
+        for key, value in json.loads(json.dumps(model.encoder.data_config)).items():
+            if value != theirs.get(key):
+                was = f"these pictures were prepared with {key} {theirs.get(key)}"
+                now = f"this model's encoder takes {key} {value}; it cannot read them"
+                raise UserError(f"{self.folder}: {was}, and {now}.", 2)
 
 
-def open_store(folder: str | Path, vision: dict[str, Any], what: str = "tokens") -> FeatureStore:
-    """The cache in a folder, if it is of this encoder and has ``what``: "tokens" or "summaries".
+def open_store(
+    folder: str | Path, vision: dict[str, Any], what: str = "tokens", pictures: Pairs = ()
+) -> FeatureStore:
+    """The cache in a folder, checked before a model is loaded, which may take a while.
 
     Args:
-        vision: the encoder's part of a checkpoint's ``config.json`` (`models.image_side`).
+        vision: the encoder's part of the model's ``config.json`` (`models.image_side`).
+        what: the model reads of its encoder: "tokens" or "summaries".
 
-    Raises:
-        UserError: as `FeatureStore.open`; or it is of another encoder, or has not ``what``.
+    Raises UserError: as `FeatureStore.open`; it is of another encoder, or lacks ``what`` or some of
+    the ``pictures``, (absolute path, id).
     """
-    store = FeatureStore.open(folder)
-    theirs = store.manifest["encoder"]
+    found = FeatureStore.open(folder)
+    theirs = found.manifest["encoder"]
     keys, lacks = ("sha256", "fit", "config", "modality", "frames"), False
-    if what == "tokens":  # of which there may be more than are wanted
+    if what == "tokens":  # there may be more of them than are wanted
         below = [encoder.get("lower", 0) for encoder in (vision, theirs)]
         larger = [encoder.get("larger", 0) for encoder in (vision, theirs)]
         lacks = below[0] > below[1] or larger[0] not in (0, larger[1])
-        cells = None if larger[0] else store.manifest.get("cells")
-        widths = store.manifest.get("widths")
-        store.part = slice(cells), slice(widths and sum(widths[: 1 + below[0]]))
+        cells = None if larger[0] else found.manifest.get("cells")
+        widths = found.manifest.get("widths")
+        found.part = slice(cells), slice(widths and sum(widths[: 1 + below[0]]))
     if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
-        raise UserError(
-            f"{folder}: these are features of {described(theirs)}, and this model's encoder is "
-            f"{described(vision)}; extract features with that one.",
-            2,
-        )
-    if store.manifest["what"] not in (what, "both"):
-        raise UserError(
-            f"{folder}: there are {store.manifest['what']} only, and this model reads {what}; "
-            f"extract with --what {what}.",
-            2,
-        )
-    return store
+        advice = f"this model's encoder is {described(vision)}; extract features with that one"
+        raise UserError(f"{folder}: these are features of {described(theirs)}, and {advice}.", 2)
+    if found.manifest["what"] not in (what, "both"):
+        advice = f"and this model reads {what}; extract with --what {what}"
+        raise UserError(f"{folder}: there are {found.manifest['what']} only, {advice}.", 2)
+    found.entries_of(pictures)
+    return found
 
 
 def described(vision: dict[str, Any]) -> str:
     keys = ("fit", "modality", "frames", "lower", "larger")
-    told = {key: vision[key] for key in keys if key in vision}
-    about = ", ".join(f"{key} {value}" for key, value in told.items())
+    about = ", ".join(f"{key} {vision[key]}" for key in keys if key in vision)
     return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, {about})"
 
 
-# ------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------- encoding
 
 
-def shard_name(number: int) -> str:
-    return f"{number:05}.safetensors"
+def load_encoder(
+    name: str, fit: str, *, device: torch.device, precision: torch.dtype,
+    media: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], Encoder]:  # fmt: skip
+    """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
+    extra = media or {}
+    folder = hub.fetch(name, models.role_of("vision", extra))
+    config = json.loads((folder / "config.json").read_text())
+    vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config, "fit": fit}
+    vision |= extra
+    encoder = build_encoder(vision, folder).to(device)
+    encoder.model.to(precision)  # pictures are still normalised in float32
+    return vision, encoder
 
 
-def room(head: dict[str, Any], rows: int) -> dict[str, Tensor]:
-    """Memory for the tensors of a shard of so many rows."""
-    dtype = DTYPES[head["dtype"]]
-    return {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in head["tensors"].items()}
+def contents(
+    vision: dict[str, Any], encoder: Encoder, *, what: str = "both", dtype: str = "fp16"
+) -> dict[str, Any]:
+    """What decides the numbers in a cache: the head of its manifest and of all its shards.
+
+    Args:
+        vision: name, sha256, config, fit, ... as in a checkpoint's ``config.json``.
+        what: "tokens", "summaries" or "both".
+        dtype: on disk: "fp16", "bf16" or "fp32".
+
+    Raises UserError: ``what`` or ``dtype`` is none of these.
+    """
+    if what not in WHAT:
+        raise UserError(f"--what is one of {', '.join(WHAT)}, not {what!r}.", 2)
+    if dtype not in PRECISIONS:
+        raise UserError(f"--dtype is one of {', '.join(PRECISIONS)}, not {dtype!r}.", 2)
+    parts = parts_of(percept(encoder, encoder.probe()), what)
+    head = {
+        "format": 1,
+        "encoder": vision,
+        "transform": encoder.data_config,
+        "precision": precision_name(weight(encoder).dtype),
+        "what": what,
+        "dtype": dtype,
+        "tensors": {name: list(part.shape[1:]) for name, part in parts.items()},
+    }
+    if what != "summaries" and encoder.below:
+        head["widths"] = [encoder.width, *encoder.below]
+    if what != "summaries" and encoder.larger:  # how many tokens are of the encoder's own size
+        with torch.no_grad():
+            alone = encoder.look(encoder.probe().to(weight(encoder).device))
+        head["cells"] = alone.tokens.shape[1]
+    return json.loads(json.dumps(head))
 
 
-def write_shard(
-    folder: Path,
-    number: int,
-    head: dict[str, Any],
-    entries: list[Entry],
-    tensors: dict[str, Tensor],
-) -> None:
-    """One file, in one stroke: the tensors; the head and the entries in its header."""
-    records = [astuple(entry)[:5] for entry in entries]
-    # One key only: of several, safetensors writes the order in which a hash map has them.
-    metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
+def parts_of(percept: Percept, what: str) -> dict[str, Tensor]:
+    """A percept as the tensors of a shard."""
+    parts = {"tokens": percept.tokens} if what != "summaries" else {}
+    if what != "tokens":
+        parts |= {f"summaries.{i:02}": level for i, level in enumerate(percept.summaries)}
+    return parts
 
-    files.replace_file(
-        folder / shard_name(number), lambda part: write_safetensors(part, tensors, metadata)
+
+def weight(encoder: Encoder) -> Tensor:
+    """One of its weights: they share a device and a dtype."""
+    return next(encoder.model.parameters())
+
+
+def percept(encoder: Encoder, pictures: Tensor, pieces: Pieces | None = None) -> Percept:
+    """Decoded pictures (B, 3, H, W) through the encoder, cut up where they do not fit."""
+    device, precision = weight(encoder).device, weight(encoder).dtype
+    half = precision != torch.float32
+
+    def attempt(number: int) -> Percept:
+        with torch.no_grad(), torch.autocast(device.type, precision) if half else nullcontext():
+            parts = [encoder(p.to(device, non_blocking=True)) for p in pictures.chunk(number)]
+        return parts[0] if len(parts) == 1 else Percept.join(parts)
+
+    return (pieces or Pieces(*SMALLEST)).run(attempt, len(pictures))
+
+
+def encode(
+    blocks: list[list[Entry]], encoder: Encoder, head: dict[str, Any],
+    transform: "Callable[[Image], Tensor]", workers: int | None,
+) -> Iterator[Encoded]:  # fmt: skip
+    """Decodes and encodes blocks of pictures; notes the errors of those that cannot be read.
+
+    From a GPU the tensors come in the cache's dtype, on a CPU as the encoder gave them.
+    The results come one block late: a GPU computes the next one while they are copied and kept.
+    """
+    device, dtype = weight(encoder).device, PRECISIONS[head["dtype"]]
+    gpu, pieces = device.type == "cuda", Pieces(*SMALLEST)
+    decoded = media_workers.decode_images(
+        (entry.path for block in blocks for entry in block),
+        transform,
+        target=encoder.size,
+        workers=workers,
+        # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
+        lookahead=max(64, 2 * len(blocks[0])) if gpu else 4 * media_workers.cores(),
     )
+    late: Encoded | None = None
+    with closing(decoded):
+        for block in blocks:
+            good, parts, copied = [], {}, None
+            for entry, (_, picture) in zip(block, islice(decoded, len(block)), strict=True):
+                if isinstance(picture, Tensor):
+                    good.append(picture)
+                else:
+                    entry.error = str(picture)
+            if good:
+                pictures = torch.stack(good)
+                seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
+                parts = parts_of(seen, head["what"])
+            if good and gpu:  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
+                parts = {
+                    name: part.to(dtype).contiguous().to("cpu", non_blocking=True)
+                    for name, part in parts.items()
+                }
+                copied = torch.cuda.current_stream(device).record_event()
+            if late:
+                yield late
+            late = block, parts, copied
+        yield late
 
 
-def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The bytes of `safetensors.torch.save_file`, of contiguous tensors of one dtype.
+# ----------------------------------------------------------------------------------- writing
 
-    That holds Python's lock while it writes, so that an encoder on the CPU would wait meanwhile.
+
+def extract(
+    folder: Path,
+    pictures: Pairs,
+    encoder: Encoder,
+    head: dict[str, Any],
+    run: Run,
+    *,
+    transform: "Callable[[Image], Tensor] | None" = None,
+    batch: int = BLOCK,
+    title: str = "extracting features",
+    advice: str = "choose another --out, --what summaries, or fewer pictures",
+) -> dict[str, Any]:
+    """Adds to a folder the features of those pictures, (absolute path, id), that it lacks.
+
+    Killed at any moment and called again, it ends with the same bytes. Pictures that cannot be
+    read are named and remembered: they are tried again when their file changes.
+
+    Args:
+        head: what `contents` gave.
+        run: workers, whether to be quiet, and the signals that ask for the end.
+        transform: in place of the encoder's own.
+        batch: pictures in the encoder at once.
+        advice: what to do where the disk has no room.
+
+    Returns how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
+    Raises UserError: the folder has features of another kind, or no room; or ``run`` is stopped.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(tensors):
-            stream.write(tensors[name].view(torch.uint8).numpy())
+    check = partial(refuse_change, folder, head)
+    row = sum(torch.Size(shape).numel() for shape in head["tensors"].values())
+    row *= PRECISIONS[head["dtype"]].itemsize  # bytes
+    with store.writing(folder, "another extraction is at work there"):
+        shards, entries = store.read_shards(folder, check)
+        todo, kept, failed = Known(entries).compare(pictures)
+        what = f"the features of {len(todo):,} pictures"
+        store.check_room(folder, len(todo) * (row + 300), what, advice, run.quiet)
+        for error in failed:
+            skip(error)
+        if todo:
+            rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row) // BLOCK * BLOCK)
+            whole = [todo[i : i + rows] for i in range(0, len(todo), rows)]
+            chunks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in whole]
+            blocks = [block for chunk in chunks for block in chunk]
+            encoded = encode(blocks, encoder, head, transform or encoder.view(), run.workers)
+            with closing(encoded), bar(title, len(todo), run.quiet) as done:
+                save(folder, len(shards), chunks, encoded, head, run, done)
+        if todo or not (folder / MANIFEST).exists():
+            shards, entries = store.read_shards(folder, check)
+            records = [astuple(entry) for entry in entries]
+            found = head | {"shards": shards, "columns": COLUMNS, "records": records}
+            files.write_text(folder / MANIFEST, json.dumps(found) + "\n")
+    good = sum(entry.error is None for entry in todo)
+    return {
+        "extracted": good,
+        "kept": kept,
+        "failed": len(failed) + len(todo) - good,
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
 
 
-def read_shards(folder: Path, head: dict[str, Any]) -> tuple[list[dict], list[Entry]]:
-    """The shards that are there, and their entries with the rows they have.
+def save(
+    folder: Path, first: int, chunks: list[list[list[Entry]]], encoded: Iterator[Encoded],
+    head: dict[str, Any], run: Run, advance: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Writes a shard for each of ``chunks``, which are some blocks each, from ``first`` on.
 
-    Raises:
-        UserError: a shard is missing, or they are not of this ``head``.
+    Raises UserError: ``run`` is stopped, or a shard cannot be written.
     """
-    shards, entries, row = [], [], 0
-    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
-        try:
-            with safe_open(file, "pt") as shard:
-                found = json.loads(shard.metadata()["tinyvl"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{file}: this is no shard of features; extract into another folder.", 2
-            ) from error
-        if file.name != shard_name(number):
-            raise UserError(
-                f"{folder}: {shard_name(number)} is missing; restore it, or extract into another "
-                "folder.",
-                2,
-            )
-        refuse_change(folder, found["head"], head)
-        first = row
-        for record in found["records"]:
-            entry = Entry(*record)
-            if entry.error is None:
-                entry.row, row = row, row + 1
-            entries.append(entry)
-        shards.append({"file": file.name, "rows": row - first, "bytes": file.stat().st_size})
-    return shards, entries
+    # One page is filled while the other is written: on a CPU new memory for each shard costs a
+    # twentieth of the time. And all of torch's work stays in this thread: in another it would
+    # start OpenMP threads of its own, and with more of these than cores the encoder would be a
+    # fifth slower from then on.
+    rows, dtype = sum(map(len, chunks[0])), PRECISIONS[head["dtype"]]
+    pages = [
+        {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in head["tensors"].items()}
+        for _ in range(2)
+    ]
+    writing: Future | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for number, chunk in enumerate(chunks, first):
+            page, filled = pages[number % 2], 0
+            for block, parts, copied in islice(encoded, len(chunk)):
+                if copied is not None:
+                    copied.synchronize()
+                for name, part in parts.items():
+                    page[name][filled : filled + len(part)] = part
+                errors = [entry.error for entry in block if entry.error]
+                filled += len(block) - len(errors)
+                for error in errors:
+                    skip(error)
+                advance(len(block))
+                if run.stop:
+                    raise Interrupted
+            if writing:
+                writing.result()
+            shard = {name: tensor[:filled] for name, tensor in page.items()}
+            entries = [entry for block in chunk for entry in block]
+            writing = writer.submit(store.write_shard, folder, number, head, entries, shard)
+        writing.result()
 
 
-def refuse_change(folder: Path, before: dict[str, Any], head: dict[str, Any]) -> None:
-    """One folder has features of one kind."""
+def refuse_change(folder: Path, head: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises UserError: a shard's head, ``before``, is not ``head``: a folder has one kind."""
     key = next((key for key in head if before.get(key) != head[key]), None)
     if key is None:
         return
@@ -336,17 +396,5 @@ def refuse_change(folder: Path, before: dict[str, Any], head: dict[str, Any]) ->
     if key == "encoder":
         was, now = described(before[key]), described(head[key])
         now = f"another configuration of {now}" if now == was else now
-    raise UserError(
-        f"{folder}: there are features of {was}, not of {now}; choose another --out.", 2
-    )
-
-
-def write_manifest(folder: Path, head: dict[str, Any]) -> None:
-    """The manifest, a record a line, of the shards that are there."""
-    shards, entries = read_shards(folder, head)
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    lines.append(f' "shards": {json.dumps(shards)}')
-    lines.append(f' "columns": {json.dumps(COLUMNS)}')
-    records = ",\n".join(f"  {json.dumps(astuple(entry))}" for entry in entries)
-    lines.append(f' "records": [\n{records}\n ]')
-    files.write_text(folder / MANIFEST, "{\n" + ",\n".join(lines) + "\n}\n")
+    message = f"{folder}: there are features of {was}, not of {now}; choose another --out."
+    raise UserError(message, 2)

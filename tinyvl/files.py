@@ -121,3 +121,9 @@ def cache_dir() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library/Caches/tinyvl"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"
+
+
+def local(name: str) -> str:
+    """A folder's whole path, so that a checkpoint finds it from anywhere; other names unchanged."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else name

@@ -1,117 +1,41 @@
-"""An index on disk: embeddings of pictures and captions, what they belong to, what made them.
+"""The search index: unit vectors of pictures and captions, and bringing them up to date.
 
-A folder that holds
+A folder with two tables (`store`), ``images.G.*`` and ``captions.G.*``, and ``index.json``, which
+names the model and its fingerprint, the source, the counts and the generation G. It is replaced in
+one stroke: a reader sees the old index or the new one, whole.
 
-    index.json                      the model and its fingerprint, the source, counts, generation
-    images.G.f32, images.G.jsonl    generation G: row i of the matrix (rows, width) of little-endian
-    captions.G.f32, captions.G.jsonl    float32 belongs to line i of the list
-    images.part.f32, .part.jsonl    what an unfinished run has embedded so far
-    captions.part.f32, .part.jsonl
-    lock
-
-The pictures' rows are sorted by the bytes of their paths; the captions' by their text, each text
-once. New vectors are appended to the `part` files as they come, so a killed run loses no more
-than the batch in its hands. Its end writes the next generation and then, in one stroke,
-`index.json`, which names it: a reader sees the old index or the new one, whole.
+What is there after any history of runs, kills and changes is what a new index would hold. Vectors
+are kept by the content they were made from, so a file that was moved, copied or touched is not
+embedded again. Rows are sorted: pictures by the bytes of their paths, captions by their text, each
+text once. So nothing tells in which order they came.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import stat
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from tinyvl import UserError, files
+from tinyvl import UserError, data, files, media, media_workers, store
+from tinyvl.device import Pieces
+from tinyvl.progress import bar, skip
+from tinyvl.store import Part, Row, Table, write_table
 
 TABLES = ("images", "captions")
-FIELDS = {"model", "fingerprint", "width", "source", "root", "generation", *TABLES}
-COPY = 8192  # rows copied at once
-FILES = re.compile(r"\.?(?:images|captions)\.(\d+|part)\.(?:f32|jsonl)(\.\d+)?")
-
-
-@dataclass(slots=True)
-class Row:
-    """What a vector belongs to: a picture, or a caption of it."""
-
-    path: str  # below the source's folder, else absolute
-    digest: str  # of the file's bytes, or of the caption
-    size: int = 0
-    mtime: int = 0  # nanoseconds
-    caption: str | None = None
-
-    def line(self) -> str:
-        fields: dict[str, Any] = {"path": self.path, "digest": self.digest}
-        if self.caption is None:
-            fields |= {"size": self.size, "mtime": self.mtime}
-        else:
-            fields |= {"caption": self.caption}
-        return json.dumps(fields) + "\n"  # in ASCII: names that are not UTF-8 survive
-
-    @property
-    def place(self) -> bytes:
-        """What rows are sorted by."""
-        return os.fsencode(self.path) if self.caption is None else self.caption.encode()
-
-
-def one_line(text: str) -> str:
-    """A text as it is embedded: white space collapsed, what is no Unicode a question mark."""
-    return " ".join(text.split()).encode("utf-8", "replace").decode()
-
-
-@dataclass(slots=True)
-class Table:
-    """A generation of an index's images or captions."""
-
-    list: BinaryIO | None  # open, so that it can be read after a new generation has replaced it
-    vectors: np.ndarray  # (rows, width) float32, mapped
-
-    def rows(self) -> list[Row]:
-        return list(self.pick(range(len(self.vectors))).values())
-
-    def pick(self, numbers: Iterable[int]) -> dict[int, Row]:
-        """Some of the rows: one pass over the list, which parses no others.
-
-        Raises:
-            UserError: the list is damaged.
-        """
-        wanted = set(map(int, numbers))
-        if not wanted:
-            return {}
-        with sound(Path(self.list.name).parent):
-            self.list.seek(0)
-            lines = itertools.islice(self.list, max(wanted) + 1)
-            rows = {i: Row(**json.loads(line)) for i, line in enumerate(lines) if i in wanted}
-            if len(rows) < len(wanted):
-                raise ValueError(f"{self.list.name} is cut short")
-        return rows
-
-
-@contextmanager
-def sound(folder: Path) -> Iterator[None]:
-    """While an index is read, what does not fit together is told as damage."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder}: this index is damaged ({error}); delete it and index anew."
-        ) from error
-
-
-def mapped(file: Path, rows: int, width: int) -> np.ndarray:
-    if not rows:
-        return np.empty((0, width), np.float32)  # an empty file cannot be mapped
-    return np.memmap(file, "<f4", "r", shape=(rows, width))
-
-
-# ---------------------------------------------------------------------------------------- reading
+FIELDS = ("model", "fingerprint", "width", "source", "root", "generation", *TABLES)
+TEXTS = 64  # captions embedded together
+SMALLEST = "One picture", "use --device cpu"  # for `Pieces`
 
 
 class Index:
@@ -125,9 +49,8 @@ class Index:
             if self.about is None:
                 raise UserError(f"{folder}: no index there; make one with tinyvl index.", 2)
             if not self.about["generation"]:
-                raise UserError(
-                    f"{folder}: this index is unfinished; run tinyvl index again to go on.", 2
-                )
+                advice = "run tinyvl index again to go on"
+                raise UserError(f"{folder}: this index is unfinished; {advice}.", 2)
             try:
                 self.images, self.captions = (open_table(folder, self.about, n) for n in TABLES)
                 return
@@ -142,44 +65,30 @@ class Index:
 
 
 def open_table(folder: Path, about: dict[str, Any], name: str) -> Table:
-    stem, count = f"{name}.{about['generation']}", about[name]
-    with sound(folder):
-        lines = (folder / f"{stem}.jsonl").open("rb") if count else None
-        return Table(lines, mapped(folder / f"{stem}.f32", count, about["width"]))
+    return Table.open(folder, f"{name}.{about['generation']}", about[name], about["width"])
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
     """What ``index.json`` says; None where there is none."""
-    try:
-        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        known = about["format"] == 1
-        if known and (missing := FIELDS - about.keys()):
-            raise ValueError(f"it lacks {min(missing)}")
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
-        raise UserError(f"{folder} is a file, not the folder of an index.", 2) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: index.json cannot be read ({error}).") from error
-    if not known:
-        raise UserError(f"{folder}: an index of a later tinyvl; update this one, or index anew.", 2)
-    return about
+    return store.read_head(folder / "index.json", "index", FIELDS, 1)
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    files.write_text(folder / "index.json", json.dumps(about, indent=1) + "\n")
 
 
 def check_model(folder: Path, about: dict[str, Any], model: Any, name: str) -> None:
     """Raises UserError: the index's vectors and the model's do not belong together."""
     if about["fingerprint"] != model.fingerprint:
-        raise UserError(
-            f"{folder} was made by another model ({about['model']}) than {name} is now; name that "
-            "one with --model, or delete the index to make it anew.",
-            2,
-        )
+        advice = "name that one with --model, or delete the index to make it anew"
+        made = f"made by another model ({about['model']}) than {name} is now"
+        raise UserError(f"{folder} was {made}; {advice}.", 2)
 
 
 def portable(path: str, root: str, folder: Path) -> str:
     """An absolute path as `index.json` keeps it: relative where the index lies below ``root``.
 
-    So a folder can be moved together with the index in it.
+    So a folder can be moved with the index in it.
     """
     home = os.path.abspath(folder)
     below = root and os.path.join(home, "").startswith(os.path.join(root, ""))
@@ -191,80 +100,301 @@ def located(path: str, folder: Path) -> str:
     return os.path.normpath(os.path.join(os.path.abspath(folder), path)) if path else ""
 
 
-# ---------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------- the source
 
 
-class Part:
-    """What a run has embedded so far, found again by the next one after a kill."""
+@dataclass
+class Source:
+    """What is indexed."""
 
-    def __init__(self, folder: Path, name: str, width: int):
-        self.width = width
-        self.files = [folder / f"{name}.part.{kind}" for kind in ("f32", "jsonl")]
-        self.matrix, self.list = (file.open("a+b") for file in self.files)
-        room = self.matrix.seek(0, os.SEEK_END) // (4 * width)
-        self.rows: list[Row] = []
-        self.list.seek(0)
-        whole = 0
-        for line in self.list:
-            if not line.endswith(b"\n") or len(self.rows) == room:
-                break  # the kill cut it off, or its vector
-            try:
-                self.rows.append(Row(**json.loads(line)))
-            except (ValueError, TypeError):
-                break  # so did a power cut
-            whole += len(line)
-        self.list.truncate(whole)
-        self.matrix.truncate(len(self.rows) * 4 * width)
+    name: str  # absolute path of a folder or a data file; "-" for a list of paths
+    root: str  # the folder that paths are relative to; "" where all are absolute
+    captions: dict[str, list[str]] = field(default_factory=dict)  # of each picture, by its path
 
-    def append(self, rows: list[Row], vectors: np.ndarray) -> None:
-        """Vectors go first: a line says that its vector is there."""
-        matrix = np.ascontiguousarray(vectors, "<f4").tobytes()
-        lines = "".join(row.line() for row in rows).encode("ascii")
-        for file, content in ((self.matrix, matrix), (self.list, lines)):
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += rows
-
-    def vectors(self) -> np.ndarray:
-        return mapped(self.files[0], len(self.rows), self.width)
-
-    def close(self) -> None:
-        self.matrix.close()
-        self.list.close()
+    def full(self, path: str) -> str:
+        return os.path.join(self.root, path)
 
 
-def write_about(folder: Path, about: dict[str, Any]) -> None:
-    files.write_text(folder / "index.json", json.dumps(about, indent=1) + "\n")
-
-
-def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tuple]) -> None:
-    """A new generation: ``rows`` in their order, a vector each, by its digest.
+def read_source(
+    name: str, null: bool = False, format: str | None = None, images: str | None = None
+) -> Source:
+    """A folder's pictures (captions from ``x.txt`` beside ``x.jpg``), a data set, or ``-``.
 
     Args:
-        vectors: digest -> (a matrix, a row of it).
+        null: the paths behind ``-`` end with NUL.
+        format: of the data set; with ``images``, their folder, as in `data.read`.
+
+    Raises:
+        UserError: as `data.read`, or there are no pictures. The index is then left as it is: a
+            disk that is not mounted looks like an empty folder.
+    """
+    if (format or images) and (name == "-" or os.path.isdir(name)):
+        raise UserError("--format and --images go with a data set, not with bare pictures.", 2)
+    if name == "-":
+        source = Source("-", "")
+        for path in media.expand(["-"], null=null):
+            source.captions[os.path.abspath(path)] = []
+    elif os.path.isdir(name):
+        root = os.path.abspath(name)
+        source = Source(root, root)
+        for path in media.expand([root]):
+            source.captions[os.path.relpath(path, root)] = captions_beside(path)
+    else:
+        file = os.path.abspath(os.path.expanduser(name))
+        root = os.path.dirname(file)
+        source = Source(file, root)
+        for record in data.read(file, format=format, images=images):
+            if record.image:
+                path = record.image.removeprefix(os.path.join(root, ""))
+                source.captions.setdefault(path, []).extend(record.captions)
+    if not source.captions:
+        raise UserError(f"{name}: no pictures to index.")
+    return source
+
+
+def captions_beside(picture: str) -> list[str]:
+    """The lines of ``x.txt`` beside ``x.jpg``."""
+    text = os.path.splitext(picture)[0] + ".txt"
+    try:
+        with open(text, encoding="utf-8", errors="replace") as file:
+            return list(file)
+    except OSError:
+        return []
+
+
+# ----------------------------------------------------------------------------------- updating
+
+
+@dataclass
+class Changes:
+    """What an update found, in pictures."""
+
+    embedded: int = 0
+    moved: int = 0  # or copied: the content was known
+    unchanged: int = 0
+    gone: int = 0
+    unreadable: int = 0
+    captions: int = 0  # embedded
+
+    def __str__(self) -> str:
+        captions = "caption embedded" if self.captions == 1 else "captions embedded"
+        words = {"moved": "moved or copied", "captions": captions}
+        found = [f"{n:,} {words.get(what, what)}" for what, n in vars(self).items() if n]
+        return ", ".join(found)
+
+
+def update(
+    folder: Path, source: Source, model: Any, *, name: str, batch: int = 16,
+    workers: int | None = None,
+) -> Changes:  # fmt: skip
+    """Brings an index up to date with its source, or makes it.
+
+    A picture is embedded in a batch of a fixed size, the last one filled up, because in batches of
+    two sizes the same picture may differ in its last bits: so on a CPU the vectors are the same to
+    the bit, however the work was cut. A caption is padded to the longest beside it, and may differ
+    by some 1e-7.
+
+    Args:
+        model: a dual encoder: ``embed_images``, ``embed_texts``, ``encoder``, ``width``,
+            ``fingerprint``.
+        name: what the model is loaded by, for those who search.
+
+    Raises:
+        UserError: the index is of another source or model, is being written by another process,
+            or cannot be written. What cannot be decoded is named on standard error and left out.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with store.writing(folder, "another process is writing this index"):
+            about = begin(folder, source, model, name)
+            return Update(folder, about, source, model, batch, workers).run()
+    except OSError as error:
+        why = f"the index cannot be written ({error.strerror or error})"
+        where = error.filename or folder
+        raise UserError(f"{where}: {why}; name another place with -o.") from error
+
+
+def begin(folder: Path, source: Source, model: Any, name: str) -> dict[str, Any]:
+    """The index's description, checked; a new index gets one, without rows."""
+    about = read_about(folder)
+    if about is None:
+        about = {
+            "format": 1, "model": name, "fingerprint": model.fingerprint, "width": model.width,
+            "source": portable(source.name, source.root, folder),
+            "root": portable(source.root, source.root, folder),
+            "generation": 0, "images": 0, "captions": 0,
+        }  # fmt: skip
+        write_about(folder, about)
+    check_model(folder, about, model, name)
+    known = about["source"]
+    known = known if known == "-" else located(known, folder)
+    if known != source.name:
+        raise UserError(f"{folder} is the index of {known}; choose another place with -o.", 2)
+    return about
+
+
+class Update:
+    """One run over an index that is locked."""
+
+    def __init__(
+        self, folder: Path, about: dict, source: Source, model: Any, batch: int, workers: int | None
+    ):
+        self.folder, self.about, self.source, self.model = folder, about, source, model
+        self.batch, self.workers = batch, workers
+        self.changes = Changes()
+        self.old = {name: open_table(folder, about, name) for name in TABLES}
+        self.parts = {name: Part(folder, name, model.width) for name in TABLES}
+        self.before = {name: table.rows() for name, table in self.old.items()}
+
+    def run(self) -> Changes:
+        rows = {"images": self.pictures()}
+        rows["captions"] = self.captions(rows["images"])
+        for part in self.parts.values():
+            part.close()
+        if rows != self.before or not self.about["generation"]:
+            generation = self.about["generation"] + 1
+            for name in TABLES:
+                write_table(self.folder, f"{name}.{generation}", rows[name], self.vectors(name))
+            counts = {name: len(rows[name]) for name in TABLES}
+            self.about |= {"generation": generation} | counts
+            write_about(self.folder, self.about)
+        store.sweep(self.folder, self.about["generation"])
+        return self.changes
+
+    def known(self, name: str) -> set[str]:
+        return {row.digest for row in (*self.before[name], *self.parts[name].rows)}
+
+    def vectors(self, name: str) -> dict[str, tuple[np.ndarray, int]]:
+        """Of each digest: a matrix and a row of it."""
+        old, part = self.old[name].vectors, self.parts[name].vectors()
+        found = {row.digest: (part, i) for i, row in enumerate(self.parts[name].rows)}
+        return found | {row.digest: (old, i) for i, row in enumerate(self.before[name])}
+
+    def pictures(self) -> list[Row]:
+        """Embeds what is new; -> the rows of all pictures that can be read, sorted."""
+        last = {row.path: row for row in (*self.before["images"], *self.parts["images"].rows)}
+        rows: list[Row] = []
+        changed: list[Row] = []  # without their digests
+        for path in self.source.captions:
+            try:
+                found = os.stat(self.source.full(path))
+            except OSError as error:
+                self.failed(path, error.strerror)
+                continue
+            row = last.get(path)
+            if row and (row.size, row.mtime) == (found.st_size, found.st_mtime_ns):
+                rows.append(row)
+            elif stat.S_ISREG(found.st_mode):
+                changed.append(Row(path, "", found.st_size, found.st_mtime_ns))
+            else:
+                self.failed(path, "it is not a file")
+        read, broken = self.embed(changed)
+        for row in read:
+            if row.digest in broken:
+                self.failed(row.path, broken[row.digest])
+        new = [row for row in read if row.digest not in broken]
+        rows += new
+        new = [row for row in new if row.path not in last or row.digest != last[row.path].digest]
+        changes, paths = self.changes, self.source.captions.keys()
+        changes.unchanged = len(rows) - len(new)
+        changes.moved = len(new) - changes.embedded
+        left = Counter(row.digest for row in self.before["images"] if row.path not in paths)
+        changes.gone = (left - Counter(row.digest for row in new)).total()  # but what was moved
+        return sorted(rows, key=lambda row: row.place)
+
+    def embed(self, changed: list[Row]) -> tuple[list[Row], dict[str, str]]:
+        """Embeds what is not known by its content.
+
+        -> the rows of the files that could be opened, and {digest: why} of those not decoded.
+        """
+        part, known, pieces = self.parts["images"], self.known("images"), Pieces(*SMALLEST)
+        rows: list[Row] = []
+        waiting: deque[Row] = deque()  # at the decoder
+
+        def unknown() -> Iterator[str]:  # runs in the decoder's reading thread
+            for row in changed:
+                path = self.source.full(row.path)
+                try:
+                    with open(path, "rb") as file:
+                        row.digest = hashlib.file_digest(file, blake).hexdigest()
+                except OSError as error:
+                    self.failed(row.path, error.strerror)
+                    continue
+                rows.append(row)
+                if row.digest not in known:
+                    known.add(row.digest)
+                    waiting.append(row)
+                    yield path
+
+        encoder = self.model.encoder
+        decoded = media_workers.decode_images(
+            unknown(), encoder.transform(), target=encoder.size, workers=self.workers
+        )
+        broken: dict[str, str] = {}
+        with bar("pictures", len(changed)) as advance:
+            while group := list(islice(decoded, self.batch)):
+                good = []
+                for path, picture in group:
+                    row = waiting.popleft()
+                    if isinstance(picture, Tensor):
+                        good.append((row, picture))
+                    else:
+                        broken[row.digest] = str(picture).removeprefix(f"{path}: ")
+                if good:
+                    vectors = embed_images(self.model, [p for _, p in good], self.batch, pieces)
+                    part.append([row for row, _ in good], vectors)
+                self.changes.embedded += len(good)
+                advance(len(group))
+        return rows, broken
+
+    def failed(self, path: str, why: str | None) -> None:
+        self.changes.unreadable += 1
+        skip(f"{self.source.full(path)}: {why}")
+
+    def captions(self, pictures: list[Row]) -> list[Row]:
+        """Embeds the captions that are new; -> the rows of all, sorted."""
+        texts: dict[str, str] = {}  # -> the first picture that has it
+        for row in pictures:
+            for text in self.source.captions[row.path]:
+                texts.setdefault(one_line(text), row.path)
+        texts.pop("", None)
+        digests = (blake(text.encode()).hexdigest() for text in texts)
+        rows = [Row(texts[t], d, caption=t) for t, d in zip(texts, digests, strict=True)]
+        known = self.known("captions")
+        new = [row for row in rows if row.digest not in known]
+        new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
+        with bar("captions", len(new)) as advance:
+            for i in range(0, len(new), TEXTS):
+                group = new[i : i + TEXTS]
+                vectors = self.model.embed_texts([row.caption for row in group])
+                self.parts["captions"].append(group, vectors.float().cpu().numpy())
+                advance(len(group))
+        self.changes.captions = len(new)
+        return sorted(rows, key=lambda row: row.place)
+
+
+def blake(content: bytes = b"") -> Any:
+    """The hash that tells contents apart."""
+    return hashlib.blake2b(content, digest_size=16)
+
+
+def one_line(text: str) -> str:
+    """A text as it is embedded: white space collapsed, what is no Unicode a question mark."""
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
+
+
+def embed_images(model: Any, pictures: list[Tensor], size: int, pieces: Pieces) -> np.ndarray:
+    """uint8 (3, H, W) each -> (n, width) float32, as one batch filled up to ``size``.
+
+    Where memory is short, it is cut into ``pieces`` of one size, the last filled up.
     """
 
-    def matrix(part: Path) -> None:
-        with part.open("wb") as file:
-            for i in range(0, len(rows), COPY):
-                found = (vectors[row.digest] for row in rows[i : i + COPY])
-                file.write(b"".join(source[n].tobytes() for source, n in found))
+    def attempt(number: int) -> np.ndarray:
+        each, found = -(-size // number), []
+        for i in range(0, len(pictures), each):
+            part = pictures[i : i + each]
+            filled = torch.stack(part + [part[-1]] * (each - len(part)))
+            found.append(model.embed_images(filled)[: len(part)].float().cpu().numpy())
+        return np.concatenate(found)
 
-    def lines(part: Path) -> None:
-        with part.open("w", encoding="ascii") as file:
-            file.writelines(row.line() for row in rows)
-
-    files.replace_file(folder / f"{stem}.f32", matrix)
-    files.replace_file(folder / f"{stem}.jsonl", lines)
-
-
-def sweep(folder: Path, generation: int) -> None:
-    """Removes other generations, and what ended or killed runs left."""
-    for file in folder.iterdir():
-        found = FILES.fullmatch(file.name)
-        if found and (found[1] != str(generation) or found[2]):
-            try:
-                file.unlink()
-            except OSError:  # Windows, while somebody reads it: the next run's turn
-                continue
+    return pieces.run(attempt, size)

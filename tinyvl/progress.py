@@ -11,6 +11,11 @@ def say(message: str, quiet: bool = False) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def skip(why: str) -> None:
+    """Names an input that is left out, and why: ``FILE: REASON``."""
+    print(f"tinyvl: skipping {why}", file=sys.stderr)
+
+
 @contextmanager
 def bar(title: str, total: int, quiet: bool = False, start: int = 0):
     """A Rich bar on a terminal; elsewhere a line at most every half minute. -> advance(n, text)."""
@@ -27,7 +32,7 @@ def bar(title: str, total: int, quiet: bool = False, start: int = 0):
                 last[0] = time.monotonic()
                 pace = (time.monotonic() - begun) / (done[0] - start)
                 left = f"{pace * (total - done[0]) / 60:.0f} min left"
-                print(f"{title}: {done[0]}/{total}  {left}  {text}", file=sys.stderr, flush=True)
+                say(f"{title}: {done[0]}/{total}  {left}  {text}")
 
         yield advance
         return

@@ -1,17 +1,38 @@
-"""What `tinyvl retrieve` does: queries become vectors, and an index is searched, exactly."""
+"""Searching an index, exactly, and telling which label fits a picture best.
+
+`tinyvl retrieve` makes vectors of its queries and looks for the rows of an index that are most
+similar; `tinyvl classify` compares pictures with the vectors of labels, put into prompts.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tinyvl import UserError, media, media_workers
-from tinyvl.index import Index, one_line
+from tinyvl.device import Pieces
+from tinyvl.files import local
+from tinyvl.index import (
+    SMALLEST,
+    Index,
+    check_model,
+    embed_images,
+    one_line,
+    read_about,
+    read_source,
+    update,
+)  # fmt: skip
+from tinyvl.write import computed, gathered
 
+HIDDEN = ".tinyvl"  # the index of a folder, in that folder
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
 ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
 
@@ -121,7 +142,11 @@ class Hit:
 
 
 def term(text: str) -> Query:
-    """What ``--plus`` or ``--minus`` names: the picture of that path, else the text."""
+    """What ``--plus`` or ``--minus`` names: the picture of that path, else the text.
+
+    Raises:
+        UserError: it is the name of a picture that is not there.
+    """
     if os.path.isfile(text):
         return Query(text, True)
     if media.is_image(text):
@@ -131,8 +156,6 @@ def term(text: str) -> Query:
 
 def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
     """A unit vector (width,) for each query, or what is wrong with its picture."""
-    import torch
-
     texts = [one_line(query.name) for query in queries if not query.picture]
     files = [query.name for query in queries if query.picture]
     words = iter(model.embed_texts(texts).float().cpu().numpy() if texts else ())
@@ -182,27 +205,194 @@ def answers(
         show: a row's path -> as it is printed.
     """
     table = index.captions if captions else index.images
-    vectors: list[np.ndarray] = []
-    found: list[UserError | None] = []
-    for query, vector in zip(queries, embed(model, queries), strict=True):
+    found = embed(model, queries)
+    for i, (query, vector) in enumerate(zip(queries, found, strict=True)):
         if not isinstance(vector, UserError):
             vector = vector + shift
-            length = np.linalg.norm(vector)
+            found[i] = vector / max(length := np.linalg.norm(vector), 1e-3)
             if length < 1e-3:
-                vector = UserError(f"{query.name}: nothing is left of it after --plus and --minus.")
-            else:
-                vectors.append(vector / length)
-        found.append(vector if isinstance(vector, UserError) else None)
+                found[i] = UserError(f"{query.name}: nothing is left after --plus and --minus.")
+    vectors = [vector for vector in found if not isinstance(vector, UserError)]
     matrix = np.stack(vectors) if vectors else np.empty((0, model.width))
     results = search(table.vectors, matrix, k, threshold)
     rows = table.pick(n for numbers, _ in results for n in numbers)
     remaining = iter(results)
-    for query, error in zip(queries, found, strict=True):
-        if error:
-            yield error
+    for query, vector in zip(queries, found, strict=True):
+        if isinstance(vector, UserError):
+            yield vector
             continue
         pairs = zip(*next(remaining), strict=True)
         yield [
             Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
             for rank, (n, score) in enumerate(pairs, 1)
         ]
+
+
+# ----------------------------------------------------------------------------------------- labels
+
+
+def read_labels(given: str) -> list[str]:
+    """The lines of a file, or names between commas; each once.
+
+    Raises:
+        UserError: fewer than two.
+    """
+    there = os.path.isfile(given)
+    try:
+        text = Path(given).read_text(encoding="utf-8-sig") if there else given
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{given}: not a list of labels, a line each ({error}).", 2) from error
+    parts = text.splitlines() if there else text.split(",")
+    labels = [label for part in parts if (label := " ".join(part.split()))]
+    labels = list(dict.fromkeys(labels))
+    if len(labels) < 2:
+        raise UserError(
+            f"--labels takes two names or more, between commas or a line each in a file; {given!r} "
+            f"{'' if there else 'is no file and '}has {len(labels)}.",
+            2,
+        )
+    return labels
+
+
+def classify(
+    model: Any, paths: Iterable[str], labels: list[str], classes: Tensor, *, top: int = 1,
+    batch: int = 16, workers: int | None = None,
+) -> Iterator[tuple[str, list[dict[str, Any]] | UserError]]:  # fmt: skip
+    """(path, its ``top`` likeliest labels, or what is wrong with the picture), in order.
+
+    A picture's probabilities are the softmax of its products with the labels' vectors, divided by
+    the model's temperature: what the model was trained to make right, with the labels in the
+    place of a batch's captions.
+
+    Args:
+        classes: a unit vector for each label (C, d), from `classes.class_embeddings`.
+
+    Yields:
+        for each label the fields that `write.write_rows` writes.
+    """
+    classes, temperature = classes.float().cpu(), float(model.temperature)
+    encoder, pieces = model.encoder, Pieces(*SMALLEST)
+    decoded = media_workers.decode_images(
+        paths, encoder.transform(), target=encoder.size, workers=workers
+    )
+
+    def likeliest(good: list[tuple[str, Tensor]]) -> Iterator[list[dict[str, Any]]]:
+        vectors = embed_images(model, [picture for _, picture in good], len(good), pieces)  # (B, d)
+        chances = (torch.from_numpy(vectors) @ classes.T / temperature).softmax(dim=1)  # (B, C)
+        for values, which in zip(*chances.topk(min(top, len(labels))), strict=True):
+            yield [
+                {"label": labels[i], "probability": round(p, 6), "rank": rank}
+                for rank, (i, p) in enumerate(zip(which, values.tolist(), strict=True), 1)
+            ]
+
+    for group in gathered(decoded, batch):
+        yield from computed(group, likeliest)
+
+
+# --------------------------------------------------------------------------------------- commands
+
+# The commands `index` and `retrieve`. ``load`` gives a model of its name, and of its towers those
+# that are named, if not both.
+Load = Callable[..., Any]
+
+
+def bring_up_to_date(
+    data: str,
+    out: Path,
+    model: str | None,
+    load: Load,
+    *,
+    batch: int = 16,
+    workers: int | None = None,
+    say: Callable[[int], str] | None = None,
+    **reading: Any,
+) -> tuple[int, Any]:
+    """Indexes ``data`` in the folder ``out``. -> the exit status, and the model.
+
+    Args:
+        model: None: the one that made the index, or the default.
+        say: tells about the number of pictures.
+        reading: goes to `index.read_source`.
+
+    Raises:
+        UserError: as `index.update`; stopped by Control-C.
+    """
+    about = read_about(out) or {}
+    source = read_source(data, **reading)
+    if say:
+        print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
+    name = local(model or about.get("model", "default"))
+    loaded = load(name)
+    try:
+        changes = update(out, source, loaded, name=name, batch=batch, workers=workers)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on from here", 130) from None
+    print(f"{out}: {changes}", file=sys.stderr)
+    return int(changes.unreadable > 0), loaded
+
+
+def opened(
+    folder: str | None,
+    home: Path | None,
+    model: str | None,
+    load: Load,
+    queries: list[Query],
+    *,
+    captions: bool = False,
+    workers: int | None = None,
+) -> tuple[int, Index, Any]:
+    """The index ``home``, or the folder's own, which is made first where there is none.
+
+    Args:
+        model: None: the one that made the index.
+        queries: these need one of the model's towers, or both.
+
+    Returns:
+        The exit status, the index, and the model.
+
+    Raises:
+        UserError: there is nothing to search, or ``model`` did not make the index.
+    """
+    status, loaded, where = 0, None, folder or "."
+    if home is None:
+        home = Path(where) / HIDDEN
+        if not (read_about(home) or {}).get("generation"):
+            there = "unfinished" if (home / "index.json").exists() else "no"
+
+            def say(count: int) -> str:
+                return f"{where}: {there} index yet; embedding {count:,} pictures into {home}"
+
+            status, loaded = bring_up_to_date(where, home, model, load, workers=workers, say=say)
+    found = Index(home)
+    if not captions and not len(found.images.vectors):
+        raise UserError(f"{home}: this index holds no pictures.")
+    if captions and not len(found.captions.vectors):
+        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
+    if loaded is None:
+        name, kinds = local(model or found.about["model"]), {query.picture for query in queries}
+        sides = [side for side, picture in (("text", False), ("image", True)) if picture in kinds]
+        loaded = load(name, sides)
+        check_model(home, found.about, loaded, name)
+    return status, found, loaded
+
+
+def shown(index: Index, folder: str | None) -> Callable[[str], str]:
+    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
+    root, here = index.root, os.path.join(os.getcwd(), "")
+
+    def show(path: str) -> str:
+        if folder is not None:
+            return os.path.join(folder, path)
+        return os.path.join(root, path).removeprefix(here)
+
+    return show
+
+
+def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:
+    """Queries to be answered together: those named, then those on standard input as they come."""
+    named = [Query(text) for text in texts if text != "-"] + images
+    if named:
+        yield named
+    if "-" in texts:
+        lines = (Query(line.strip()) for line in media.expand(["-"]))
+        yield from gathered(lines, QUERIES)

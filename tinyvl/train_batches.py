@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, data, media, media_workers
-from tinyvl.extract import contents, extract
-from tinyvl.features import FeatureStore
+from tinyvl.features import FeatureStore, contents, extract
 from tinyvl.presets import Job, Run
 from tinyvl.progress import bar, say
 from tinyvl.train_run import Interrupted

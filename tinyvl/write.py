@@ -1,4 +1,4 @@
-"""Files in, lines of text out: what `tinyvl caption` does once its model is loaded."""
+"""Files in, lines out: what `tinyvl caption` and its like do once their model is loaded."""
 
 import json
 import os
@@ -8,41 +8,53 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
 
 from tinyvl import UserError, media_workers
-from tinyvl.captioner import Captioner
-from tinyvl.features import FeatureStore
+from tinyvl.device import Pieces
+
+if TYPE_CHECKING:
+    from tinyvl.captioner import Captioner
+    from tinyvl.features import FeatureStore
+
+
+SMALLEST = "One picture", "use fewer --beams or --device cpu"  # where even that does not fit
 
 
 @dataclass
 class Style:
-    """How captions are searched for."""
+    """How captions and answers are searched for, or sampled.
 
-    beams: int = 5
-    max_tokens: int = 40
-    length_penalty: float = 1.0
-    early_stopping: bool = True
-    sampling: dict[str, Any] | None = None
+    The fields are the options of `Captioner.caption` and `Captioner.answer`: ``vars(style)``.
+    """
+
+    beams: int = 5  # 1: greedy
+    max_tokens: int = 40  # of a caption, the end token included
+    length_penalty: float = 1.0  # a beam's score is divided by its length to this power
+    early_stopping: bool = True  # as soon as all beams have an end
+    sampling: dict[str, Any] | None = None  # temperature, top_k, top_p, seed; None: search
+
+
+# ----------------------------------------------------------------------------------- captions
 
 
 def captions(
-    model: Captioner,
+    model: "Captioner",
     paths: Iterable[str],
     *,
     style: Style,
     batch: int = 16,
     workers: int | None = None,
     questions: Iterable[str] | None = None,
-    store: FeatureStore | None = None,
+    store: "FeatureStore | None" = None,
 ) -> Iterator[tuple[str, str | UserError, float]]:
     """(path, caption or what is wrong with the file, mean log-probability), in order.
 
@@ -51,24 +63,20 @@ def captions(
 
     Args:
         questions: one for each path, to be answered by ``model.answer`` in the captions' place.
-        store: nothing is decoded, the pictures are what an encoder made of them, from there.
+        store: nothing is decoded; what the encoder made of the pictures is read from there.
     """
+    pieces = Pieces(*SMALLEST)
     for group in gathered(decoded(model, paths, questions, workers, store), batch):
-        good = [item for item in group if isinstance(item[1], Tensor)]
-        found = iter(run(model, good, style))
-        for path, picture, *_ in group:
-            if isinstance(picture, Tensor):
-                yield path, *next(found)
-            else:
-                yield path, picture, 0.0
+        for path, found in computed(group, lambda good: run(model, good, style, pieces)):
+            yield path, *((found, 0.0) if isinstance(found, UserError) else found)
 
 
 def decoded(
-    model: Captioner,
+    model: "Captioner",
     paths: Iterable[str],
     questions: Iterable[str] | None,
     workers: int | None,
-    store: FeatureStore | None,
+    store: "FeatureStore | None",
 ) -> Iterator[tuple]:
     """(path, picture or what is wrong with it), and its question, if there are questions."""
     if store is not None:
@@ -87,7 +95,7 @@ def decoded(
 
 
 def stored(
-    store: FeatureStore, what: str, paths: Iterable[str]
+    store: "FeatureStore", what: str, paths: Iterable[str]
 ) -> Iterator[tuple[str, Tensor | UserError]]:
     """The tokens (S, D) or summaries (ΣD,) of each path, or why there are none."""
     for path in paths:
@@ -100,44 +108,43 @@ def stored(
             yield path, store.read(what, [entry.row])[0]
 
 
-def run(model: Captioner, pictures: list[tuple], style: Style) -> list[tuple[str, float]]:
-    """Captions of (path, decoded picture), or answers to (path, decoded picture, question).
+def run(
+    model: "Captioner", items: list[tuple], style: Style, pieces: Pieces | None = None
+) -> list[tuple[str, float]]:
+    """Captions of (path, decoded picture), or answers to (path, decoded picture, question)."""
+    pieces = pieces or Pieces(*SMALLEST)
+    shapes = [item[1].shape for item in items]
+    found: dict[int, tuple[str, float]] = {}
+    for shape in dict.fromkeys(shapes):  # several, where pictures are beside videos
+        rows = [row for row, own in enumerate(shapes) if own == shape]
+        alike = [items[row] for row in rows]
+        texts = pieces.run(partial(in_pieces, model, alike, style), len(alike))
+        found |= zip(rows, texts, strict=True)
+    return [found[row] for row in range(len(items))]
 
-    A batch that does not fit in memory is halved.
-    """
-    if not pictures:
-        return []
-    settings = dict(vars(style))
-    if style.sampling:  # what is drawn for a file depends on its path and the seed alone
-        indices = [zlib.crc32(os.fsencode("\0".join([path, *rest]))) for path, _, *rest in pictures]
-        settings["sampling"] = style.sampling | {"indices": indices}
-    shapes = [item[1].shape for item in pictures]
-    if len(set(shapes)) > 1:  # pictures beside videos
-        found: dict[int, tuple[str, float]] = {}
-        for shape in dict.fromkeys(shapes):
-            rows = [row for row, own in enumerate(shapes) if own == shape]
-            found |= zip(rows, run(model, [pictures[row] for row in rows], style), strict=True)
-        return [found[row] for row in range(len(pictures))]
-    pixels = torch.stack([item[1] for item in pictures])
-    try:
-        if len(pictures[0]) == 3:
-            return model.answer(pixels, [item[2] for item in pictures], **settings)
-        return model.caption(pixels, **settings)
-    except torch.OutOfMemoryError:
-        if len(pictures) == 1:
-            raise UserError(
-                "One picture does not fit in this device's memory; use fewer --beams or "
-                "--device cpu."
-            ) from None
-    torch.cuda.empty_cache()
-    half = len(pictures) // 2
-    print(f"out of memory: going on with batches of {half}", file=sys.stderr)
-    return run(model, pictures[:half], style) + run(model, pictures[half:], style)
+
+def in_pieces(
+    model: "Captioner", items: list[tuple], style: Style, number: int
+) -> list[tuple[str, float]]:
+    """What `run` makes of items of one shape, in this many batches."""
+    each, found = -(-len(items) // number), []
+    for i in range(0, len(items), each):
+        part, options = items[i : i + each], dict(vars(style))
+        if style.sampling:  # what is drawn for a file depends on its path and the seed alone
+            keys = ["\0".join([path, *rest]) for path, _, *rest in part]
+            indices = [zlib.crc32(os.fsencode(key)) for key in keys]
+            options["sampling"] = style.sampling | {"indices": indices}
+        pictures = torch.stack([item[1] for item in part])
+        if len(part[0]) == 3:
+            found += model.answer(pictures, [item[2] for item in part], **options)
+        else:
+            found += model.caption(pictures, **options)
+    return found
 
 
 def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterator[list[Any]]:
     """Lists of up to ``size`` items: full ones when items come fast, what is there when slow."""
-    end, ready = object(), queue.Queue(maxsize=2 * size)
+    end, slow, ready = object(), object(), queue.Queue(maxsize=2 * size)
     closed = threading.Event()
 
     def put(item: Any) -> bool:
@@ -151,10 +158,8 @@ def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterato
 
     def pump() -> None:
         try:
-            for item in items:
-                if not put(item):
-                    return
-            put(end)
+            if all(put(item) for item in items):
+                put(end)
         except BaseException as error:
             put(error)
         finally:
@@ -162,30 +167,44 @@ def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterato
 
     thread = threading.Thread(target=pump, daemon=True)
     thread.start()
+    group: list[Any] = []
     try:
-        group: list[Any] = []
         while True:
             try:
                 item = ready.get(timeout=patience if group else None)
             except queue.Empty:
+                item = slow
+            over = item is end or isinstance(item, BaseException)
+            if not over and item is not slow:
+                group.append(item)
+            if group and (over or item is slow or len(group) == size):
                 yield group
                 group = []
-                continue
             if item is end:
-                break
-            if isinstance(item, BaseException):
-                if group:
-                    yield group
+                return
+            if over:
                 raise item
-            group.append(item)
-            if len(group) == size:
-                yield group
-                group = []
-        if group:
-            yield group
     finally:
         closed.set()
         thread.join(timeout=5)
+
+
+def computed(
+    group: list[tuple], compute: Callable[[list[tuple]], Iterable]
+) -> Iterator[tuple[str, Any]]:
+    """(path, what ``compute`` makes of the item, or what is wrong with its picture), in order.
+
+    Args:
+        group: (path, picture or what is wrong with it, ...).
+        compute: gets those that have a picture, all at once.
+    """
+    good = [item for item in group if isinstance(item[1], Tensor)]
+    found = iter(compute(good) if good else ())
+    for path, picture, *_ in group:
+        yield path, next(found) if isinstance(picture, Tensor) else picture
+
+
+# ----------------------------------------------------------------------------------- lines
 
 
 def write(
@@ -196,27 +215,50 @@ def write(
     bare: bool,
     question: str | None = None,
 ) -> int:
-    """A line a result, as it comes; what failed goes to standard error. -> the exit status.
-
-    ``bare``: the caption alone (one input); else ``path<TAB>caption``. With a ``question`` the
-    results are answers to it.
-    """
-    asked = {} if question is None else {"question": question}
+    """A line a caption, or answer to a ``question``: see `write_rows`. -> the exit status."""
     name = "caption" if question is None else "answer"
+    rows = (
+        (path, text if isinstance(text, UserError) else [{name: text, "score": round(score, 4)}])
+        for path, text, score in results
+    )
+    asked = {} if question is None else {"question": question}
+    text = "{" + name + "}"
+    return write_rows(rows, stream, text, as_json=as_json, bare=bare, fields=asked)
+
+
+def write_rows(
+    results: Iterable[tuple[str, list[dict[str, Any]] | UserError]],
+    stream: TextIO,
+    text: str,
+    *,
+    as_json: bool,
+    bare: bool,
+    fields: dict[str, Any] | None = None,
+) -> int:
+    """A line a row, as they come; what failed goes to standard error. -> the exit status.
+
+    Args:
+        results: (path, its rows, or what is wrong with it).
+        text: what is written of a row, a template for `str.format`.
+        as_json: all fields, and those that failed, as JSON Lines.
+        bare: the text alone (one input); else ``path<TAB>text``.
+        fields: of each line of JSON, after the path.
+    """
     status = 0
-    for path, text, score in results:
-        if isinstance(text, UserError):
+    for path, rows in results:
+        if isinstance(rows, UserError):
             status = 1
-            print(f"tinyvl: {text}", file=sys.stderr)
+            print(f"tinyvl: {rows}", file=sys.stderr)
             if not as_json:
                 continue
-            line = json.dumps({"path": path, **asked, "error": str(text)}, ensure_ascii=False)
-        elif as_json:
-            fields = {"path": path, **asked, name: text, "score": round(score, 4)}
-            line = json.dumps(fields, ensure_ascii=False)
+            rows = [{"error": str(rows)}]
+        if as_json:
+            head = {"path": path, **(fields or {})}
+            lines = [json.dumps(head | row, ensure_ascii=False) for row in rows]
         else:
-            line = text if bare else f"{path}\t{text}"
-        print(line, file=stream, flush=True)
+            lines = [("" if bare else f"{path}\t") + text.format(**row) for row in rows]
+        # All of a picture's at once: --resume finds whole pictures.
+        print("\n".join(lines), file=stream, flush=True)
     return status
 
 
@@ -239,6 +281,9 @@ def open_output(
         tabs: how many columns follow the path in a line of text.
         lines: how many lines a path has.
         question: to which the results are answers; those to others stay and do not count.
+
+    Raises:
+        UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's.
     """
     append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
     if not out.exists():

@@ -27,7 +27,7 @@ import torch
 from bench_decode import photo
 from PIL import Image
 
-from tinyvl import extract, media, media_workers
+from tinyvl import features, media, media_workers
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.presets import Run
 
@@ -72,17 +72,17 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=extract.BLOCK)
+    parser.add_argument("--batch", type=int, default=features.BLOCK)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--device")
     options = parser.parse_args()
     keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(None, device)
-    vision, encoder = extract.load_encoder(
+    vision, encoder = features.load_encoder(
         options.vision, options.fit, device=device, precision=precision
     )
-    head = extract.contents(vision, encoder)
+    head = features.contents(vision, encoder)
     print(
         f"{options.vision}, {device} {precision_name(precision)}, {media_workers.cores()} cores, "
         f"{torch.get_num_threads()} threads, {options.images} pictures, {options.repeats} turns"
@@ -101,7 +101,7 @@ def main() -> None:
 
             def bare(memory: torch.Tensor = memory) -> None:
                 for block in memory.split(options.batch):
-                    extract.percept(encoder, block)
+                    features.percept(encoder, block)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
 
@@ -109,7 +109,7 @@ def main() -> None:
                 out = Path(root, f"{name[:5]}-{turn}")
                 run = Run(out, device, workers=options.workers, quiet=True)
                 pictures = [(path, path) for path in files]
-                extract.extract(out, pictures, encoder, head, run, batch=options.batch)
+                features.extract(out, pictures, encoder, head, run, batch=options.batch)
 
             bare()
             turns = []

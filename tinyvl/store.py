@@ -1,0 +1,399 @@
+"""Rows of numbers on disk: the feature cache and the search index keep theirs in this way.
+
+A folder holds rows and a head, a JSON file that says what they are and what made them. One process
+writes at a time, and it may be killed at any moment: the next one reads what is whole and goes on
+behind it. The head is written last. Rows are read through a memory map, in one of two forms:
+
+    shards  (features)  ``00000.safetensors``, ...: several tensors of one dtype. A file appears
+            whole and never changes; its header names the pictures that its rows belong to.
+    table   (index)     ``images.G.f32`` and ``images.G.jsonl``: one float32 matrix, which a search
+            reads from end to end, and a line of JSON for each of its rows. A run appends its rows
+            to ``images.part.*``; its end merges old and new into the next generation, G + 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tinyvl import UserError, files
+from tinyvl.progress import say
+
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a shard's header
+SHARD = "{:05}.safetensors"
+AGAIN = "restore it, or extract into another folder"
+COPY = 8192  # rows of a table copied at once
+HALF = re.compile(r"\..+\.(?:safetensors|json|f32|jsonl)\.\d+")  # of `files.replace_file`
+OF_TABLES = re.compile(r"\w+\.(\d+|part)\.(?:f32|jsonl)")
+
+
+@contextmanager
+def writing(folder: Path, busy: str) -> Iterator[None]:
+    """The only writer of a folder, which is made if need be; what a kill left half written goes.
+
+    Raises UserError: the folder cannot be made, or another process writes there: ``busy``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
+    with files.locked(folder, busy):
+        for file in folder.iterdir():
+            if HALF.fullmatch(file.name):
+                file.unlink()
+        yield
+
+
+def read_head(file: Path, what: str, fields: Iterable[str], status: int) -> dict[str, Any] | None:
+    """What the head of ``what`` says, which must have some fields; None where there is none.
+
+    Raises UserError: it is damaged (with ``status``), of a later format, or its folder is a file.
+    """
+    try:
+        head = json.loads(file.read_text(encoding="utf-8"))
+        known = head["format"] == 1
+        if known and (missing := set(fields) - head.keys()):
+            raise ValueError(f"it lacks {min(missing)}")
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise UserError(f"{file.parent} is a file, not a folder of {what}.", 2) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file.parent}: {file.name} cannot be read ({error}).", status) from error
+    if not known:
+        advice = f"of a later tinyvl; update this one, or make the {what} anew"
+        raise UserError(f"{file.parent}: {file.name} is {advice}.", 2)
+    return head
+
+
+def check_room(folder: Path, need: int, what: str, advice: str, quiet: bool) -> None:
+    """Says that ``what`` takes ``need`` bytes. Raises UserError, with ``advice``: no room."""
+    free = shutil.disk_usage(folder).free
+    takes, left = f"{what} take {need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB are free"
+    if need > 0.9 * free:
+        raise UserError(f"{folder}: {takes}, and {left} on that disk; {advice}.", 2)
+    if need:
+        say(f"{takes} in {folder} ({left})", quiet)
+
+
+@dataclass(slots=True)
+class Entry:
+    """A picture: its file as it was, and its row in the shards."""
+
+    path: str
+    id: str
+    bytes: int  # -1: there was no file
+    modified: int  # nanoseconds
+    error: str | None = None  # why it could not be read
+    row: int | None = None
+
+
+def stat(path: str | Path) -> tuple[int, int]:
+    """A file's size in bytes and its time of change in nanoseconds; (-1, 0) if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, 0
+    return found.st_size, found.st_mtime_ns
+
+
+class Known:
+    """Entries by path, and by id and file name for a data set that was moved."""
+
+    def __init__(self, entries: Iterable[Entry] = ()):
+        self.by_path: dict[str, Entry] = {}
+        self.by_name: dict[tuple[str, str], Entry | None] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Takes the place of an older entry: the file has changed."""
+        name = entry.id, os.path.basename(entry.path)
+        known = self.by_name.get(name, entry)
+        self.by_path[entry.path] = entry
+        self.by_name[name] = entry if known and known.path == entry.path else None  # None: two
+
+    def compare(self, pictures: Iterable[tuple[str, str]]) -> tuple[list[Entry], int, list[str]]:
+        """Of some (path, id): new entries, how many have rows, and what is wrong with the rest."""
+        todo, kept, failed = [], 0, []
+        for path, id in dict.fromkeys(pictures):
+            entry = self.find(path, id)
+            if entry is None:
+                todo.append(Entry(path, id, *stat(path)))
+                self.add(todo[-1])
+            elif entry.row is not None:
+                kept += 1
+            elif entry.error:
+                failed.append(entry.error)
+        return todo, kept, failed
+
+    def find(self, path: str, id: str | None = None) -> Entry | None:
+        """The entry of a picture, unless its file is there and has changed since."""
+        there = stat(path)
+        if entry := self.by_path.get(path):
+            same = (entry.bytes, entry.modified) == there
+        elif id and (entry := self.by_name.get((id, os.path.basename(path)))):
+            # The same file at another place; were it still at its own, this would be another one.
+            same = entry.bytes == there[0] and not os.path.exists(entry.path)
+        return entry if entry and (same or there[0] < 0) else None  # features may travel alone
+
+
+# ------------------------------------------------------------------------------------------- shards
+
+
+class Shards:
+    """Finished shards: only the rows that are asked for are read."""
+
+    def __init__(self, folder: Path, head: dict[str, Any], dtype: torch.dtype):
+        """Raises UserError: a file that the head names is missing, or has another size."""
+        self.folder, self.tensors, self.dtype = folder, head["tensors"], dtype
+        self.files = [folder / shard["file"] for shard in head["shards"]]
+        for file, shard in zip(self.files, head["shards"], strict=True):
+            if stat(file)[0] != shard["bytes"]:
+                raise UserError(f"{folder}: {file.name} is missing or was changed; {AGAIN}.", 2)
+        self.ends = list(itertools.accumulate(shard["rows"] for shard in head["shards"]))
+        self.mapped: dict[tuple[int, str], Tensor] = {}
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
+        """Some rows of a tensor, or the same part of each: (n, ...), in the dtype on disk.
+
+        Raises UserError: there is no such tensor, or its file is damaged.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.folder}: {name} are not kept there.", 2)
+        shape = torch.empty(self.tensors[name], device="meta")[part].shape
+        out = torch.empty(len(indices), *shape, dtype=self.dtype)
+        for i, index in enumerate(indices):
+            file = bisect(self.ends, index)
+            out[i] = self._map(file, name)[index - (self.ends[file - 1] if file else 0), *part]
+        return out
+
+    def _map(self, file: int, name: str) -> Tensor:
+        if (file, name) not in self.mapped:
+            try:
+                with safe_open(self.files[file], "pt") as shard:  # maps it, keeps no descriptor
+                    self.mapped[file, name] = shard.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.files[file]}: cannot be read ({error}).") from error
+        return self.mapped[file, name]
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    head: dict[str, Any],
+    entries: list[Entry],
+    tensors: dict[str, Tensor],
+) -> None:
+    """One file, in one stroke: the tensors; the head and the entries in its header."""
+    records = [astuple(entry)[:5] for entry in entries]
+    # One key only: of several, safetensors writes the order in which a hash map has them.
+    metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
+    files.replace_file(
+        folder / SHARD.format(number), lambda part: write_safetensors(part, tensors, metadata)
+    )
+
+
+def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The bytes of `safetensors.torch.save_file`, of contiguous tensors.
+
+    That one holds Python's lock while it writes: an encoder on the CPU would wait meanwhile.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        code, shape = CODES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            stream.write(tensors[name].view(torch.uint8).numpy())
+
+
+def read_shards(
+    folder: Path, check: Callable[[dict[str, Any]], None]
+) -> tuple[list[dict[str, Any]], list[Entry]]:
+    """The shards that are there, and the entries of all, with their rows.
+
+    Raises UserError: one is missing, a file is none, or ``check`` refuses its head.
+    """
+    shards, entries, row = [], [], 0
+    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        try:
+            with safe_open(file, "pt") as shard:
+                found = json.loads(shard.metadata()["tinyvl"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            message = f"{file}: this is no shard of features; extract into another folder."
+            raise UserError(message, 2) from error
+        if file.name != SHARD.format(number):
+            raise UserError(f"{folder}: {SHARD.format(number)} is missing; {AGAIN}.", 2)
+        check(found["head"])
+        first = row
+        for record in found["records"]:
+            entry = Entry(*record)
+            if entry.error is None:
+                entry.row, row = row, row + 1
+            entries.append(entry)
+        shards.append({"file": file.name, "rows": row - first, "bytes": file.stat().st_size})
+    return shards, entries
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+@dataclass(slots=True)
+class Row:
+    """The picture, or its caption, that a row of a table belongs to."""
+
+    path: str  # below the source's folder, else absolute
+    digest: str  # of the file's bytes, or of the caption
+    size: int = 0
+    mtime: int = 0  # nanoseconds
+    caption: str | None = None
+
+    def line(self) -> str:
+        fields = {name: value for name in self.__slots__ if (value := getattr(self, name))}
+        return json.dumps(fields) + "\n"  # in ASCII: names that are not UTF-8 survive
+
+    @property
+    def place(self) -> bytes:
+        """What rows are sorted by."""
+        return os.fsencode(self.path) if self.caption is None else self.caption.encode()
+
+
+@contextmanager
+def sound(folder: Path) -> Iterator[None]:
+    """While tables are read, what does not fit together is reported as damage."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        message = f"{folder}: this index is damaged ({error}); delete it and index anew."
+        raise UserError(message) from error
+
+
+@dataclass(slots=True)
+class Table:
+    """A finished table, open: it can be read on after a new generation has replaced it."""
+
+    list: BinaryIO | None  # None: it has no rows
+    vectors: np.ndarray  # (rows, width) float32, mapped
+
+    @classmethod
+    def open(cls, folder: Path, stem: str, count: int, width: int) -> Table:
+        """Raises UserError: a file is missing or too short."""
+        with sound(folder):
+            lines = (folder / f"{stem}.jsonl").open("rb") if count else None
+            return cls(lines, mapped(folder / f"{stem}.f32", count, width))
+
+    def rows(self) -> list[Row]:
+        return list(self.pick(range(len(self.vectors))).values())
+
+    def pick(self, numbers: Iterable[int]) -> dict[int, Row]:
+        """Some of the rows: one pass over the list, which parses no others.
+
+        Raises UserError: the list is damaged.
+        """
+        wanted = set(map(int, numbers))
+        if not wanted:
+            return {}
+        with sound(Path(self.list.name).parent):
+            self.list.seek(0)
+            lines = itertools.islice(self.list, max(wanted) + 1)
+            rows = {i: Row(**json.loads(line)) for i, line in enumerate(lines) if i in wanted}
+            if len(rows) < len(wanted):
+                raise ValueError(f"{self.list.name} is cut short")
+        return rows
+
+
+def mapped(file: Path, rows: int, width: int) -> np.ndarray:
+    if not rows:
+        return np.empty((0, width), np.float32)  # an empty file cannot be mapped
+    return np.memmap(file, "<f4", "r", shape=(rows, width))
+
+
+class Part:
+    """The rows of a table that a run has computed so far; after a kill the next run finds them."""
+
+    def __init__(self, folder: Path, name: str, width: int):
+        self.width = width
+        self.files = [folder / f"{name}.part.{kind}" for kind in ("f32", "jsonl")]
+        self.matrix, self.list = (file.open("a+b") for file in self.files)
+        room = self.matrix.seek(0, os.SEEK_END) // (4 * width)
+        self.rows: list[Row] = []
+        self.list.seek(0)
+        whole = 0
+        for line in self.list:
+            if not line.endswith(b"\n") or len(self.rows) == room:
+                break  # the kill cut it off, or its vector
+            try:
+                self.rows.append(Row(**json.loads(line)))
+            except (ValueError, TypeError):
+                break  # so did a power cut
+            whole += len(line)
+        self.list.truncate(whole)
+        self.matrix.truncate(len(self.rows) * 4 * width)
+
+    def append(self, rows: list[Row], vectors: np.ndarray) -> None:
+        """Vectors go first: a line says that its vector is there."""
+        matrix = np.ascontiguousarray(vectors, "<f4").tobytes()
+        lines = "".join(row.line() for row in rows).encode("ascii")
+        for file, content in ((self.matrix, matrix), (self.list, lines)):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+    def vectors(self) -> np.ndarray:
+        return mapped(self.files[0], len(self.rows), self.width)
+
+    def close(self) -> None:
+        self.matrix.close()
+        self.list.close()
+
+
+def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tuple]) -> None:
+    """A table of ``rows`` in their order. ``vectors``: by digest, a matrix and a row of it."""
+
+    def matrix(part: Path) -> None:
+        with part.open("wb") as file:
+            for i in range(0, len(rows), COPY):
+                found = (vectors[row.digest] for row in rows[i : i + COPY])
+                file.write(b"".join(source[n].tobytes() for source, n in found))
+
+    def lines(part: Path) -> None:
+        with part.open("w", encoding="ascii") as file:
+            file.writelines(row.line() for row in rows)
+
+    files.replace_file(folder / f"{stem}.f32", matrix)
+    files.replace_file(folder / f"{stem}.jsonl", lines)
+
+
+def sweep(folder: Path, generation: int) -> None:
+    """Removes the tables of other generations, and parts that are merged."""
+    for file in folder.iterdir():
+        found = OF_TABLES.fullmatch(file.name)
+        if found and found[1] != str(generation):
+            with suppress(OSError):  # Windows, while somebody reads it: the next run's turn
+                file.unlink()
