@@ -220,7 +220,8 @@ def extract(
                 kept += 1
             elif entry.error:
                 failed.append(entry.error)
-        row = 2 * sum(torch.Size(shape).numel() for shape in head["tensors"].values())  # bytes
+        row = sum(torch.Size(shape).numel() for shape in head["tensors"].values())
+        row *= DTYPES[head["dtype"]].itemsize  # bytes
         check_room(folder, len(todo), len(todo) * (row + 300), run, advice)
         for error in failed:
             print(f"tinyvl: skipping {error}", file=sys.stderr)

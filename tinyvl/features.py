@@ -23,8 +23,8 @@ from torch import Tensor
 from tinyvl import UserError, files
 
 MANIFEST = "manifest.json"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16"}  # in a shard's header
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a shard's header
 COLUMNS = ["path", "id", "bytes", "modified", "error", "row"]  # of the manifest's records
 
 
