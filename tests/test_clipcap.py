@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from test_epalm import FAMILIES, LAYERS, TEXTS, WIDTH, Eyes, Words, padded, peer, percept
+from test_epalm import FAMILIES, TEXTS, WIDTH, Eyes, Words, padded, peer, percept
 from test_epalm import ours as epalm
 from torch import nn
 

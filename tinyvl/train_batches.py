@@ -8,7 +8,7 @@ import shutil
 import sys
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
@@ -109,13 +109,11 @@ class Group:
 
 def groups_of(tokens: list[list[list[int]]], per_image: int) -> list[Group]:
     """The captions of each record, sorted by length and cut into groups of at most per_image."""
-    groups = []
-    for i, captions in enumerate(tokens):
-        captions = sorted(captions, key=len)
-        groups += [
-            Group(i, captions[j : j + per_image]) for j in range(0, len(captions), per_image)
-        ]
-    return groups
+    return [
+        Group(i, sorted(captions, key=len)[j : j + per_image])
+        for i, captions in enumerate(tokens)
+        for j in range(0, len(captions), per_image)
+    ]
 
 
 class Pictures:
@@ -170,36 +168,23 @@ class Pictures:
                 print(f"tinyvl: skipping {error}", file=sys.stderr)
 
     def stream(
-        self, wanted: Iterator[list[int]], epoch: int
+        self, wanted: Sequence[Sequence[int]], epoch: int
     ) -> Iterator[list[Tensor | media.MediaError]]:
         """For each list of records their pictures, in that order, as this epoch sees them."""
-        view = epoch % len(self.transforms)
+        view, encoder = epoch % len(self.transforms), self.model.encoder
         if self.stores:
             store, rows = self.stores[view], self.rows[view]
             for indices in wanted:
                 good = [row for i in indices if (row := rows[i]) is not None]  # all: see `bad`
                 yield list(store.read(self.model.reads, good))
             return
-        lists: list[list[int]] = []
-
-        def paths() -> Iterator[str]:
-            for indices in wanted:
-                lists.append(indices)
-                yield from (self.paths[i] for i in indices)
-
-        encoder = self.model.encoder
         transform, target = self.transforms[view], encoder.size
         if self.crops:
             transform, target = encoder.crop(epoch, self.seed, self.model.crop_area), None
-        found: list[Tensor | media.MediaError] = []
-        for _, picture in media.decode_images(
-            paths(), transform, target=target, workers=self.run.workers
-        ):
-            found.append(picture)
-            if len(found) == len(lists[0]):
-                yield found
-                lists.pop(0)
-                found = []
+        paths = (self.paths[i] for indices in wanted for i in indices)
+        decoded = media.decode_images(paths, transform, target=target, workers=self.run.workers)
+        for indices in wanted:
+            yield [picture for _, picture in islice(decoded, len(indices))]
 
 
 def cache_dtype(job: Job, reads: str) -> str:
@@ -277,35 +262,6 @@ def prepare(records: list[data.Record], model: Any, job: Job) -> list[list[list[
     return [[next(ids) for _ in r.captions] for r in records]
 
 
-def batches(
-    groups: list[Group],
-    order: list[list[int]],
-    pictures: Pictures,
-    states: TextStates,
-    model: Any,
-    seed: int,
-    epoch: int = 0,
-) -> Iterator[Batch | Pairs | None]:
-    """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
-    wanted = ([groups[g].record for g in micro] for micro in order)
-    for micro, seen in zip(order, pictures.stream(wanted, epoch), strict=True):
-        good: list[tuple[Group, Tensor]] = []
-        for g, picture in zip(micro, seen, strict=True):
-            if isinstance(picture, Tensor):
-                good.append((groups[g], picture))
-            else:
-                print(f"tinyvl: skipping {picture}", file=sys.stderr)
-        if not good:
-            yield None  # keeps its place, so that a resumed run counts the same
-            continue
-        read = [group.read(seed, epoch) for group, _ in good]
-        captions = [c for lines in read for c in lines]
-        rows = [row for row, lines in enumerate(read) for _ in lines]
-        keys = [pictures.keys[group.record] for group, _ in good]
-        together = torch.stack([picture for _, picture in good])
-        yield model.collate(captions, rows, together, keys, states.of(captions))
-
-
 class Feed:
     """The micro-batches of a run: those of each optimizer step, and those to validate on."""
 
@@ -370,24 +326,42 @@ class Feed:
 
         A list is empty where every picture of a step is unreadable.
         """
-        job = self.job
-        if self.model.whole_steps:  # a step is a random part of the epoch
-            order = data.length_buckets(
-                self.lengths, self.micro, job.seed, epoch, pool=self.per_step, shuffle=False
-            )
-        else:
-            order = data.length_buckets(self.lengths, self.micro, job.seed, epoch)
-        source = batches(
-            self.groups, order[done * self.per_step :], self.pictures, self.states, self.model,
-            job.seed, epoch,
-        )  # fmt: skip
+        # Where a loss compares the captions of a step, a step is a random part of the epoch.
+        pools: Any = {"pool": self.per_step, "shuffle": False} if self.model.whole_steps else {}
+        order = data.length_buckets(self.lengths, self.micro, self.job.seed, epoch, **pools)
+        order = order[done * self.per_step :]
+        found = self.batches(self.groups, order, self.pictures, self.states, epoch)
         for _ in range(done, self.steps_per_epoch):
-            yield [batch for batch in islice(source, self.per_step) if batch is not None]
+            yield [batch for batch in islice(found, self.per_step) if batch is not None]
 
     def validation(self) -> Iterator[Batch | Pairs]:
         """The micro-batches to validate on."""
-        found = batches(
-            self.val_groups, self.val_order, self.val_pictures, self.val_states, self.model,
-            self.job.seed,
-        )  # fmt: skip
-        return (batch for batch in found if batch is not None)
+        parts = self.val_groups, self.val_order, self.val_pictures, self.val_states
+        return (batch for batch in self.batches(*parts) if batch is not None)
+
+    def batches(
+        self,
+        groups: list[Group],
+        order: list[list[int]],
+        pictures: Pictures,
+        states: TextStates,
+        epoch: int = 0,
+    ) -> Iterator[Batch | Pairs | None]:
+        """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
+        wanted = [[groups[g].record for g in micro] for micro in order]
+        for micro, seen in zip(order, pictures.stream(wanted, epoch), strict=True):
+            good: list[tuple[Group, Tensor]] = []
+            for g, picture in zip(micro, seen, strict=True):
+                if isinstance(picture, Tensor):
+                    good.append((groups[g], picture))
+                else:
+                    print(f"tinyvl: skipping {picture}", file=sys.stderr)
+            if not good:
+                yield None  # keeps its place, so that a resumed run counts the same
+                continue
+            read = [group.read(self.job.seed, epoch) for group, _ in good]
+            captions = [c for lines in read for c in lines]
+            rows = [row for row, lines in enumerate(read) for _ in lines]
+            keys = [pictures.keys[group.record] for group, _ in good]
+            together = torch.stack([picture for _, picture in good])
+            yield self.model.collate(captions, rows, together, keys, states.of(captions))
