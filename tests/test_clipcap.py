@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from test_epalm import FAMILIES, LAYERS, TEXTS, WIDTH, Eyes, Words, padded, peer, percept
+from test_epalm import FAMILIES, TEXTS, WIDTH, Eyes, Words, padded, peer, percept
 from test_epalm import ours as epalm
 from torch import nn
 
@@ -88,7 +88,7 @@ def test_equals_the_slow_reference_padded_and_cached(family, variant):
             words = theirs.get_input_embeddings()(torch.tensor(line))
             slow = theirs(inputs_embeds=torch.cat((prefix, words))[None]).logits[0, length:]
             torch.testing.assert_close(fast[row][mask[row]], slow, rtol=0, atol=1e-4)
-        cache = Cache(LAYERS)
+        cache = Cache()
         steps = [model.run(ids[:, :2], visual, cache, mask[:, :2])]
         for t in range(2, ids.shape[1]):
             steps.append(model.run(ids[:, t : t + 1], visual, cache, mask[:, t : t + 1]))

@@ -99,7 +99,7 @@ def test_cached_equals_uncached(pair, pad):
     _, decoder = pair
     ids, mask = left_padded()
     mask = mask if pad else torch.ones_like(mask)
-    cache, parts = Cache(decoder.config.layers), []
+    cache, parts = Cache(), []
     for start, end in ((0, 5), (5, 6), (6, 7), (7, 11)):
         given = mask[:, start:end] if pad or start else None
         parts.append(logits(decoder, ids[:, start:end], given, cache=cache))
@@ -111,7 +111,7 @@ def test_cache_rows_move_with_the_beams(pair):
     _, decoder = pair
     ids, mask = left_padded()
     rows = torch.tensor([2, 0, 0, 1])
-    cache = Cache(decoder.config.layers)
+    cache = Cache()
     logits(decoder, ids[:, :7], mask[:, :7], cache=cache)
     cache.reorder(rows)
     after = logits(decoder, ids[rows, 7:], cache=cache)
@@ -169,7 +169,7 @@ def test_a_prefix_is_seen_by_all_and_sees_nothing(pair):
         own = {1: tuple(t[image : image + 1] for t in prefix[1])}
         alone = logits(decoder, ids[row][mask[row]][None], prefix=own)
         torch.testing.assert_close(with_prefix[row][mask[row]], alone[0], rtol=0, atol=1e-5)
-        cache = Cache(decoder.config.layers)
+        cache = Cache()
         parts = [
             logits(decoder, piece[None], cache=cache, prefix=own)
             for piece in ids[row][mask[row]].split(4)
@@ -319,12 +319,21 @@ def test_missing_weights_are_named(tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"final_logit_softcapping": 30.0}, "soft-capping"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"hidden_act": "gelu_fast"}, "llama checkpoint uses the activation 'gelu_fast'"),
     ],
 )
 def test_what_we_do_not_do_is_refused_by_name(change, named):
     raw = FAMILIES["llama"].to_dict() | change
     with pytest.raises(UserError, match=named):
         decoder_config(raw)
+
+
+def test_swish_is_silu():
+    raw = FAMILIES["llama"].to_dict()
+    swish, silu = (Decoder(decoder_config(raw | {"hidden_act": act})) for act in ("swish", "silu"))
+    swish.load_state_dict(silu.state_dict())
+    ids, _ = left_padded()
+    assert torch.equal(logits(swish, ids), logits(silu, ids))
 
 
 def test_published_shapes_have_the_published_sizes():

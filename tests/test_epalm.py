@@ -215,7 +215,7 @@ def test_equals_the_slow_reference_padded_and_cached(family, variant):
                     torch.testing.assert_close(logits[i][mask[i]], slow, rtol=0, atol=1e-4)
         ids, mask = padded(TEXTS, True)
         whole = model.decoder.logits(model.run(ids, visual, mask=mask))
-        cache = Cache(LAYERS)
+        cache = Cache()
         steps = [model.run(ids[:, :2], visual, cache, mask[:, :2])]
         for t in range(2, ids.shape[1]):
             steps.append(model.run(ids[:, t : t + 1], visual, cache, mask[:, t : t + 1]))

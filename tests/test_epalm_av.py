@@ -143,7 +143,7 @@ def inputs(world, modality: str, tmp_path, **options) -> list[torch.Tensor]:
     seen = train_batches.Pictures(
         records, model, run, "train", job.views, job.seed, crops=job.crops
     )
-    return [next(seen.stream(iter([[0]]), epoch))[0] for epoch in range(3)]
+    return [next(seen.stream([[0]], epoch))[0] for epoch in range(3)]
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])

@@ -136,7 +136,7 @@ def test_cached_equals_uncached_and_left_padding_changes_nothing(model):
     ids = torch.tensor([[0, 3, 4, 5, 6], [0, 6, 5, 4, 3]])
     with torch.no_grad():
         whole = model.run(ids, visual)
-        cache = Cache(3)
+        cache = Cache()
         parts = [model.run(ids[:, i : i + 1], visual, cache) for i in range(5)]
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
         padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), ids), 1)

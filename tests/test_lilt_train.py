@@ -18,7 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_text, write_vision
 
-from tinyvl import UserError, features, media_augment, models, presets, train, train_batches
+from tinyvl import (
+    UserError,
+    features,
+    media_augment,
+    models,
+    presets,
+    train,
+    train_batches,
+    train_run,
+)
 from tinyvl.data import Record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -132,7 +141,7 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_whole_one(
     for stop in (3, 9):  # inside an epoch, twice
         settings = run(tmp_path / "parts", resume=stop > 3)
         settings.stop = StopWhen(lambda s=stop: steps(tmp_path / "parts") >= s)
-        with pytest.raises(train.Interrupted):
+        with pytest.raises(train_run.Interrupted):
             train.train(this, settings)
     train.train(this, run(tmp_path / "parts", resume=True))
     assert files(tmp_path / "whole") == files(tmp_path / "parts")

@@ -7,7 +7,7 @@ import torch
 from test_train import files, job, run, world  # noqa: F401  (a fixture)
 from test_train import losses_of as losses
 
-from tinyvl import UserError, cli_train, models, train, train_cider
+from tinyvl import UserError, cli_train, models, train, train_cider, train_run
 from tinyvl.metrics_captions import cider
 from tinyvl.metrics_cider import Cider
 from tinyvl.train_cider import SelfCritical
@@ -120,7 +120,7 @@ def test_it_raises_cider_and_goes_on_after_a_stop(world, model, tmp_path):  # no
     assert summary["val_loss"] <= before["val_loss"] < 0
     stopped = run(tmp_path / "parts", micro=30, save_every=2)
     stopped.stop = Later(4)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(train_run.Interrupted):
         train.train(job(world, epochs=6, **settings), stopped)
     again = run(tmp_path / "parts", micro=30, save_every=2, resume=True)
     train.train(job(world, epochs=6, **settings), again)

@@ -294,7 +294,7 @@ class Captioner(nn.Module, ABC):
 
         ``mask`` (I, T) says which tokens of the prompts are real.
         """
-        cache = Cache(self.decoder.config.layers)
+        cache = Cache()
         state = {"visual": visual, "image": torch.arange(images, device=self.device)}
 
         def step(ids: Tensor, rows: Tensor | None) -> Tensor:

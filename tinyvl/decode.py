@@ -9,10 +9,10 @@ caches::
     later calls  ids (N, 1) the last token of each row; rows (N,) int64: row j continues row
                  rows[j] of the previous call, and the owner re-orders its caches by it
 
-What an owner may rely on: a finished prompt leaves the batch, its rows are never passed again; the
-rows of one prompt are contiguous and prompts keep their order; greedy and sampling have one row
-per live prompt, beam search exactly ``beams`` (after the first call, which has one), so that what
-belongs to an image is kept once per image and read by all its beams.
+What an owner may rely on: the rows of a finished prompt are never passed again; the rows of one
+prompt are contiguous and prompts keep their order; greedy and sampling have one row per live
+prompt, beam search has one in the first call and then ``beams``. So an image's keys and values can
+be kept once and read by all its beams.
 
 A prompt's result depends on nothing else in the batch. A step synchronises with the device once.
 
@@ -35,18 +35,12 @@ Step = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass
 class Hypothesis:
-    """One continuation of a prompt.
+    """One continuation of a prompt."""
 
-    ``tokens`` are the new tokens, without prompt and without end token. ``logprob`` is the sum of
-    the model's natural log-probabilities, the end token's included. ``score`` is what the search
-    ranks by, ``logprob / length ** length_penalty`` (greedy and sampling: penalty 1), where length
-    counts the end token. ``finished``: an end token was produced within ``max_new_tokens``.
-    """
-
-    tokens: list[int]
-    score: float
-    logprob: float
-    finished: bool
+    tokens: list[int]  # the new ones, without the end token
+    score: float  # logprob / length ** length_penalty (greedy, sampling: 1); length counts the end
+    logprob: float  # the sum of the natural log-probabilities, the end token's included
+    finished: bool  # an end token was produced within max_new_tokens
 
     @property
     def mean_logprob(self) -> float:
@@ -62,23 +56,23 @@ def greedy(
     max_new_tokens: int,
     forbid: Sequence[int] = (),
 ) -> list[Hypothesis]:
-    """Take the likeliest token at every step.
+    """Takes the likeliest token at every step.
 
     Args:
         step: see the module.
         prompt: (B, T) int64 token ids, left padded.
         eos: the token that ends a text, or several.
-        max_new_tokens: upper bound of a text's length, the end token included.
+        max_new_tokens: the length of a text at most, its end token included.
         forbid: tokens that are never produced: their logits become -inf before the softmax.
 
     Returns:
-        One hypothesis per prompt. Raises ValueError where an option is out of its range.
+        One hypothesis per prompt.
+
+    Raises:
+        ValueError: an option is out of its range. So do the other searches.
     """
-
-    def pick(logits: Tensor, live: Tensor, t: int) -> Tensor:
-        return logits.argmax(-1)
-
-    return _single(step, prompt, pick, eos, max_new_tokens, forbid)
+    best = lambda logits, live, t: logits.argmax(-1)  # noqa: E731
+    return _single(step, prompt, best, eos, max_new_tokens, forbid)
 
 
 def sample(
@@ -94,20 +88,20 @@ def sample(
     indices: Sequence[int] | None = None,
     forbid: Sequence[int] = (),
 ) -> list[Hypothesis]:
-    """Draw every token from the model's distribution, after temperature, top-k and top-p.
+    """Draws every token from the model's distribution, after temperature, top-k and top-p.
 
     Args:
-        step, prompt, eos, max_new_tokens, forbid: as for `greedy`.
+        step, prompt, eos, max_new_tokens, forbid: see `greedy`.
         temperature: the logits are divided by it; above 0.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest tokens that together have this probability; 1 keeps all.
         seed: the random numbers are a function of (seed, index of the prompt, position).
-        indices: each prompt's index (default 0 to B-1). Who passes a prompt's index among all
-            inputs gets the same text however the inputs are batched.
+        indices: each prompt's index among all inputs (default 0 to B-1). With it a prompt gets the
+            same text in every batch.
 
     Returns:
         One hypothesis per prompt. Its log-probability is the model's own, before temperature,
-        top-k and top-p, and so compares with those of the other searches.
+        top-k and top-p, so it compares with those of the other searches.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0 (or use greedy)")
@@ -142,10 +136,10 @@ def sample(
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Top-k, then top-p: (N, V) logits to weights, likeliest first, and the token of each weight.
+    """Top-k, then top-p: logits (N, V) to weights, likeliest first, and their tokens, both (N, V).
 
-    What is cut has weight 0; the rest is not normalised again. Both (N, V). Keeps what
-    transformers' TopKLogitsWarper and then TopPLogitsWarper keep: ties with the k-th token stay.
+    What is cut has weight 0, and the rest is not normalised again. Keeps what transformers'
+    TopKLogitsWarper and then TopPLogitsWarper keep: ties with the k-th token stay.
     """
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     if 0 < top_k < values.shape[-1]:
@@ -174,26 +168,22 @@ def beam(
 ) -> list[list[Hypothesis]]:
     """Beam search with the rules of transformers' ``generate``.
 
-    At every step the best (1 + number of end tokens) * beams continuations of a prompt are found.
-    Those among the first ``beams`` that end join its finished texts, of which the ``beams`` best
-    by score are kept; the best ``beams`` that do not end go on. In the last step all end.
-    One beam is greedy search, whatever ``early_stopping`` says.
+    Each step finds the best (1 + number of end tokens) * beams continuations of a prompt. Of the
+    first ``beams``, those that end join its finished texts, of which the ``beams`` best by score
+    are kept; the best ``beams`` that do not end go on. In the last step all end. One beam is greedy
+    search, whatever ``early_stopping`` says.
 
     Args:
-        step, prompt, eos, max_new_tokens, forbid: as for `greedy`. transformers counts the
-            forbidden tokens' probability in (``suppress_tokens``); here the rest adds up to 1
-            (its ``renormalize_logits``).
+        step, prompt, eos, max_new_tokens, forbid: as for `greedy`. The tokens that are not
+            forbidden add up to 1, as with transformers' ``renormalize_logits``.
         beams: texts kept per prompt.
-        length_penalty: a text's score is its log-probability / length ** length_penalty. More
-            than 0 favours long texts.
+        length_penalty: as in `Hypothesis.score`; more than 0 favours long texts.
         early_stopping: when a prompt with ``beams`` finished texts is done. True: at once. False:
-            when its best running text, scored at its present length, is no better than the worst
-            of them. "never": the same, but scored at the length most favourable to it.
+            when its best running text scores no better at its present length than the worst of
+            them. "never": when it would not even at the length most favourable to it.
         returned: how many texts per prompt, at most ``beams``.
 
-    Returns:
-        For each prompt its hypotheses, best first; fewer than ``returned`` only where no more
-        texts exist. Raises ValueError where an option is out of its range.
+    -> for each prompt its hypotheses, best first; fewer than ``returned`` if no more texts exist.
     """
     if not 1 <= returned <= beams:
         raise ValueError(f"returned is {returned}; it must be between 1 and beams ({beams})")
@@ -204,7 +194,6 @@ def beam(
     if beams == 1:
         early_stopping = True
     width = max(2, 1 + len(stops)) * beams  # of which at least `beams` do not end
-
     found: list[list[Hypothesis]] = [[] for _ in range(len(prompt))]
     live = list(range(len(prompt)))  # the prompts still in the batch, n of them
     ids, rows = prompt, None
@@ -213,39 +202,30 @@ def beam(
     done = running.new_full((len(live), beams), -math.inf)  # scores of finished texts, best first
     done_texts = texts.expand(-1, beams, -1)
     for t in range(max_new_tokens):
-        logprobs = _logits(step, ids, rows, banned).log_softmax(-1)  # (n * r, V); r: 1, then beams
-        r, vocabulary = running.shape[1], logprobs.shape[-1]
-        total = (running.flatten()[:, None] + logprobs).view(len(live), -1)  # (n, r * V)
-        if total.shape[1] < width:
-            total = F.pad(total, (0, width - total.shape[1]), value=-math.inf)
-        score, index = total.topk(width)  # (n, width), best first
-        parent, token = (index // vocabulary).clamp(max=r - 1), index % vocabulary
+        logits, r = _logits(step, ids, rows, banned), running.shape[1]  # r: 1, then beams
+        score, parent, token = _extended(running, logits, width)
         texts = _take(texts, parent)
         texts[:, :, t] = token
         ends = torch.isin(token, stop) | (t + 1 == max_new_tokens)
-
         ended = (score / (t + 1) ** length_penalty).masked_fill(~ends, -math.inf)[:, :beams]
         done, best = torch.cat((done, ended), 1).topk(beams)
         done_texts = _take(torch.cat((done_texts, texts[:, :beams]), 1), best)
         running, best = score.masked_fill(ends, -math.inf).topk(beams)
         texts, parent, token = _take(texts, best), parent.gather(1, best), token.gather(1, best)
 
-        hopeful = max_new_tokens if early_stopping == "never" and length_penalty > 0 else t + 1
+        length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else t + 1
         worst = done[:, -1]  # -inf where fewer than `beams` are done
-        over = ~(running[:, 0] / hopeful**length_penalty > worst)
-        if early_stopping is True:
-            over |= worst > -math.inf
-        stays = []
-        for i, leaves in enumerate(over.tolist()):  # the one synchronisation
-            if not leaves:
-                stays.append(i)
-                continue
-            scored = zip(done_texts[i].tolist(), done[i].tolist(), strict=True)
+        over = ~(running[:, 0] / length**length_penalty > worst)
+        over |= (worst > -math.inf) & (early_stopping is True)
+        leaves = over.tolist()  # the one synchronisation
+        for i in (i for i, is_over in enumerate(leaves) if is_over):
+            scored = zip(
+                done_texts[i, :returned].tolist(), done[i, :returned].tolist(), strict=True
+            )
             found[live[i]] = [
-                _hypothesis(text, score, length_penalty, stops)
-                for text, score in list(scored)[:returned]
-                if score != -math.inf
+                _hypothesis(text, s, length_penalty, stops) for text, s in scored if s != -math.inf
             ]
+        stays = [i for i, is_over in enumerate(leaves) if not is_over]
         if not stays:
             break
         live = [live[i] for i in stays]
@@ -254,6 +234,19 @@ def beam(
         ids = token[keep].view(-1, 1)
         running, texts, done, done_texts = (x[keep] for x in (running, texts, done, done_texts))
     return found
+
+
+def _extended(running: Tensor, logits: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best continuations of running texts (n, r) by a token, from logits (n * r, V).
+
+    -> their log-probabilities, best first, the text each goes on from, and its token: (n, width).
+    """
+    (n, r), vocabulary = running.shape, logits.shape[-1]
+    total = (running.flatten()[:, None] + logits.log_softmax(-1)).view(n, -1)  # (n, r * V)
+    if total.shape[1] < width:
+        total = F.pad(total, (0, width - total.shape[1]), value=-math.inf)
+    score, index = total.topk(width)
+    return score, (index // vocabulary).clamp(max=r - 1), index % vocabulary
 
 
 @torch.no_grad()

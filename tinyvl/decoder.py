@@ -2,39 +2,43 @@
 
 The methods live inside the decoder's layers, so it is ours. What they need of it:
 
-- ``branches``: a function beside the feed-forward of a layer (I-Tuning), given its input;
-- ``adapters``: functions of what a layer's attention and feed-forward put out (eP-ALM, MAGMA);
-- ``prefix``: keys and values of extra tokens that the text of a layer may attend to and that
-  never attend to the text (eP-ALM's slot, soft and deep prompts, ClipCap's prefix): made for one
-  layer by `Decoder.prefix`, for tokens that run through the layers by `Decoder.read`;
-- ``first``/``last``: run only some of the layers (states below the first module can be reused).
+- ``branches``: a function of a layer's feed-forward input, added to its output (I-Tuning);
+- ``adapters``: functions of a layer's attention and feed-forward outputs (eP-ALM, MAGMA);
+- ``prefix``: keys and values of extra tokens. The text of a layer attends to them, and they never
+  attend to the text (eP-ALM's slot, soft and deep prompts, ClipCap's prefix). `Decoder.prefix`
+  makes them for one layer, `Decoder.read` for tokens that run through several;
+- ``first``/``last``: run only some of the layers, to reuse states below the first module.
 
 Weights come from transformers checkpoints (`decoder_weights.py`); logits equal transformers'.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache as memo
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by transformers' names
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
+    "swish": F.silu,
 }
-Branches = dict[int, Callable[[Tensor], Tensor]]
-Adapters = dict[int, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
+Function = Callable[[Tensor], Tensor]
+Branches = dict[int, Function]
+Adapters = dict[int, tuple[Function, Function]]
 Prefix = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that tells one decoder from another. ``rope`` None means learned positions."""
+    """Everything that tells one decoder from another."""
 
     vocab_size: int
     hidden_size: int
@@ -56,7 +60,7 @@ class DecoderConfig:
     ffn_bias: bool = True
     tied: bool = True  # output head shares the token embedding
     position_offset: int = 0  # OPT keeps two unused rows before position 0
-    rope: dict | None = field(default=None, hash=False)  # transformers' rope_parameters
+    rope: tuple[float, ...] = ()  # RoPE's head_dim / 2 frequencies; none: learned positions
 
 
 class Cache:
@@ -65,36 +69,34 @@ class Cache:
     A layer's own prefix lies before its text, so layers may differ in S; ``length`` counts text.
     """
 
-    def __init__(self, layers: int):
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+    def __init__(self) -> None:
+        self.layers: Prefix = {}
         self.mask: Tensor | None = None  # (B, length) True where a token is real
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys[layer] is not None:
-            k = torch.cat((self.keys[layer], k), 2)
-            v = torch.cat((self.values[layer], v), 2)
-        self.keys[layer], self.values[layer] = k, v
+        if layer in self.layers:
+            before = self.layers[layer]
+            k, v = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
+        self.layers[layer] = k, v
         return k, v
 
     def reorder(self, rows: Tensor) -> None:
         """Row j goes on from the former row rows[j]."""
-        pick = lambda x: None if x is None else x.index_select(0, rows)  # noqa: E731
-        self.keys = [pick(k) for k in self.keys]
-        self.values = [pick(v) for v in self.values]
-        self.mask = pick(self.mask)
+        for layer, (k, v) in self.layers.items():
+            self.layers[layer] = k.index_select(0, rows), v.index_select(0, rows)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, rows)
 
 
 @dataclass
 class Context:
-    """What all layers of one forward pass share."""
+    """What the layers share in one forward pass."""
 
     rope: tuple[Tensor, Tensor] | None  # cos, sin (B or 1, 1, T, head_dim)
     mask: Tensor | None  # (B or 1, 1, T, S) True where a query may look; None: causal
     cache: Cache | None
     prefix: Prefix
-    causal: bool  # no mask is needed beyond the causal one
     shape: tuple[int, int]  # B, T
     real: Tensor | None  # (N,) which of the B * T tokens are not padding; None: all
 
@@ -147,9 +149,15 @@ class Attention(nn.Module):
         if mask is not None and (extra := k.shape[2] - mask.shape[-1]):
             mask = F.pad(mask, (extra, 0), value=True)
         out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=context.causal, enable_gqa=self.grouped
+            q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.grouped
         )
         return self.o(context.pack(out.transpose(1, 2).flatten(2)))
+
+
+@memo
+def tensor_of(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The same tensor in every step: to copy it to a GPU anew would wait for the GPU."""
+    return torch.tensor(numbers, device=device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -187,8 +195,8 @@ class Block(nn.Module):
         x: Tensor,  # (B, T, d), or (N, d) where there is padding
         layer: int,
         context: Context,
-        branch: Callable[[Tensor], Tensor] | None = None,
-        adapters: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+        branch: Function | None = None,
+        adapters: tuple[Function, Function] | None = None,
     ) -> Tensor:
         pre = self.pre_norm
         after_attention, after_ffn = adapters or (nn.Identity(), nn.Identity())
@@ -250,28 +258,21 @@ class Decoder(nn.Module):
                 turn them.
         """
         last = self.config.layers if last is None else last
-        past = cache.length if cache is not None else 0
         if x.dtype == torch.long:
             x = self.embed_tokens(x)
         batch, length = x.shape[:2]
         if mask is not None and bool(mask.all()) and (cache is None or cache.mask is None):
             mask = None  # no padding: the fast causal path
-        positions, attend = self._positions(batch, length, past, mask, cache, x.device)
-        placed = start is not None
-        if placed and self.positions is not None and first == 0:
+        positions, attend = self._positions(x, mask, cache)
+        rope = None
+        if start is not None and self.positions is None:
+            rope = self._rope(positions + start)
+        elif start is not None and self.positions is not None and first == 0:
             x = x + self.positions(positions + start + self.config.position_offset)
-        context = Context(
-            rope=self._rope(positions + start) if placed and self.positions is None else None,
-            mask=attend,
-            cache=cache,
-            prefix=prefix or {},
-            causal=attend is None and length > 1,
-            shape=(batch, length),
-            real=None if mask is None else mask.flatten().nonzero()[:, 0],
-        )
-        if context.prefix and context.causal:  # a causal mask cannot see past its own square
-            context.mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-            context.causal = False
+        if prefix and attend is None and length > 1:  # the causal kernel sees its own square only
+            attend = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        real = None if mask is None else mask.flatten().nonzero()[:, 0]
+        context = Context(rope, attend, cache, prefix or {}, (batch, length), real)
         x = context.pack(x)
         for i in range(first, last):
             block, added = self.layers[i], ((branches or {}).get(i), (adapters or {}).get(i))
@@ -285,30 +286,29 @@ class Decoder(nn.Module):
             cache.length += length
         return self.norm(x) if self.norm is not None and last == self.config.layers else x
 
-    def _positions(self, batch, length, past, mask, cache, device) -> tuple[Tensor, Tensor | None]:
+    def _positions(
+        self, x: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Positions (B or 1, T) and the attention mask (B or 1, 1, T, S), None where causal."""
-        if cache is not None and (mask is not None or cache.mask is not None):
-            before = cache.mask
-            if before is None:
-                before = torch.ones(batch, past, dtype=torch.bool, device=device)
-            if mask is None:
-                mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-            cache.mask = mask = torch.cat((before, mask), 1)
+        past, (batch, length) = cache.length if cache else 0, x.shape[:2]
+        ones = partial(torch.ones, dtype=torch.bool, device=x.device)
+        if cache and (mask is not None or cache.mask is not None):
+            before = ones(batch, past) if cache.mask is None else cache.mask
+            cache.mask = mask = torch.cat(
+                (before, ones(batch, length) if mask is None else mask), 1
+            )
         if mask is None:
-            positions = torch.arange(past, past + length, device=device)[None]
-            if past == 0 or length == 1:
-                return positions, None
-            reach = torch.ones(length, past + length, dtype=torch.bool, device=device)
-            return positions, reach.tril(past)[None, None]
+            positions = torch.arange(past, past + length, device=x.device)[None]
+            plain = past == 0 or length == 1
+            return positions, None if plain else ones(length, past + length).tril(past)[None, None]
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        causal = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
-        own = torch.ones(length, past + length, dtype=torch.bool, device=device)
-        own = own.tril(past).triu(past)  # a padded query sees itself: softmax stays finite
+        causal = ones(length, past + length).tril(past)
+        own = causal.triu(past)  # a padded query sees itself: softmax stays finite
         return positions, ((causal & mask[:, None, :]) | own)[:, None]
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B or 1, 1, T, head_dim), in float32."""
-        angles = positions[..., None].float() * inverse_frequencies(self.config, positions.device)
+        angles = positions[..., None].float() * tensor_of(self.config.rope, positions.device)
         angles = torch.cat((angles, angles), -1)[:, None]
         return angles.cos(), angles.sin()
 
@@ -333,6 +333,7 @@ class Decoder(nn.Module):
         They carry no position: a learned one is never added, and RoPE turns them by zero.
         """
         block = self.layers[layer]
+        assert isinstance(block, Block)
         x = block.norm1(hidden) if block.pre_norm else hidden
         attention = block.attention
         return attention.heads(attention.k(x)), attention.heads(attention.v(x))
@@ -352,32 +353,12 @@ class Decoder(nn.Module):
         -> their states behind these layers, and the keys and values that the text sees of them
         and of what the prefix had before them. The arguments are those of `forward`.
         """
-        cache = Cache(self.config.layers)
+        cache = Cache()
         x = self(
             x, cache=cache, adapters=adapters, prefix=prefix, first=first, last=last, start=start
         )
-        pairs = enumerate(zip(cache.keys, cache.values, strict=True))
-        return x, {i: pair for i, pair in pairs if pair[0] is not None}
+        return x, cache.layers
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Decoder":
         """A frozen model stays in eval mode."""
         return super().train(False)
-
-
-def inverse_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
-    """RoPE's frequencies (head_dim / 2,); transformers' own function where they are scaled."""
-    theta, kind = config.rope["rope_theta"], config.rope["rope_type"]
-    steps = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    if kind == "default":
-        return 1.0 / theta**steps
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    peer = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_positions,
-        rope_parameters=config.rope,
-    )
-    return ROPE_INIT_FUNCTIONS[kind](peer, device)[0]

@@ -3,89 +3,118 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from tinyvl import UserError, hub
-from tinyvl.decoder import Decoder, DecoderConfig
+from tinyvl.decoder import ACTIVATIONS, Decoder, DecoderConfig
+
+FAMILIES = "GPT-2, OPT, Llama, SmolLM2, TinyLlama or Qwen2/2.5"
 
 
 def decoder_config(config: dict) -> DecoderConfig:
-    """Reads transformers' ``config.json`` (a dict); refuses by name what we would not compute."""
-    kind = config.get("model_type")
+    """Reads transformers' ``config.json`` (a dict).
 
-    def refuse(what: str):
+    Raises:
+        UserError: the checkpoint is of another family, or needs something that we do not compute.
+    """
+    kind = config.get("model_type")
+    readers = {"gpt2": gpt2_config, "opt": opt_config, "llama": llama_config, "qwen2": llama_config}
+    if kind not in readers:
         raise UserError(
-            f"This {kind} checkpoint uses {what}, which tinyvl's decoder does not implement; "
-            "choose another language model (GPT-2, OPT, Llama, SmolLM2, TinyLlama or Qwen2/2.5).",
+            f"tinyvl cannot read a language model of the type {kind!r}; choose one of {FAMILIES}.",
             2,
         )
-
     if config.get("quantization_config"):
-        refuse("quantised weights")
+        refuse(config, "quantised weights")
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(key):
-            refuse(f"soft-capping ({key})")
-    if kind == "gpt2":
-        if config.get("scale_attn_by_inverse_layer_idx") or not config.get(
-            "scale_attn_weights", True
-        ):
-            refuse("another attention scale")
-        d, heads = config["n_embd"], config["n_head"]
-        return DecoderConfig(
-            config["vocab_size"], d, config["n_layer"], heads, heads, d // heads,
-            config.get("n_inner") or 4 * d, config["n_positions"],
-            config.get("activation_function", "gelu_new"),
-            config.get("layer_norm_epsilon", 1e-5), d,
-            tied=config.get("tie_word_embeddings", True),
-        )  # fmt: skip
-    if kind == "opt":
-        if not config.get("layer_norm_elementwise_affine", True):
-            refuse("LayerNorms without weights")
-        d, heads, bias = (
-            config["hidden_size"],
-            config["num_attention_heads"],
-            config.get("enable_bias", True),
-        )
-        pre = config.get("do_layer_norm_before", True)
-        return DecoderConfig(
-            config["vocab_size"], d, config["num_hidden_layers"], heads, heads, d // heads,
-            config["ffn_dim"], config["max_position_embeddings"],
-            config.get("activation_function", "relu"), 1e-5,
-            config.get("word_embed_proj_dim") or d,
-            pre_norm=pre, final_norm=pre and not config.get("_remove_final_layer_norm", False),
-            qkv_bias=bias, o_bias=bias, ffn_bias=bias,
-            tied=config.get("tie_word_embeddings", True), position_offset=2,
-        )  # fmt: skip
-    if kind in ("llama", "qwen2"):
-        if config.get("use_sliding_window"):
-            refuse("sliding-window attention")
-        if "full_attention" not in (config.get("layer_types") or ["full_attention"]):
-            refuse("layers without full attention")
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        if rope["rope_type"] not in ("default", "linear", "llama3"):
-            refuse(f"RoPE scaling of the type {rope['rope_type']!r}")
-        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-            refuse("partial rotary embeddings")
-        d, heads = config["hidden_size"], config["num_attention_heads"]
-        bias = config.get("attention_bias", False)
-        return DecoderConfig(
-            config["vocab_size"], d, config["num_hidden_layers"], heads,
-            config.get("num_key_value_heads") or heads, config.get("head_dim") or d // heads,
-            config["intermediate_size"], config["max_position_embeddings"],
-            config.get("hidden_act", "silu"), config.get("rms_norm_eps", 1e-6), d,
-            gated=True, rms_norm=True, qkv_bias=kind == "qwen2" or bias, o_bias=bias,
-            ffn_bias=config.get("mlp_bias", False),
-            tied=config.get("tie_word_embeddings", False), rope=rope,
-        )  # fmt: skip
+            refuse(config, f"soft-capping ({key})")
+    read = readers[kind](config)
+    if read.activation not in ACTIVATIONS:
+        refuse(config, f"the activation {read.activation!r}")
+    return read
+
+
+def refuse(config: dict, what: str) -> NoReturn:
     raise UserError(
-        f"A language model of the type {kind!r} is not one tinyvl can read; "
-        "it reads GPT-2, OPT, Llama (SmolLM2, TinyLlama) and Qwen2 checkpoints.",
+        f"This {config['model_type']} checkpoint uses {what}, which tinyvl's decoder does not "
+        f"implement; choose another language model ({FAMILIES}).",
         2,
     )
+
+
+def gpt2_config(config: dict) -> DecoderConfig:
+    if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
+        refuse(config, "another attention scale")
+    d, heads = config["n_embd"], config["n_head"]
+    return DecoderConfig(
+        config["vocab_size"], d, config["n_layer"], heads, heads, d // heads,
+        config.get("n_inner") or 4 * d, config["n_positions"],
+        config.get("activation_function", "gelu_new"), config.get("layer_norm_epsilon", 1e-5), d,
+        tied=config.get("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def opt_config(config: dict) -> DecoderConfig:
+    if not config.get("layer_norm_elementwise_affine", True):
+        refuse(config, "LayerNorms without weights")
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    bias, pre = config.get("enable_bias", True), config.get("do_layer_norm_before", True)
+    return DecoderConfig(
+        config["vocab_size"], d, config["num_hidden_layers"], heads, heads, d // heads,
+        config["ffn_dim"], config["max_position_embeddings"],
+        config.get("activation_function", "relu"), 1e-5, config.get("word_embed_proj_dim") or d,
+        pre_norm=pre, final_norm=pre and not config.get("_remove_final_layer_norm", False),
+        qkv_bias=bias, o_bias=bias, ffn_bias=bias,
+        tied=config.get("tie_word_embeddings", True), position_offset=2,
+    )  # fmt: skip
+
+
+def llama_config(config: dict) -> DecoderConfig:
+    """Of Llama and of Qwen2, which differ in the biases of the queries, keys and values."""
+    if config.get("use_sliding_window"):
+        refuse(config, "sliding-window attention")
+    if "full_attention" not in (config.get("layer_types") or ["full_attention"]):
+        refuse(config, "layers without full attention")
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    bias, size = config.get("attention_bias", False), config.get("head_dim") or d // heads
+    return DecoderConfig(
+        config["vocab_size"], d, config["num_hidden_layers"], heads,
+        config.get("num_key_value_heads") or heads, size,
+        config["intermediate_size"], config["max_position_embeddings"],
+        config.get("hidden_act", "silu"), config.get("rms_norm_eps", 1e-6), d,
+        gated=True, rms_norm=True, qkv_bias=config["model_type"] == "qwen2" or bias, o_bias=bias,
+        ffn_bias=config.get("mlp_bias", False), tied=config.get("tie_word_embeddings", False),
+        rope=frequencies(config, size),
+    )  # fmt: skip
+
+
+def frequencies(config: dict, size: int) -> tuple[float, ...]:
+    """RoPE's frequencies of a head of this size; transformers computes those that are scaled."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        refuse(config, f"RoPE scaling of the type {kind!r}")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        refuse(config, "partial rotary embeddings")
+    if kind == "default":
+        steps = torch.arange(0, size, 2, device="cpu").float() / size
+        return tuple((1.0 / rope["rope_theta"] ** steps).tolist())
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    peer = LlamaConfig(
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        head_dim=size,
+        max_position_embeddings=config["max_position_embeddings"],
+        rope_parameters=rope,
+    )
+    return tuple(ROPE_INIT_FUNCTIONS[kind](peer, torch.device("cpu"))[0].tolist())
 
 
 # Our names for transformers' ones, by family; {i} is the layer.

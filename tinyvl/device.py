@@ -1,4 +1,4 @@
-"""The device a model runs on: which one, in which precision, and what its memory holds."""
+"""The device a model runs on, its precision and its memory."""
 
 import sys
 from collections.abc import Callable
@@ -7,13 +7,18 @@ from typing import TypeVar
 import torch
 
 from tinyvl import UserError
+from tinyvl.progress import say
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
+    """The device asked for, else CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: the device asked for cannot be used here.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and torch.backends.mps.is_available():
@@ -29,7 +34,11 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_precision(name: str | None, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16. ``name`` forces one."""
+    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16. ``name`` forces one.
+
+    Raises:
+        UserError: it is no name of a precision.
+    """
     if name is not None:
         if name not in PRECISIONS:
             raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, not {name!r}.", 2)
@@ -44,10 +53,10 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 def keep_memory() -> None:
-    """Lets glibc keep freed memory instead of giving it back to the system and faulting it in anew.
+    """Lets glibc keep freed memory instead of giving it back to the system.
 
-    A step's tensors are large, so that malloc maps and unmaps each of them: on a CPU a third of
-    the time of training went into page faults. No effect elsewhere.
+    A step's tensors are large, so malloc maps and unmaps each of them: on a CPU, page faults took
+    a third of the training time. Does nothing with another C library.
     """
     if sys.platform != "linux":
         return
@@ -57,14 +66,14 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library
         return
-    # Only blocks above this are mapped on their own. More in the heap would fragment it: with all
-    # of them there, three times the memory was taken.
+    # Only larger blocks are mapped on their own. With all of them in the heap, it fragments: a run
+    # took three times the memory.
     mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-    mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: so much may lie free
+    mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: how much may lie free
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's memory, or of this process."""
+    """The most memory taken so far, in bytes: the GPU's, or this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -76,24 +85,24 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Pieces:
-    """Into how many pieces a batch is cut: twice as many whenever memory runs out.
+    """Cuts a batch into twice as many pieces whenever memory runs out.
 
-    The number stays for the batches that follow, which are as large.
+    The number of pieces stays for the batches that follow, which are about as large.
+
+    Args:
+        what: the smallest batch there is, such as "One picture".
+        advice: what the user can do where even that does not fit.
     """
 
     def __init__(self, what: str, advice: str):
-        """Args:
-        what: the smallest batch there is, such as "One picture".
-        advice: what the user can do where even that does not fit.
-        """
         self.what, self.advice, self.number = what, advice, 1
 
     def run(self, attempt: Callable[[int], T], most: int, quiet: bool = False) -> T:
-        """``attempt(number)``, called again with twice the number after each out-of-memory error.
+        """``attempt(number)``, called again with twice the number after an out-of-memory error.
 
         Args:
-            attempt: does the whole work in that many pieces, from the start.
-            most: the pieces that the batch has at most.
+            attempt: does the whole work from the start, in that many pieces.
+            most: into how many pieces the batch can be cut.
 
         Raises:
             UserError: ``most`` pieces do not fit either.
@@ -106,7 +115,7 @@ class Pieces:
                     raise UserError(
                         f"{self.what} does not fit in this device's memory; {self.advice}."
                     ) from None
+            # Outside of the handler, whose error holds on to the tensors of the failed attempt.
             self.number *= 2
             torch.cuda.empty_cache()
-            if not quiet:
-                print(f"out of memory: batches are cut into {self.number}", file=sys.stderr)
+            say(f"out of memory: going on with batches cut into {self.number}", quiet)

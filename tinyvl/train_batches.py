@@ -1,4 +1,4 @@
-"""What a training run reads: records, caption ids, pictures or their cached tokens, batches."""
+"""What a training run reads: records -> groups of caption ids -> micro-batches with pictures."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import hashlib
 import math
 import shutil
 import sys
+from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import TYPE_CHECKING
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,27 +25,35 @@ from tinyvl.train_run import Interrupted
 if TYPE_CHECKING:
     from tinyvl.captioner import Batch
     from tinyvl.lilt import Pairs
-    from tinyvl.models import Model
 
 
 def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
-    """Records to train on and to validate on, by the data's own split or a held-out 2 %."""
+    """Records to train on and to validate on, by the data's own split or a held-out 2 %.
 
-    def read(path: str, split: str) -> list[data.Record]:
-        records = data.read(path, format=job.format, images=job.images, lang=job.lang)
-        if any(r.split for r in records):
-            wanted = {"train", "restval"} if split == "train" else {split}
-            if path == job.val and not any(r.split in wanted for r in records):
-                wanted = {r.split for r in records}  # a file of its own is taken whole
-            records = [r for r in records if r.split in wanted]
-        asked = job.task == "vqa"
+    Raises:
+        UserError: there is nothing to train on, or `data.read` cannot read a file.
+    """
+    files = {
+        path: data.read(path, format=job.format, images=job.images, lang=job.lang)
+        for path in dict.fromkeys([job.data, job.val or job.data])
+    }
+
+    def part(path: str, split: str) -> list[data.Record]:
+        records = files[path]
+        names = {r.split for r in records}
+        wanted: set[str | None] = {"train", "restval"} if split == "train" else {split}
+        if not any(names) or (path == job.val and not names & wanted):
+            wanted = names  # without splits; a validation file of its own
+        vqa = job.task == "vqa"
         return [
             r
             for r in records
-            if r.modality == job.modality and (r.question and r.answers if asked else r.captions)
+            if r.split in wanted
+            and r.modality == job.modality
+            and (r.question and r.answers if vqa else r.captions)
         ]
 
-    train, val = read(job.data, "train"), read(job.val or job.data, "val")
+    train, val = part(job.data, "train"), part(job.val or job.data, "val")
     if not train:
         what = "question and answer" if job.task == "vqa" else "caption"
         kind = {"image": "picture", "audio": "sound"}.get(job.modality, job.modality)
@@ -81,9 +89,9 @@ def limit_pairs(records: list[data.Record], limit: int | str, seed: int) -> list
 class Group:
     """Captions of one picture that are read together: its keys and values serve them all.
 
-    With ``drawn`` they are one question with each answer that it got, repeats kept: each epoch
-    reads one of them, so in proportion to the annotators' agreement. (The authors' code caps the
-    agreement at four annotators of ten, as the VQA metric does.)
+    With ``drawn`` they are one question with each of its answers, repeats kept. Each epoch reads
+    one of them, so that an answer's share is that of the annotators who gave it. (The authors' code
+    counts at most four annotators of ten, as the VQA metric does.)
     """
 
     record: int
@@ -100,134 +108,141 @@ class Group:
 
 def groups_of(tokens: list[list[list[int]]], per_image: int) -> list[Group]:
     """The captions of each record, sorted by length and cut into groups of at most per_image."""
-    groups = []
-    for i, captions in enumerate(tokens):
-        captions = sorted(captions, key=len)
-        groups += [
-            Group(i, captions[j : j + per_image]) for j in range(0, len(captions), per_image)
-        ]
-    return groups
+    return [
+        Group(i, sorted(captions, key=len)[j : j + per_image])
+        for i, captions in enumerate(tokens)
+        for j in range(0, len(captions), per_image)
+    ]
 
 
 class Pictures:
-    """Pictures (videos, sounds) of records, as tensors or as an encoder's tokens from a cache.
+    """Pictures (videos, sounds) of records, as tensors or as an encoder's features from a cache.
 
-    Each has ``views`` views (`media_augment.View`), one after another by epoch; with ``crops`` a
-    new random one in every epoch (`media_augment.RandomCrop`), never cached, as are pictures whose
-    encoder learns. What is varied of videos and sounds, their encoders say. The tokens are those of
-    ``store``, or else of caches in the run's folder, a view each, that are filled first and go on
-    after a kill. The operating system keeps in memory what fits.
+    Each epoch sees the next of the ``views`` of a picture (`media_augment.View`). With ``crops``
+    each epoch sees a new random crop (`media_augment.RandomCrop`). Of videos and sounds the encoder
+    says what is varied. Features are read from ``store``, or else from caches in the run's folder,
+    one for each view. Those are filled first, and a killed run goes on filling them. Crops are
+    never cached, nor are pictures whose encoder is trained.
+
+    Args:
+        dtype: in which the run's own caches keep features: see `cache_dtype`.
     """
 
     def __init__(
         self,
         records: list[data.Record],
-        model: Model,
+        model: Any,
         run: Run,
         name: str,
         views: int = 1,
         seed: int = 0,
         store: FeatureStore | None = None,
         crops: bool = False,
+        dtype: str = "fp16",
     ):
         self.paths = [r.path for r in records]
         number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
         self.keys = [number[path] for path in self.paths]  # equal where pictures are the same
-        self.encoder, self.size = model.encoder, model.encoder.size
-        self.transforms = [self.encoder.view(view, seed) for view in range(views)]
-        self.run, self.seed, self.crops, self.bad = run, seed, crops, set()
-        self.area, self.reads = model.crop_area, model.reads
-        self.stores = [] if store is None else [store]
+        self.model, self.run, self.seed, self.crops = model, run, seed, crops
+        self.transforms = [model.encoder.view(view, seed) for view in range(views)]
         pictures = [(r.path, r.id) for r in records]
+        self.stores = [] if store is None else [store]
         if store is None and run.cache and not crops and model.fixed_pictures:
-            head = contents({}, model.encoder, what=model.reads)
+            head = contents({}, model.encoder, what=model.reads, dtype=dtype)
             for view, transform in enumerate(self.transforms):
                 folder = run.out / "features" / f"{name}-{view}"
+                title = f"encoding {name} pictures" + f", view {view}" * (views > 1)
+                advice = "use --no-cache to encode them anew each time"
                 extract(
-                    folder,
-                    pictures,
-                    model.encoder,
-                    head,
-                    run,
-                    transform=transform,
-                    title=f"encoding {name} pictures" + f", view {view}" * (views > 1),
-                    advice="use --no-cache to encode them anew each time",
-                )
+                    folder, pictures, model.encoder, head, run, transform=transform, title=title,
+                    advice=advice,
+                )  # fmt: skip
                 self.stores.append(FeatureStore.open(folder))
-        self.rows = [[e.row for e in kept.entries_of(pictures)] for kept in self.stores]
-        for rows in self.rows:
-            self.bad |= {i for i, row in enumerate(rows) if row is None}
-        if store is not None:
-            for i in sorted(self.bad):
-                print(f"tinyvl: skipping {store.find(*pictures[i]).error}", file=sys.stderr)
+        entries = [kept.entries_of(pictures) for kept in self.stores]
+        self.rows = [[entry.row for entry in own] for own in entries]
+        errors = {i: e.error for own in entries for i, e in enumerate(own) if e.row is None}
+        self.bad = set(errors)  # records whose picture cannot be read
+        if store is not None:  # else `extract` has named them
+            for _, error in sorted(errors.items()):
+                print(f"tinyvl: skipping {error}", file=sys.stderr)
 
     def stream(
-        self, wanted: Iterator[list[int]], epoch: int
+        self, wanted: Sequence[Sequence[int]], epoch: int
     ) -> Iterator[list[Tensor | media.MediaError]]:
         """For each list of records their pictures, in that order, as this epoch sees them."""
-        view = epoch % len(self.transforms)
+        view, encoder = epoch % len(self.transforms), self.model.encoder
         if self.stores:
             store, rows = self.stores[view], self.rows[view]
             for indices in wanted:
-                yield list(store.read(self.reads, [rows[i] for i in indices]))
+                good = [row for i in indices if (row := rows[i]) is not None]  # all: see `bad`
+                yield list(store.read(self.model.reads, good))
             return
-        lists: list[list[int]] = []
-
-        def paths() -> Iterator[str]:
-            for indices in wanted:
-                lists.append(indices)
-                yield from (self.paths[i] for i in indices)
-
-        transform, target = self.transforms[view], self.size
+        transform, target = self.transforms[view], encoder.size
         if self.crops:
-            transform, target = self.encoder.crop(epoch, self.seed, self.area), None
-        found: list[Tensor | media.MediaError] = []
-        for _, picture in media_workers.decode_images(
-            paths(), transform, target=target, workers=self.run.workers
-        ):
-            found.append(picture)
-            if len(found) == len(lists[0]):
-                yield found
-                lists.pop(0)
-                found = []
+            transform, target = encoder.crop(epoch, self.seed, self.model.crop_area), None
+        paths = (self.paths[i] for indices in wanted for i in indices)
+        decoded = media_workers.decode_images(
+            paths, transform, target=target, workers=self.run.workers
+        )
+            paths, transform, target=target, workers=self.run.workers
+        )
+        for indices in wanted:
+            yield [picture for _, picture in islice(decoded, len(indices))]
+
+
+def cache_dtype(job: Job, reads: str) -> str:
+    """In which type a run's own cache keeps features.
+
+    Summaries are small, and a run in fp32 keeps them exactly. Tokens would take twice the disk.
+    """
+    return "fp32" if job.precision == "fp32" and reads == "summaries" else "fp16"
+
+
+BLOCK = 256  # captions whose states are computed together
 
 
 class TextStates:
     """What frozen layers that no picture reaches make of each caption.
 
-    I-Tuning that drops its first N modules reads the same states of those N layers in every epoch,
-    LilT with a locked text tower the same vectors. They are computed once, in the layers' own
-    precision, and kept on disk as pictures are; where the disk has no room for them, training does
-    without.
+    I-Tuning that drops its first N modules reads the same states of those N layers in every epoch;
+    LilT with a locked text tower reads the same vectors. They are computed once, in the layers' own
+    precision, and kept in a file of the run, which a killed run goes on filling. Training does
+    without where the disk has no room for them.
     """
 
-    def __init__(self, tokens: list[list[list[int]]], model: Model, run: Run, name: str):
+    def __init__(self, tokens: list[list[list[int]]], model: Any, run: Run, name: str):
         self.store: Tensor | None = None
-        captions = sorted(
-            {tuple(c) for record in tokens for c in record}, key=lambda c: (len(c), c)
-        )
+        captions = sorted({tuple(c) for lines in tokens for c in lines}, key=lambda c: (len(c), c))
         if not run.cache or not model.fixed_text or not captions:
             return
-        ends = np.cumsum([model.state_rows(c) for c in captions]).tolist()
-        self.rows = {
-            c: slice(end - model.state_rows(c), end) for c, end in zip(captions, ends, strict=True)
-        }
+        ends = list(accumulate(model.state_rows(c) for c in captions))
+        starts = [0, *ends]  # of each caption's rows; the last is the end of all
+        self.rows = {c: slice(starts[i], ends[i]) for i, c in enumerate(captions)}
         probe = model.states(captions[:1])
-        self.store, fresh = cached(run, f"{name}.states", (ends[-1], probe.shape[1]), probe.dtype)
-        if self.store is None:
-            say("no room on this disk for the captions' states: going on without", run.quiet)
-            return
-        blocks = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-        done, _ = cached(run, f"{name}.states.done", (len(blocks),), torch.uint8, fresh=fresh)
-        with bar(f"reading {name} captions", len(blocks), run.quiet) as advance:
-            for i, block in enumerate(blocks):
-                if not done[i]:
-                    place = slice(self.rows[block[0]].start, self.rows[block[-1]].stop)
-                    self.store[place] = model.states(block).cpu()
-                    done[i] = 1
-                advance(1)
-                if run.stop:
-                    raise Interrupted
+        size, row = ends[-1], probe[0].nbytes
+        file = run.out / "features" / f"{name}.rows"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as stream:
+            # What a kill left of a block is computed again: in the blocks of a run without a kill,
+            # for the last bits of a state depend on its batch.
+            done = bisect(ends, stream.tell() // row)
+            if done < len(captions):
+                done = done // BLOCK * BLOCK
+            stream.truncate(starts[done] * row)
+            if (size - starts[done]) * row > shutil.disk_usage(file.parent).free * 0.9:
+                say("no room on this disk for the captions' states: going on without", run.quiet)
+                return
+            with bar(f"reading {name} captions", len(captions), run.quiet, done) as advance:
+                for i in range(done, len(captions), BLOCK):
+                    block = captions[i : i + BLOCK]
+                    states = model.states(block).cpu().contiguous()
+                    stream.write(states.view(torch.uint8).numpy().tobytes())
+                    stream.flush()
+                    advance(len(block))
+                    if run.stop:
+                        raise Interrupted
+        numbers = torch.from_file(str(file), size=size * probe.shape[1], dtype=probe.dtype)
+        self.store = numbers.view(size, -1)
 
     def of(self, captions: list[list[int]]) -> list[Tensor] | None:
         """The states (rows, d) of each caption, or None where they are not kept."""
@@ -236,30 +251,7 @@ class TextStates:
         return [self.store[self.rows[tuple(c)]] for c in captions]
 
 
-def cached(
-    run: Run, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, fresh: bool = False
-) -> tuple[Tensor | None, bool]:
-    """A tensor that lives in a file of the run, and whether it is new (zeros).
-
-    None where the disk has no room for it.
-    """
-    folder = run.out / "features"
-    folder.mkdir(parents=True, exist_ok=True)
-    file, need = folder / name, math.prod(shape) * dtype.itemsize
-    fresh = fresh or not file.exists() or file.stat().st_size != need
-    if fresh:
-        file.unlink(missing_ok=True)
-        if need > shutil.disk_usage(folder).free * 0.9:
-            return None, True
-        with file.open("wb") as stream:
-            stream.truncate(need)
-    if not need:
-        return torch.zeros(shape, dtype=dtype), fresh
-    kept = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype)
-    return kept.view(shape), fresh
-
-
-def prepare(records: list[data.Record], model: Model, job: Job) -> list[list[list[int]]]:
+def prepare(records: list[data.Record], model: Any, job: Job) -> list[list[list[int]]]:
     """Caption ids of each record, cut to max_tokens and to what the model has room for.
 
     Of a question: its ids with each of its answers, the most frequent one first, repeats kept.
@@ -273,32 +265,6 @@ def prepare(records: list[data.Record], model: Model, job: Job) -> list[list[lis
     return [[next(ids) for _ in r.captions] for r in records]
 
 
-def batches(
-    groups: list[Group],
-    order: list[list[int]],
-    pictures: Pictures,
-    states: TextStates,
-    model: Model,
-    seed: int,
-    epoch: int = 0,
-) -> Iterator[Batch | Pairs | None]:
-    """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
-    wanted = ([groups[g].record for g in micro] for micro in order)
-    for micro, seen in zip(order, pictures.stream(wanted, epoch), strict=True):
-        good = [(g, p) for g, p in zip(micro, seen, strict=True) if isinstance(p, Tensor)]
-        for broken in (p for p in seen if not isinstance(p, Tensor)):
-            print(f"tinyvl: skipping {broken}", file=sys.stderr)
-        if not good:
-            yield None  # keeps its place, so that a resumed run counts the same
-            continue
-        read = [groups[g].read(seed, epoch) for g, _ in good]
-        captions = [c for lines in read for c in lines]
-        rows = [row for row, lines in enumerate(read) for _ in lines]
-        seen = torch.stack([p for _, p in good])
-        keys = [pictures.keys[groups[g].record] for g, _ in good]
-        yield model.collate(captions, rows, seen, keys, states.of(captions))
-
-
 class Feed:
     """The micro-batches of a run: those of each optimizer step, and those to validate on."""
 
@@ -306,24 +272,25 @@ class Feed:
         self,
         train: list[data.Record],
         val: list[data.Record],
-        model: Model,
+        model: Any,
         job: Job,
         run: Run,
         store: FeatureStore | None = None,
+        dtype: str = "fp16",
     ):
+        """Args: see `Pictures`. Raises UserError where none of the pictures can be read."""
         self.model, self.job = model, job
         self.pictures = Pictures(
-            train, model, run, "train", job.views, job.seed, store=store, crops=job.crops
+            train, model, run, "train", job.views, job.seed, store, job.crops, dtype
         )
-        self.val_pictures = Pictures(val, model, run, "val", store=store)
+        self.val_pictures = Pictures(val, model, run, "val", store=store, dtype=dtype)
         tokens = prepare(train, model, job)
         for i in self.pictures.bad:
             tokens[i] = []
-        cider = job.objective == "cider"  # reads pictures; the captions are sampled
-        self.states = TextStates([] if cider else tokens, model, run, "train")
-        if cider:
+        cider, vqa = job.objective == "cider", job.task == "vqa"
+        if cider:  # reads pictures; the captions are sampled
             self.groups = [Group(i, lines[:1]) for i, lines in enumerate(tokens) if lines]
-        elif job.task == "vqa":
+        elif vqa:
             self.groups = [Group(i, lines, drawn=True) for i, lines in enumerate(tokens) if lines]
         else:
             self.groups = groups_of(tokens, min(job.per_image, run.micro, job.recipe.batch))
@@ -336,17 +303,15 @@ class Feed:
             if i not in self.val_pictures.bad
         ]
         known = [] if cider else [g.captions for g in self.val_groups]
+        self.states = TextStates([] if cider else tokens, model, run, "train")
         self.val_states = TextStates(known, model, run, "val")
-        order = sorted(
-            range(len(self.val_groups)), key=lambda g: len(self.val_groups[g].captions[0])
-        )
+        lengths = [len(g.captions[0]) for g in self.val_groups]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self.val_order = [order[i : i + run.micro] for i in range(0, len(order), run.micro)]
 
         self.size = sum(1 if g.drawn else len(g.captions) for g in self.groups)
         self.size *= job.samples if cider else 1
-        self.kind = (
-            "questions" if job.task == "vqa" else "sampled captions" if cider else "captions"
-        )
+        self.kind = "questions" if vqa else "sampled captions" if cider else "captions"
         mean = self.size / len(self.groups)
         self.micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
         self.per_step = max(1, round(job.recipe.batch / (self.micro * mean)))  # micro-batches
@@ -355,29 +320,51 @@ class Feed:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.pictures.paths):,} pictures, "
-            f"{self.size:,} {self.kind}, "
+            f"{len(self.pictures.paths):,} pictures, {self.size:,} {self.kind}, "
             f"{len(self.val_groups):,} pictures to validate on"
         )
 
     def steps(self, epoch: int, done: int) -> Iterator[list[Batch | Pairs]]:
-        """The micro-batches of each step of an epoch behind the first ``done``.
+        """The micro-batches of each step of an epoch after the first ``done``.
 
-        None at all where every picture of a step is unreadable.
+        A list is empty where every picture of a step is unreadable.
         """
-        order = data.length_buckets(
-            self.lengths, self.micro, self.job.seed, epoch,
-            **({"pool": self.per_step, "shuffle": False} if self.model.whole_steps else {}),
-        )  # fmt: skip
+        # Where a loss compares the captions of a step, a step is a random part of the epoch.
+        pools: Any = {"pool": self.per_step, "shuffle": False} if self.model.whole_steps else {}
+        order = data.length_buckets(self.lengths, self.micro, self.job.seed, epoch, **pools)
         order = order[done * self.per_step :]
-        source = batches(
-            self.groups, order, self.pictures, self.states, self.model, self.job.seed, epoch
-        )
+        found = self.batches(self.groups, order, self.pictures, self.states, epoch)
         for _ in range(done, self.steps_per_epoch):
-            yield [batch for batch in islice(source, self.per_step) if batch is not None]
+            yield [batch for batch in islice(found, self.per_step) if batch is not None]
 
-    def validation(self) -> Iterator[Batch | Pairs | None]:
-        return batches(
-            self.val_groups, self.val_order, self.val_pictures, self.val_states, self.model,
-            self.job.seed,
-        )  # fmt: skip
+    def validation(self) -> Iterator[Batch | Pairs]:
+        """The micro-batches to validate on."""
+        parts = self.val_groups, self.val_order, self.val_pictures, self.val_states
+        return (batch for batch in self.batches(*parts) if batch is not None)
+
+    def batches(
+        self,
+        groups: list[Group],
+        order: list[list[int]],
+        pictures: Pictures,
+        states: TextStates,
+        epoch: int = 0,
+    ) -> Iterator[Batch | Pairs | None]:
+        """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
+        wanted = [[groups[g].record for g in micro] for micro in order]
+        for micro, seen in zip(order, pictures.stream(wanted, epoch), strict=True):
+            good: list[tuple[Group, Tensor]] = []
+            for g, picture in zip(micro, seen, strict=True):
+                if isinstance(picture, Tensor):
+                    good.append((groups[g], picture))
+                else:
+                    print(f"tinyvl: skipping {picture}", file=sys.stderr)
+            if not good:
+                yield None  # keeps its place, so that a resumed run counts the same
+                continue
+            read = [group.read(self.job.seed, epoch) for group, _ in good]
+            captions = [c for lines in read for c in lines]
+            rows = [row for row, lines in enumerate(read) for _ in lines]
+            keys = [pictures.keys[group.record] for group, _ in good]
+            together = torch.stack([picture for _, picture in good])
+            yield self.model.collate(captions, rows, together, keys, states.of(captions))

@@ -8,18 +8,20 @@ https://arxiv.org/abs/2003.09971), which needs no greedy decoding:
 
     loss = - Σ_k (r_k - mean of the other r) log p(caption_k) / tokens
 
-The end of a caption counts as a word of the rewards. Without it, captions that break off ("a man
-in front of a") score as well as whole ones. Made for a captioner that cross-entropy has trained.
+The rewards count the end of a caption as a word. Without it, captions that break off ("a man in
+front of a") score as well as whole ones. The captioner must have been trained by cross-entropy.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyvl import decode
 from tinyvl.captioner import Batch, Captioner, collate
+from tinyvl.data import Record
 from tinyvl.metrics_cider import Cider, tokenise
 
 END = "</s>"
@@ -29,10 +31,10 @@ class SelfCritical:
     """The objective in place of cross-entropy: `accumulate` and `validate` of a `Captioner`.
 
     Args:
-        references: {a picture's key in a `Batch`: its captions}.
-        val_references: the same of the pictures to validate on.
+        references: {a picture's key in a `Batch`: its captions}, to train on.
+        val_references: the same for the pictures to validate on.
         samples: K.
-        max_tokens: of a sampled caption.
+        max_tokens: the length of a sampled caption at most, its end included.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class SelfCritical:
         for row, hypothesis in enumerate(found):
             if not hypothesis.finished:  # its end was not sampled
                 new.targets[row, 1 + len(model.prompt) + len(hypothesis.tokens)] = False
-        keys = batch.keys[rows].tolist()
+        keys = keys_of(batch)[rows].tolist()
         rewards = [
             self.cider.score(self.number[key], words(model.text.decode(h.tokens), h.finished))
             for key, h in zip(keys, found, strict=True)
@@ -96,7 +98,7 @@ class SelfCritical:
         line = [model.text.bos, *model.prompt]
         prompt = torch.tensor([line] * len(rows), device=model.device)
         step = model.stepper(visual, len(rows))
-        common = {
+        common: dict[str, Any] = {
             "eos": model.text.eos,
             "max_new_tokens": min(self.max_tokens, model.room),
             "forbid": model.text.spare(model.decoder.config.vocab_size),
@@ -104,7 +106,7 @@ class SelfCritical:
         if sampling is None:
             return decode.greedy(step, prompt, **common)
         nth = torch.arange(len(rows)) % self.samples
-        indices = (batch.keys[rows.cpu()] * self.samples + nth).tolist()
+        indices = (keys_of(batch)[rows.cpu()] * self.samples + nth).tolist()
         return decode.sample(step, prompt, seed=sampling, indices=indices, **common)
 
     @torch.no_grad()
@@ -113,10 +115,24 @@ class SelfCritical:
         model, scores = self.model.eval(), []
         for batch in batches:
             found = self.write(batch, torch.arange(len(batch.pictures)))
-            for key, h in zip(batch.keys.tolist(), found, strict=True):
+            for key, h in zip(keys_of(batch).tolist(), found, strict=True):
                 caption = words(model.text.decode(h.tokens), h.finished)
                 scores.append(self.val_cider.score(self.val_number[key], caption))
         return -sum(scores) / len(scores) if scores else math.nan
+
+
+def keys_of(batch: Batch) -> Tensor:
+    """(I,) the numbers of a batch's pictures, which name their references."""
+    assert batch.keys is not None
+    return batch.keys
+
+
+def captions_of(keys: Sequence[int], records: Sequence[Record]) -> dict[int, list[str]]:
+    """{a picture's key: the captions of all its records}."""
+    found: dict[int, list[str]] = {}
+    for key, record in zip(keys, records, strict=True):
+        found.setdefault(key, []).extend(record.captions)
+    return found
 
 
 def scorer(references: dict[int, list[str]]) -> tuple[Cider, dict[int, int]]:

@@ -1,11 +1,21 @@
-"""A training run: how it is asked to stop."""
+"""The folder of a training run: its saved state and log, resuming, and how it is asked to stop."""
 
+import json
+import math
+import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
 
-from tinyvl import UserError
-from tinyvl.presets import Run
+import torch
+from torch import Tensor
+
+from tinyvl import UserError, files
+from tinyvl.presets import Job, Run
 
 
 class Interrupted(UserError):
@@ -16,7 +26,7 @@ class Interrupted(UserError):
 
 
 @contextmanager
-def stopping(run: Run):
+def stopping(run: Run) -> Iterator[None]:
     """SIGINT and SIGTERM ask the run to save and end; a second SIGINT ends it at once."""
 
     def ask(number, frame):
@@ -31,3 +41,123 @@ def stopping(run: Run):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_features(job: Job, run: Run) -> None:
+    """Refuses options that contradict a finished cache (``run.features``) with a `UserError`."""
+    if run.features is None:
+        return
+    if job.options.get("size"):
+        raise UserError("--features are of the encoder's own size: leave out --size.", 2)
+    if job.views > 1 or job.crops:
+        raise UserError(
+            "--features has one view of each picture: leave out --views and --crops.", 2
+        )
+    if not run.cache:
+        raise UserError("--features and --no-cache contradict each other: leave out one.", 2)
+    theirs = run.features.absolute()
+    if (run.out / "features").absolute() in (theirs, *theirs.parents):
+        raise UserError(
+            f"{run.features}: a run keeps its own features there and deletes them at its end; "
+            "keep these outside of --out.",
+            2,
+        )
+
+
+def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None) -> None:
+    """Makes the folder of a new run, or checks that a run may be resumed.
+
+    Args:
+        settings: what decides the result.
+        started: the settings the run was started with; None: it is new.
+
+    Raises:
+        UserError: a new run would overwrite another, or the settings differ.
+    """
+    if started is None:
+        if not run.resume and any(
+            (run.out / name).exists() for name in ("training.safetensors", "model.safetensors")
+        ):
+            raise UserError(
+                f"{run.out}: there is a run here already; continue it with --resume, or choose "
+                "another --out.",
+                2,
+            )
+        shutil.rmtree(run.out / "features", ignore_errors=True)  # of a start that saved nothing
+        run.out.mkdir(parents=True, exist_ok=True)
+        return
+    changed = [name for name in settings if settings[name] != started.get(name)]
+    if changed:
+        name = changed[0]
+        old, new = started.get(name), settings[name]
+        if isinstance(old, dict) and isinstance(new, dict):  # a recipe, options
+            part = next(n for n in {**new, **old} if old.get(n) != new.get(n))
+            name, old, new = f"{name}.{part}", old.get(part), new.get(part)
+        raise UserError(
+            f"{run.out}: this run was started with {name} = {old!r}, not {new!r}; "
+            "resume it with the same settings, or choose another --out.",
+            2,
+        )
+    for part in run.out.glob(".*.safetensors.*"):  # a file that a kill left half written
+        part.unlink()
+
+
+@dataclass
+class State:
+    """What a resumed run needs: kept in one file, which `save` replaces at once."""
+
+    file: Path
+    parameters: dict[str, torch.nn.Parameter]
+    average: dict[str, Tensor]  # of the parameters; empty if there is none
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def save(self, step: int, best: float) -> None:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"model/{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():  # none before an update
+                tensors[f"{key}/{name}"] = value
+        tensors |= {f"average/{name}": value for name, value in self.average.items()}
+        meta = {"step": step, "best": best, "scaler": self.scaler.state_dict()}
+        files.write_tensors(self.file, tensors, {"training": json.dumps(meta)})
+
+    def restore(self) -> tuple[int, float]:
+        """Fills in what was saved; -> (steps done, best validation loss)."""
+        from safetensors import safe_open
+
+        if not self.file.exists():  # stopped before anything was saved
+            return 0, math.inf
+        with safe_open(self.file, "pt") as file, torch.no_grad():
+            meta, kept = json.loads(file.metadata()["training"]), set(file.keys())
+            for name, parameter in self.parameters.items():
+                parameter.copy_(file.get_tensor(f"model/{name}"))
+                if name in self.average:
+                    self.average[name].copy_(file.get_tensor(f"average/{name}"))
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"{key}/{name}" in kept:
+                        value = file.get_tensor(f"{key}/{name}")
+                        value = value if key == "step" else value.to(parameter.device)
+                        self.optimizer.state[parameter][key] = value
+        self.scaler.load_state_dict(meta["scaler"])
+        return meta["step"], meta["best"]
+
+
+def open_log(run: Run, step: int) -> TextIO:
+    """The run's log.jsonl after this step, to be appended to.
+
+    Lines of steps that will be taken again go, and so does a line cut off by a kill.
+    """
+    file, kept = run.out / "log.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+    files.write_text(file, "".join(kept))
+    return file.open("a", encoding="utf-8")
+
+
+def write(log: TextIO, **values: float) -> None:
+    """A line of log.jsonl. Numbers that are not finite become null: JSON has no infinity."""
+    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    print(json.dumps(finite), file=log, flush=True)

@@ -1,0 +1,50 @@
+"""What does not fit in memory is cut up, and what cannot be cut further is said."""
+
+import pytest
+import torch
+
+from tinyvl import UserError
+from tinyvl.device import Pieces
+
+
+def attempts(room: int, size: int, tried: list[int]):
+    """Work on ``size`` items, of which ``room`` fit at once; ``tried`` notes the pieces."""
+
+    def attempt(number: int) -> int:
+        tried.append(number)
+        if -(-size // number) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return number
+
+    return attempt
+
+
+def test_pieces_are_halved_until_they_fit_and_stay_so(capsys):
+    pieces, tried = Pieces("One picture", "use --device cpu"), []
+    assert pieces.run(attempts(3, 10, tried), 10) == 4
+    assert tried == [1, 2, 4]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[-1] for line in said] == ["2", "4"]
+    assert all("out of memory" in line for line in said)
+    tried.clear()
+    assert pieces.run(attempts(3, 10, tried), 10) == 4
+    assert tried == [4]  # what is learnt of one batch holds for the next
+    assert pieces.run(attempts(3, 2, tried), 2) == 2  # no more pieces than there are items
+    assert tried == [4, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_does_not_fit_in_single_pieces_is_an_error(capsys):
+    pieces, tried = Pieces("One picture", "use --device cpu"), []
+    with pytest.raises(UserError, match=r"One picture does not fit in .* memory; use --device cpu"):
+        pieces.run(attempts(0, 3, tried), 3, quiet=True)
+    assert tried == [1, 2, 3]
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_are_not_caught():
+    def attempt(number):
+        raise ValueError("another")
+
+    with pytest.raises(ValueError, match="another"):
+        Pieces("One picture", "").run(attempt, 4)
