@@ -126,7 +126,7 @@ def test_inspect_needs_neither_weights_nor_network(checkpoint, monkeypatch):
         raise AssertionError("no network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(models.hub, "fetch", refuse)
+    monkeypatch.setattr(hub, "fetch", refuse)
     shutil.rmtree(checkpoint.parent / "lm")
     found = models.inspect(str(checkpoint))
     # two modules: q, k, v with biases, and o, at r = 8 between d = 48 and D = 32

@@ -176,7 +176,7 @@ def captions_of(pictures: Pictures, records: list[Record]) -> dict[int, list[str
 
 
 def parameter_groups(
-    model: models.Model, parameters: dict[str, torch.nn.Parameter], recipe: Recipe
+    model: models.Method, parameters: dict[str, torch.nn.Parameter], recipe: Recipe
 ) -> list[dict[str, Any]]:
     """AdamW's groups: those of the schedule and those of a fixed rate, by name, with decay or not.
 
@@ -233,8 +233,8 @@ def write(log: TextIO, **values: float) -> None:
 
 
 def accumulate(
-    model: models.Model,
-    objective: models.Model | train_cider.SelfCritical,
+    model: models.Method,
+    objective: models.Method | train_cider.SelfCritical,
     taken: list[Batch] | list[Pairs],
     scaler: torch.amp.GradScaler,
     pieces: int,
