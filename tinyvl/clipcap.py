@@ -92,6 +92,7 @@ class ClipCap(Captioner):
         """
         super().__init__(encoder, decoder, text, prompt, length)
         width, vision_width = decoder.config.embed_size, encoder.widths[-1]
+        self.mapping: nn.Module
         if mapping == "transformer":
             self.mapping = Transformer(vision_width, width, length, layers, heads)
         else:

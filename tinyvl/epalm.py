@@ -134,12 +134,11 @@ class EPalm(Captioner):
         )
         self.soft = SoftPrompt(soft, c.embed_size, mlp) if soft and not deep else None
         self.deep = SoftPrompt(c.layers * soft, c.hidden_size, mlp) if soft and deep else None
-        self.adapters = nn.ModuleDict(
-            {
-                str(i): nn.ModuleList(Adapter(c.hidden_size, adapters) for _ in range(2))
-                for i in range(c.layers if adapters else 0)
-            }
-        )
+        self.adapters = nn.ModuleDict()
+        if adapters:
+            for i in range(c.layers):
+                pair = (Adapter(c.hidden_size, adapters) for _ in range(2))
+                self.adapters[str(i)] = nn.ModuleList(pair)
         self.unfrozen = [TOWERS[name] for name in unfreeze or []]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trainable(name))
@@ -199,7 +198,8 @@ class EPalm(Captioner):
 
     @property
     def added(self) -> Adapters:
-        return {int(i): tuple(pair) for i, pair in self.adapters.items()}
+        pairs = {int(i): tuple(pair.children()) for i, pair in self.adapters.items()}
+        return {i: (first, second) for i, (first, second) in pairs.items()}
 
     def pick(self, visual: Prefix, rows: Tensor) -> Prefix:
         return {

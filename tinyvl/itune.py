@@ -21,6 +21,8 @@ some of the colours, parts and places; and the tokens of an enlarged picture, wh
 append to its own.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -132,7 +134,8 @@ class ITune(Captioner):
     def see(self, percept: Percept) -> dict[int, KeysValues]:
         tokens = percept.tokens if self.lower is None else self.lower(percept.tokens)
         tokens = F.dropout(tokens, self.dropout, self.training)
-        return {int(i): module.see(tokens) for i, module in self.itune.items()}
+        modules: dict[str, Any] = dict(self.itune.items())
+        return {int(i): module.see(tokens) for i, module in modules.items()}
 
     def pick(self, visual: dict[int, KeysValues], rows: Tensor) -> dict[int, KeysValues]:
         return {i: (k[rows], v[rows]) for i, (k, v) in visual.items()}

@@ -75,7 +75,8 @@ class Adapter(nn.Module):
 def add_layerwise_adapters(model: nn.Module) -> int:
     """Two adapters in each layer of a timm ViT or a BERT, initialised as each is; -> how many."""
     count = 0
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if all(hasattr(module, name) for name in ("norm1", "attn", "norm2", "mlp")):
             for name in ("norm1", "norm2"):
                 norm = getattr(module, name)
@@ -113,10 +114,11 @@ class MapAdapter(nn.Module):
 
 def unlocked(model: nn.Module, tuning: Tuning, depth: int) -> frozenset[str]:
     """Names of a tower's trainable parameters; ``depth`` counts its pretrained layers."""
+    norm: tuple[type[nn.Module], ...] = norm_types()
     norms = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
-        if isinstance(module, norm_types())
+        if isinstance(module, norm)
         for name, _ in module.named_parameters()
     }
     kinds: dict[str, Callable[[str], bool]] = {
@@ -283,6 +285,8 @@ class LilT(DualEncoder):
         loss = self.loss(images, texts, batches)
         (scaler.scale(loss) if scaler else loss).backward()
         if several:
+            assert images.grad is not None
+            assert texts.grad is not None
             image_grads = images.grad.split([len(batch.keys) for batch in batches])
             text_grads = texts.grad.split([len(batch.ids) for batch in batches])
             for i, gradients in enumerate(zip(image_grads, text_grads, strict=True)):

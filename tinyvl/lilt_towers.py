@@ -39,7 +39,7 @@ def image_model(
         overlay = {"input_size": (3, size, size)}
         changes = {"pretrained_cfg_overlay": overlay, "img_size": size}
     try:
-        model = build_timm(config, **changes)
+        model: Any = build_timm(config, **changes)
     except TypeError:  # a CNN: it takes any size
         changes.pop("img_size", None)
         model = build_timm(config, **changes)
@@ -60,6 +60,10 @@ def image_model(
 
 class ImageTower(ImageEncoder):
     """A timm model of which a part may be trained. uint8 (B, 3, H, W) -> tokens (B, S, D)."""
+
+    model: Any  # timm's
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, model: nn.Module, *, fit: str, pool: str, tuned: frozenset[str], map_adapter: bool
@@ -101,6 +105,8 @@ class ImageTower(ImageEncoder):
 
 class TextTower(TextEncoder):
     """A BERT of which a part may be trained. ids, mask (B, T) -> vectors (B, D)."""
+
+    model: Any  # transformers', or that of `bert`
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, clean: bool, pool: str, tuned: frozenset[str]

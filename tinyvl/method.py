@@ -21,8 +21,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        fields = vars(self).items()
-        moved = {name: x if x is None else x.to(device, non_blocking=True) for name, x in fields}
+        moved: dict[str, Any] = {
+            name: x if x is None else x.to(device, non_blocking=True)
+            for name, x in vars(self).items()
+        }
         return replace(self, **moved)
 
     def split(self, pieces: int) -> list[Self]:
@@ -34,7 +36,7 @@ class MicroBatch:
         for i in range(0, len(self.ids), size):
             part = slice(i, i + size)
             used, rows = self.rows[part].unique(return_inverse=True)
-            own = {
+            own: dict[str, Any] = {
                 name: x if x is None else x[used if name in PER_PICTURE else part]
                 for name, x in vars(self).items()
             }

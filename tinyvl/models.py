@@ -36,11 +36,10 @@ from tinyvl.models_build import (
     with_options,
 )
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, architecture
-from tinyvl.text import read_text
 
 __all__ = [
     "CONFIGS", "Method", "architecture", "build", "check_options", "new_config", "place",
-    "read_text", "role_of", "with_options",
+    "role_of", "with_options",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parent / "checkpoints"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tinyvl import UserError, hub
+from tinyvl.text import Questions, Text, read_text
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
@@ -108,7 +109,7 @@ def build(
             f"{config.get('format')!r}; this tinyvl reads {', '.join(METHODS)} in format 1.",
             2,
         )
-    assemble = lilt if config["method"] == "lilt" else captioner
+    assemble = build_lilt if config["method"] == "lilt" else build_captioner
     if not weights:
         with torch.device("meta"):
             return assemble(config, None, precision)
@@ -140,7 +141,7 @@ def settings(kind: type, options: dict[str, Any]) -> SimpleNamespace:
 
 
 def one_of(known: Iterable[str], **given: str) -> None:
-    """Refuses an option whose value is not one of these."""
+    """Raises a UserError for an option whose value is not one of these."""
     for name, value in given.items():
         if value not in known:
             raise UserError(f"--{name} is one of {', '.join(known)}, not {value!r}.", 2)
@@ -149,15 +150,17 @@ def one_of(known: Iterable[str], **given: str) -> None:
 # -------------------------------------------------------------------------------------- captioners
 
 
-def captioner(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) -> "Captioner":
+def build_captioner(
+    config: dict, folders: dict[str, Path] | None, precision: torch.dtype
+) -> "Captioner":
     """A captioner over the backbones in these folders; None: parameters only, random."""
     from tinyvl.decoder import Decoder
     from tinyvl.decoder_weights import decoder_config, load_decoder
     from tinyvl.encoders_av import build_encoder
-    from tinyvl.text import Text, read_text
 
     kind = class_of(config["method"])
     lm, vision = config["decoder"], config["vision"]
+    encoder: Any
     if folders is None:
         encoder = build_encoder(vision, levels=kind.levels)
         decoder, text = Decoder(decoder_config(lm["config"])), Text(None, 0, 0)
@@ -170,20 +173,13 @@ def captioner(config: dict, folders: dict[str, Path] | None, precision: torch.dt
 
 
 def with_options(
-    method: str,
-    encoder: "ImageEncoder",
-    decoder: Any,
-    text: Any,
-    prompt: str,
-    options: dict[str, Any],
+    method: str, encoder: Any, decoder: Any, text: Any, prompt: str, options: dict[str, Any]
 ) -> "Captioner":
     """A captioner with the options of a ``config.json``.
 
     Raises:
         UserError: an option is refused, or prompt and prefix leave no room for text.
     """
-    from tinyvl.text import Questions
-
     own = {name: value for name, value in options.items() if name not in QUESTIONS}
     check_options(method, options, decoder.config, encoder)
     wide = encoder.width
@@ -209,11 +205,7 @@ def with_options(
 def check_options(
     method: str, options: dict[str, Any], c: "DecoderConfig", encoder: "ImageEncoder"
 ) -> None:
-    """Refuses options of a captioner that do not fit its decoder or its encoder.
-
-    Raises:
-        UserError: says which option, and why.
-    """
+    """Raises a UserError for a captioner's option that does not fit its decoder or encoder."""
     check = {"itune": check_itune, "epalm": check_epalm, "clipcap": check_clipcap}[method]
     check(settings(class_of(method), options), c, encoder)
 
@@ -263,7 +255,7 @@ def check_epalm(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder")
 
 
 def within(name: str, given: list[int] | None, number: int) -> None:
-    """Refuses a range [first, end) that is not within so many."""
+    """Raises a UserError for a range [first, end) that is not within so many."""
     if given is not None and not 0 <= given[0] < given[1] <= number:
         raise UserError(
             f"--{name} {given[0]}:{given[1]} is not within the {number} there are (0:{number}).", 2
@@ -273,7 +265,7 @@ def within(name: str, given: list[int] | None, number: int) -> None:
 # -------------------------------------------------------------------------------------------- LilT
 
 
-def lilt(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) -> "LilT":
+def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) -> "LilT":
     """LilT over the backbones "image" and "text"; None: parameters only, random.
 
     The tower of a side that is not in ``folders`` is left out, and its projection.
@@ -298,11 +290,7 @@ def lilt(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) 
 
 
 def check_lilt(tunings: "list[Tuning]", random: bool) -> None:
-    """Refuses what a `Tuning` cannot be.
-
-    Raises:
-        UserError: says which option, and why.
-    """
+    """Raises a UserError for tunings that contradict themselves, or random towers."""
     from tinyvl.lilt import ADAPTERS, UNLOCKS
 
     for tuning in tunings:
@@ -326,11 +314,7 @@ def check_lilt(tunings: "list[Tuning]", random: bool) -> None:
 def image_tower(
     image: dict, tuning: "Tuning", folder: Path | None, size: int | None, random: bool
 ) -> "ImageTower":
-    """The image tower, with what a `Tuning` adds and unlocks.
-
-    Raises:
-        UserError: the model does not have what the tuning asks for.
-    """
+    """The image tower, tuned; a UserError where it lacks what the tuning asks for."""
     from safetensors.torch import load_file
 
     from tinyvl.lilt import add_layerwise_adapters
@@ -360,13 +344,10 @@ def image_tower(
 def text_tower(
     text: dict, tuning: "Tuning", folder: Path | None, clean: bool, random: bool, plain: bool
 ) -> "TextTower":
-    """The text tower, with what a `Tuning` adds and unlocks.
+    """The text tower, tuned; a UserError where it lacks what the tuning asks for.
 
     Without ``plain`` it is our own BERT where that can read the checkpoint, because importing
     transformers takes longer than a query.
-
-    Raises:
-        UserError: the model does not have what the tuning asks for.
     """
     from tinyvl import bert
     from tinyvl.encoders_text import build_text_model, load_text_model, load_tokenizer
@@ -374,6 +355,8 @@ def text_tower(
     from tinyvl.lilt_towers import TextTower
 
     grow, where = tuning.adapter == "deep", text["name"]
+    model: Any
+    tokenizer: Any
     if folder and not plain and bert.readable(folder):
         model, tokenizer = bert.load(folder, grow=grow)
     else:
@@ -389,7 +372,7 @@ def text_tower(
 
 
 def tuned_names(model: nn.Module, tuning: "Tuning", depth: int, where: str) -> frozenset[str]:
-    """`lilt.unlocked`, refused where nothing of the kind is there."""
+    """`lilt.unlocked`; a UserError where the model has nothing of that kind."""
     from tinyvl.lilt import unlocked
 
     if tuning.unlock != "none" and not unlocked(model, replace(tuning, adapter="none"), depth):

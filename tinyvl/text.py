@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 class Text:
     """A `tokenizers.Tokenizer` with the decoder's begin and end: text <-> ids."""
 
-    def __init__(self, tokenizer: "Tokenizer", bos: int, eos: int):
-        self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
+    def __init__(self, tokenizer: "Tokenizer | None", bos: int, eos: int):
+        """``tokenizer`` None: where only parameters are counted."""
+        self.tokenizer: Any = tokenizer
+        self.bos, self.eos = bos, eos
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of the bare texts, without begin and end."""
