@@ -7,11 +7,11 @@ texts of a batch, divided by a learned temperature (section 2.1):
 
     L = ½ (cross-entropy of each text among the images + of each image among the texts)   (1)
 
-The towers are locked but for what a `Tuning` adds or unlocks (section 2.2). Layerwise adapters
+The towers are locked but for what a `Tuning` adds (2.2) or unlocks (2.3). Layerwise adapters
 stand where the authors' code has them: on a ViT block's branch, before norm1 and norm2; in BERT
 after the dense layer and its dropout, before the LayerNorm that adds the residual. A deep adapter
-is one more layer on top of a stack. The pretrained models are in ``lilt_towers.py``, with what
-has to be asked of them in training.
+is one more layer on top of a stack. The pretrained models, and what training asks of them, are in
+``lilt_towers.py``.
 
 What differs from the authors' code: the loss sees the whole batch, not each GPU's part; the
 temperature has no weight decay; pictures are normalised as the encoder was trained; two captions
@@ -23,12 +23,12 @@ A CNN has no [CLS] and no layers to put adapters in. It is read by the mean of i
 map, or by a `MapAdapter`.
 """
 
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -253,7 +253,7 @@ class LilT(DualEncoder):
         """Equation 1 over all the pairs of some micro-batches, given their vectors."""
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
-        starts = [0, *accumulate(len(batch.keys) for batch in batches)]
+        starts = [0, *itertools.accumulate(len(batch.keys) for batch in batches)]
         rows = torch.cat([b.rows + start for b, start in zip(batches, starts, strict=False)])
         keys = torch.cat([batch.keys for batch in batches])
         return contrastive_loss(images, texts, rows, keys, self.temperature)

@@ -67,12 +67,12 @@ class Method(Protocol):
     retrieve, LilT has `embed_images` and `embed_texts`.
     """
 
-    encoder: Any  # what pictures go through: size, view, crop, modality, ...
-    text: Any  # what texts go through
+    encoder: Any  # reads pictures: size, view, crop, modality, ...
+    text: Any  # reads texts
     amp: torch.dtype | None  # autocast's type, set by `place`
     crop_area: float  # the least share of a picture's area that a random crop keeps
     reads: str  # the part of a percept that the method reads: "tokens" or "summaries"
-    whole_steps: bool  # the loss compares all of a step: order matters, pieces must be of a step
+    whole_steps: bool  # the loss compares all pairs of a step with each other
 
     @property
     def device(self) -> torch.device: ...
