@@ -60,7 +60,8 @@ def ours(theirs: transformers.PreTrainedModel, **options) -> ClipCap:
     state = {k: v.clone() for k, v in theirs.state_dict().items()}
     decoder = build_decoder(raw["model_type"], state, decoder_config(raw), torch.float32, "test")
     torch.manual_seed(1)
-    model = ClipCap(Eyes(), decoder, Text(Words(), 0, 0), vision_width=20, **options)
+    text, prompt = Text(Words(), 0, 0), options.pop("prompt", "")
+    model = models.with_options("clipcap", Eyes(), decoder, text, prompt, options)
     for parameter in model.mapping.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # norms and biases too
     return model.eval()

@@ -9,7 +9,7 @@ from tinyvl import UserError, models, presets
 from tinyvl.decoder import Cache
 from tinyvl.decoder_weights import build_decoder, decoder_config
 from tinyvl.encoders import Percept
-from tinyvl.epalm import Adapter, EPalm
+from tinyvl.epalm import Adapter, EPalm, level_in
 from tinyvl.text import Text
 
 LAYERS, WIDTH = 5, 48
@@ -89,8 +89,8 @@ def ours(theirs: transformers.PreTrainedModel, words: int = 60, **options) -> EP
     state = {k: v.clone() for k, v in theirs.state_dict().items()}
     decoder = build_decoder(raw["model_type"], state, decoder_config(raw), torch.float32, "test")
     torch.manual_seed(1)
-    text = Text(Words(words), 0, 0)
-    model = EPalm(Eyes(), decoder, text, vision_width=20, **options)
+    text, prompt = Text(Words(words), 0, 0), options.pop("prompt", "")
+    model = models.with_options("epalm", Eyes(), decoder, text, prompt, options)
     for name, parameter in model.named_parameters():
         if model.trainable(name) and name.startswith("adapters"):
             parameter.data = 0.3 * torch.randn_like(parameter)  # not next to nothing
@@ -264,6 +264,20 @@ def test_the_slot_is_seen_from_its_first_layer_on_and_each_level_in_its_share():
             assert torch.equal(model.run(ids, model.slot(other)), base)
 
 
+@pytest.mark.parametrize(
+    ("layers", "levels", "expected"),
+    [
+        (12, 6, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]),  # the paper's
+        (8, 3, [0, 0, 0, 1, 1, 1, 2, 2]),  # the authors' code: 0, 0, 1, 1, 2, 2, 2, 2
+        (4, 4, [0, 1, 2, 3]),
+        (3, 1, [0, 0, 0]),
+    ],
+)
+def test_levels_share_the_layers(layers, levels, expected):
+    inject = range(20, 20 + layers)
+    assert [level_in(layer, inject, levels) for layer in inject] == expected
+
+
 def test_defaults_are_the_papers_ranges():
     model = ours(peer("opt"))
     assert (model.inject, model.extract) == (range(3, 5), range(2, 4))  # half of 5 layers
@@ -337,7 +351,11 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
     decoder = build_decoder(raw["model_type"], state, decoder_config(raw), torch.float32, "test")
     eyes, text = Eyes([8, 16, 20]), Text(Words(), 0, 0)
     with pytest.raises(UserError, match="differ in width"):
-        EPalm(eyes, decoder, text, vision_width=20, shared=True)
+        models.with_options("epalm", eyes, decoder, text, "", {"shared": True})
+    with pytest.raises(UserError, match="--tokens is one of cls, all, not 'patch'"):
+        models.with_options("epalm", eyes, decoder, text, "", {"tokens": "patch"})
+    with pytest.raises(UserError, match="--task is one of caption, vqa, not 'gqa'"):
+        models.with_options("epalm", eyes, decoder, text, "", {"task": "gqa"})
     model = EPalm(eyes, decoder, text, vision_width=20)  # a connection each
     assert [layer.in_features for layer in model.connector] == [16, 20]
 
@@ -363,9 +381,11 @@ def answering(words: int = 58, **options) -> EPalm:
 
 
 def test_the_separator_is_a_spare_row_or_words():
-    assert answering().separator == [58]
-    assert answering(60).separator == [59]  # "Answer:", unknown to these words
-    assert answering(separator="7 8").separator == [7, 8]
+    assert answering().questions.separator == [58]
+    assert answering(60).questions.separator == [59]  # "Answer:", unknown to these words
+    assert answering(separator="7 8").questions.separator == [7, 8]
+    with pytest.raises(UserError, match="--separator has no word"):
+        answering(separator=" ")
     spare, plain = answering(), answering(60)
     pairs = [("3 4", "5"), ("3 4", "6 7")]
     assert spare.encode_answers(pairs, 9) == [[3, 4, 58, 5], [3, 4, 58, 6, 7]]

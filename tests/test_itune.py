@@ -1,10 +1,12 @@
 """I-Tuning against its equations, written out slowly, and the properties it must have."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import VIT, write_decoder, write_vision
 
-from tinyvl import UserError, models
+from tinyvl import UserError, itune, models, presets
 from tinyvl.captioner import collate
 from tinyvl.decoder import Cache
 from tinyvl.encoders import Percept
@@ -88,7 +90,7 @@ def test_gradients_equal_those_of_the_equations():
 
 
 def test_new_modules_leave_the_language_model_as_it_is(model):
-    fresh = ITune(None, model.decoder, model.text, vision_width=D)
+    fresh = ITune(model.encoder, model.decoder, model.text, vision_width=D)
     ids = torch.tensor([[0, 3, 4, 5]])
     with torch.no_grad():
         visual = fresh.see(Percept(torch.randn(1, 9, D), []))
@@ -284,4 +286,13 @@ def test_lower_maps_start_as_nothing_and_are_then_read(tmp_path):
 
 def test_dropping_everything_is_refused(model):
     with pytest.raises(UserError, match="--drop 3"):
-        ITune(None, model.decoder, model.text, vision_width=D, drop=3)
+        models.check_options("itune", {"drop": 3}, model.decoder.config, model.encoder)
+
+
+def test_the_documentation_names_the_file_of_the_rates():
+    """Of I-Tuning the rates are ours, and they stand in `presets.PAPER`."""
+    assert presets.PRESETS["itune-base"].recipe.rate == presets.PAPER.rate
+    assert "rates are in ``presets.py``" in itune.__doc__
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert "`presets.py`" in readme
+    assert "`itune.py` and `models.py`" not in readme

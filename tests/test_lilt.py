@@ -13,7 +13,7 @@ from tiny import write_text, write_vision
 from torch import Tensor
 from transformers import BertModel
 
-from tinyvl import UserError, lilt, lilt_towers, models, presets
+from tinyvl import UserError, hub, lilt, models, presets
 from tinyvl.lilt import LilT, Pairs
 from tinyvl.text import clean_caption
 
@@ -56,7 +56,7 @@ CAPTIONS = [
     ],
 )
 def test_parameter_counts_are_the_papers(name, count, percent, monkeypatch):
-    monkeypatch.setattr(models.hub, "fetch", None)  # neither weights nor network
+    monkeypatch.setattr(hub, "fetch", None)  # neither weights nor network
     found = models.inspect(name)
     assert found["trainable_parameters"] == count
     if percent is not None:
@@ -114,7 +114,7 @@ def pictures(count: int, side: int = 32) -> Tensor:
 
 def pairs_of(model: LilT, rows: list[int], keys: list[int], side: int = 32) -> Pairs:
     ids, mask = model.text.pad(model.text.encode([CAPTIONS[i % 5] for i in range(len(rows))], 25))
-    return Pairs(pictures(len(keys), side), torch.tensor(keys), torch.tensor(rows), ids, mask)
+    return Pairs(pictures(len(keys), side), torch.tensor(rows), ids, mask, torch.tensor(keys))
 
 
 def test_without_additions_the_towers_are_timms_and_transformers(folders):
@@ -140,7 +140,7 @@ def test_without_additions_the_towers_are_timms_and_transformers(folders):
     torch.testing.assert_close(model.embed_texts(CAPTIONS[:1]), ours[1][:1], atol=1e-5, rtol=0)
 
 
-def slow_adapter(x: Tensor, adapter: lilt_towers.Adapter) -> Tensor:
+def slow_adapter(x: Tensor, adapter: lilt.Adapter) -> Tensor:
     h = x @ adapter.down.weight.T + adapter.down.bias
     h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
     return x + h @ adapter.up.weight.T + adapter.up.bias
@@ -284,6 +284,9 @@ def test_captions_are_cleaned_as_the_authors_do():
         "a mans red hot and or blue car fast"
     )
     assert clean_caption("w " * 40) == " ".join("w" * 30)
+    assert clean_caption("<PERSON>, with a well-known <person>'s dog!") == (  # CC3M's names
+        "person with a well known persons dog"
+    )
 
 
 # ------------------------------------------------------------------------------ loss and gradients

@@ -1,9 +1,12 @@
 """Checkpoint folders: what is in them, and what is refused."""
 
+import inspect
 import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, device, files, hub, models, presets, train
+from tinyvl import UserError, device, files, hub, models, presets, text, train
+from tinyvl.captioner import Captioner
+from tinyvl.lilt import LilT
 
 CPU = torch.device("cpu")
 
@@ -45,6 +50,64 @@ def test_what_is_saved_is_what_is_loaded(checkpoint):
     assert not any(p.requires_grad for p in model.parameters())
     assert model.prompt == model.text.encode(["a"])[0]
     assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_checkpoint_is_read_once(checkpoint, monkeypatch):
+    found = models.open_checkpoint(str(checkpoint))
+    assert (found.method, found.task, found.modality) == ("itune", "caption", "image")
+    assert (found.reads, found.image["fit"]) == ("tokens", "crop")
+    monkeypatch.setattr(models, "read_config", None)
+    model = models.load(found, device=CPU)
+    assert (
+        models.trainable_state(model).keys() == load_file(found.folder / "model.safetensors").keys()
+    )
+    with pytest.raises(UserError, match="out: this model does not embed") as error:
+        models.load(found, task="retrieve", device=CPU)
+    assert error.value.status == 2
+
+
+METHOD = sorted(
+    name
+    for name in {*vars(models.Method), *models.Method.__annotations__}
+    if not name.startswith("_")
+)
+
+
+@pytest.mark.parametrize("kind", [Captioner, LilT])
+def test_captioners_and_lilt_are_methods(kind, checkpoint):
+    """They have all of `models.Method`, and its functions take what it says."""
+    if kind is LilT:
+        row = presets.PRESETS["lilt-da-tiny"]
+        config = {
+            "format": 1, "method": "lilt", "options": row.options,
+            "text": {"name": "t", "config": presets.CONFIGS[row.language]},
+            "image": {"name": "i", "fit": row.fit, "config": {"architecture": row.vision}},
+        }  # fmt: skip
+        model = models.build(config, device=CPU, precision=torch.float32, weights=False)
+    else:
+        model = models.load(str(checkpoint), device=CPU)
+    assert isinstance(model, models.Method)
+    assert len(METHOD) > 20
+    for name in METHOD:
+        asked = getattr(models.Method, name, None)
+        if inspect.isfunction(asked) and name != "to":  # which takes *args
+            given = inspect.signature(getattr(model, name)).parameters
+            names = list(inspect.signature(asked).parameters)[1:]
+            assert list(given)[: len(names)] == names, name
+            assert all(p.default is not p.empty for p in list(given.values())[len(names) :]), name
+
+
+def test_loading_a_captioner_imports_no_other_method(checkpoint):
+    code = (
+        "import sys; from tinyvl import models; models.load(sys.argv[1]); "
+        "print(*(m for m in sys.modules if m.startswith('tinyvl')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, check=True
+    )
+    rooms = set(done.stdout.replace("tinyvl.", "").split())
+    assert "itune" in rooms
+    assert not rooms & {"epalm", "clipcap", "lilt", "lilt_towers", "bert", "encoders_text", "data"}
 
 
 def test_half_precision_weights_load_as_float32(checkpoint):
@@ -126,7 +189,7 @@ def test_inspect_needs_neither_weights_nor_network(checkpoint, monkeypatch):
         raise AssertionError("no network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(models.hub, "fetch", refuse)
+    monkeypatch.setattr(hub, "fetch", refuse)
     shutil.rmtree(checkpoint.parent / "lm")
     found = models.inspect(str(checkpoint))
     # two modules: q, k, v with biases, and o, at r = 8 between d = 48 and D = 32
@@ -234,7 +297,7 @@ def test_texts_are_read_as_transformers_reads_them(kind, tmp_path):
         config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **names}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
-    ours, peer = models.read_text(folder, {}), AutoTokenizer.from_pretrained(folder)
+    ours, peer = text.read_text(folder, {}), AutoTokenizer.from_pretrained(folder)
     texts = TEXTS if kind == "tokenizer.json" else TEXTS[:2]
     encoded = ours.encode(texts)
     assert encoded == peer(texts, add_special_tokens=False)["input_ids"]

@@ -1,15 +1,15 @@
-"""What the captioners (I-Tuning, ClipCap, eP-ALM) share: frozen parts, loss, decoding.
+"""What the captioners (I-Tuning, ClipCap, eP-ALM) share: frozen parts, loss, decoding, answers.
 
-A sequence is ``[bos] prompt text [eos]``. A method says what it adds to the decoder: `see`
-turns an encoder's percept into whatever its modules read, once for each image, and `run` is one
-pass of the decoder with that added.
+A sequence is ``[bos] prompt text [eos]``. A method says what it adds to the decoder: `see` turns
+an encoder's percept into what the method's modules read, once for each picture, and `run` is one
+pass of the decoder with that added. "Picture" stands for video and sound too.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,40 +19,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyvl import UserError, decode
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
-from tinyvl.text import Text, tidy
+from tinyvl.method import MicroBatch, pad
+from tinyvl.text import Questions, Text, tidy
 
 
 @dataclass
-class Batch:
-    """A micro-batch: captions, grouped by picture."""
+class Style:
+    """How captions and answers are searched for."""
 
-    pictures: Tensor  # (I, 3, H, W), (I, T, 3, H, W); of a cache (I, S, D) tokens or (I, ΣD)
-    rows: Tensor  # (B,) which picture each caption belongs to
-    ids: Tensor  # (B, T) [bos] prompt text [eos], padded on the right
+    beams: int = 5
+    max_tokens: int = 40
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = True
+    # In place of a search: temperature, top_k, top_p, seed and indices of `decode.sample`.
+    sampling: dict[str, Any] | None = None
+
+
+@dataclass
+class Batch(MicroBatch):
+    """A micro-batch. Pictures are (I, 3, H, W) or (I, T, 3, H, W), or what a feature cache has of
+    them: tokens (I, S, D), or all summaries one after another (I, ΣD).
+
+    ``ids`` are ``[bos] prompt text [eos]``, padded on the right.
+    """
+
     targets: Tensor  # (B, T) True where the token is predicted by the one before it
-    states: Tensor | None = None  # (B, T - 1, d) ids[:, :-1] after the layers of text alone
+    states: Tensor | None = None  # (B, T - 1, d) ids[:, :-1] after the `text_layers`
     keys: Tensor | None = None  # (I,) equal where pictures are the same
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            *(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values())
-        )
-
-    def split(self, pieces: int) -> list["Batch"]:
-        """The same captions in this many smaller batches."""
-        if pieces == 1:
-            return [self]
-        size = -(-len(self.ids) // pieces)
-        out = []
-        for i in range(0, len(self.ids), size):
-            used, rows = self.rows[i : i + size].unique(return_inverse=True)
-            part = slice(i, i + size)
-            states = None if self.states is None else self.states[part]
-            keys = None if self.keys is None else self.keys[used]
-            out.append(
-                Batch(self.pictures[used], rows, self.ids[part], self.targets[part], states, keys)
-            )
-        return out
 
 
 def collate(
@@ -67,14 +60,10 @@ def collate(
     """Bare caption ids to a `Batch`, with the captions' states (each (1 + P + t, d)) if known.
 
     Padding is on the right: with a causal decoder no real token sees it, so no mask is needed (a
-    test compares it with left padding)."""
-    width = max(map(len, captions)) + len(prompt) + 2
-    ids = torch.full((len(captions), width), text.eos)
-    targets = torch.zeros(len(captions), width, dtype=torch.bool)
-    for i, caption in enumerate(captions):
-        line = [text.bos, *prompt, *caption, text.eos]
-        ids[i, : len(line)] = torch.tensor(line)
-        targets[i, 1 + len(prompt) : len(line)] = True
+    test compares it with left padding).
+    """
+    ids, targets = pad([[text.bos, *prompt, *c, text.eos] for c in captions], text.eos)
+    targets[:, : 1 + len(prompt)] = False
     padded = None if states is None else nn.utils.rnn.pad_sequence(states, batch_first=True)
     return Batch(pictures, torch.tensor(rows), ids, targets, padded, keys)
 
@@ -82,60 +71,32 @@ def collate(
 class Captioner(nn.Module, ABC):
     """A frozen encoder and a frozen decoder with trainable modules between them."""
 
-    reads = "tokens"  # what of a percept: "tokens" or "summaries"
+    reads = "tokens"  # the part of a percept that the method reads: "tokens" or "summaries"
     levels: int | None = 1  # how many of the encoder's summaries the method reads; None: all
-    text_layers: int = 0  # the decoder's first layers that nothing of the picture reaches
-    crop_area = 0.5  # how much of a picture a random crop leaves at least, if there are crops
-    fixed_pictures = True  # the encoder is frozen: it makes the same of a picture in every epoch
-    whole_steps = False  # the loss is a sum over captions: their order in a step is free
+    text_layers: int = 0  # how many of the first layers the picture does not reach
+    crop_area = 0.5  # the least share of a picture's area that a random crop keeps
+    fixed_pictures = True  # the encoder is frozen: a picture gives the same in every epoch
+    whole_steps = False  # the loss is a sum over captions: order in a step does not change it
+    questions: Questions | None = None  # set where the model answers questions
 
     def __init__(
-        self,
-        encoder: ImageEncoder | None,
-        decoder: Decoder,
-        text: Text,
-        prompt: str,
-        length: int = 0,
+        self, encoder: ImageEncoder, decoder: Decoder, text: Text, prompt: str, length: int = 0
     ):
-        """``length`` is that of a prefix which takes positions before the sequence.
-
-        Raises:
-            UserError: prefix and prompt leave no room for a word and the end.
-        """
+        """``length``: of a prefix that takes positions before the sequence."""
         super().__init__()
         self.encoder, self.decoder, self.text, self.length = encoder, decoder, text, length
         self.prompt = text.encode([prompt])[0] if prompt else []
-        if self.room < 2:
-            before = f"a prefix of {length} and " if length else ""
-            raise UserError(
-                f"This decoder's {decoder.config.max_positions} positions have no room for text "
-                f"behind {before}a prompt of {len(self.prompt)} tokens.",
-                2,
-            )
         self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
 
-    def trainable(self, name: str) -> bool:
-        """Which parameters are trained, saved and counted."""
-        return not name.startswith(("encoder.", "decoder."))
-
-    def kept(self, name: str) -> bool:
-        """Which parameters a checkpoint holds."""
-        return self.trainable(name)
-
-    def train(self, mode: bool = True) -> "Captioner":
-        """As in PyTorch, but for the encoder: its batch statistics and dropout stay frozen."""
-        super().train(mode)
-        if self.encoder is not None:
-            self.encoder.eval()
-        return self
+    # ------------------------------------------------------------------------ what a method says
 
     @abstractmethod
     def see(self, percept: Percept) -> Any:
-        """An encoder's percept (I images) to what the method's modules read, rows of I."""
+        """An encoder's percept (I pictures) to what the method's modules read, a row a picture."""
 
     @abstractmethod
     def pick(self, visual: Any, rows: Tensor) -> Any:
-        """The rows of what `see` gave."""
+        """These rows of what `see` gave."""
 
     @abstractmethod
     def run(
@@ -148,9 +109,65 @@ class Captioner(nn.Module, ABC):
     ) -> Tensor:
         """One pass of the decoder, ids (B, T) -> final hidden states (B, T, d).
 
-        Rows are grouped by image, the same number for each of visual's. With first > 0, x has the
-        states (B, T, d) that this layer reads.
+        Rows are grouped by picture, the same number for each row of ``visual``. With first > 0,
+        x has the states (B, T, d) that this layer reads.
         """
+
+    # ------------------------------------------------------------- what is trained, and how it runs
+
+    def trainable(self, name: str) -> bool:
+        """Which parameters are trained, saved and counted."""
+        return not name.startswith(("encoder.", "decoder."))
+
+    def kept(self, name: str) -> bool:
+        """Which parameters a checkpoint holds."""
+        return self.trainable(name)
+
+    def holds(self, name: str) -> bool:
+        """Which parameters of a checkpoint this model has: all."""
+        return True
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        """Which parameters have weight decay: all."""
+        return True
+
+    def train(self, mode: bool = True) -> "Captioner":
+        """As in PyTorch, but the encoder's batch statistics and dropout stay frozen."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def checkpoint(self, on: bool) -> None:
+        """Recompute the decoder's layers in the backward pass."""
+        self.decoder.checkpointing = on
+
+    def halve(self, dtype: torch.dtype) -> None:
+        """Puts what is not trained into half precision; pictures stay normalised in float32."""
+        for tower in (self.encoder.model, self.decoder):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.to(dtype)
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision where the model was placed with it."""
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def attention(self) -> AbstractContextManager:
+        """On a CPU the plain kernel: the fused one is slow backward over short texts."""
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.weight.device
+
+    # ------------------------------------------------------------------------- text and pictures
+
+    @property
+    def room(self) -> int:
+        """How many tokens, the end included, fit after the prompt."""
+        return self.decoder.config.max_positions - self.length - 1 - len(self.prompt)
 
     def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
         """Bare ids of captions, as training reads them."""
@@ -158,26 +175,28 @@ class Captioner(nn.Module, ABC):
         longest = min(max_tokens, self.room - 1)
         return [ids[:longest] for ids in self.text.encode([lead + tidy(c) for c in captions])]
 
+    def encode_answers(self, pairs: list[tuple[str, str]], max_tokens: int) -> list[list[int]]:
+        """Bare ids of (question, answer), as training reads them."""
+        assert self.questions is not None
+        max_tokens = min(max_tokens, self.room // 2)
+        return self.questions.encode(pairs, self.room - max_tokens, max_tokens - 1)
+
     @property
     def fixed_text(self) -> bool:
+        """Whether some states of a caption are the same in every epoch: those of `states`."""
         return self.text_layers > 0
 
     def state_rows(self, caption: Sequence[int]) -> int:
-        """How many states `states` makes of a caption's ids: of all but the end."""
+        """How many states `states` makes of a caption's ids: one for each but the end."""
         return 1 + len(self.prompt) + len(caption)
 
     @torch.no_grad()
     def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """What the text layers make of captions, one after another (rows, d)."""
+        """The captions after the `text_layers`, one after another (rows, d)."""
         lines = [[self.text.bos, *self.prompt, *caption] for caption in captions]
-        ids = torch.full((len(lines), max(map(len, lines))), self.text.eos)
-        real = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, line in enumerate(lines):
-            ids[row, : len(line)] = torch.tensor(line)
-            real[row, : len(line)] = True
-        real = real.to(self.device)
+        ids, real = (tensor.to(self.device) for tensor in pad(lines, self.text.eos))
         with self.autocast():
-            states = self.decoder(ids.to(self.device), real, last=self.text_layers)
+            states = self.decoder(ids, real, last=self.text_layers)
         return states[real].to(self.decoder.embed.weight.dtype)
 
     def collate(
@@ -189,41 +208,16 @@ class Captioner(nn.Module, ABC):
         states: list[Tensor] | None = None,
     ) -> Batch:
         """A `Batch` of caption ids; ``keys`` are equal where pictures are the same."""
-        keys = torch.tensor(keys)
-        return collate(captions, rows, pictures, self.text, self.prompt, states, keys)
-
-    def checkpoint(self, on: bool) -> None:
-        """Recompute the decoder's layers in the backward pass."""
-        self.decoder.checkpointing = on
-
-    def decays(self, parameter: nn.Parameter) -> bool:
-        """Whether weight decay pulls at it: at all."""
-        return True
-
-    @property
-    def room(self) -> int:
-        """How many tokens, the end included, the decoder can place behind the prompt."""
-        return self.decoder.config.max_positions - self.length - 1 - len(self.prompt)
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.embed.weight.device
-
-    def autocast(self):
-        """Mixed precision where the model was placed with it."""
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
-
-    def halve(self, dtype: torch.dtype) -> None:
-        """What is not trained in half precision; pictures are still normalised in float32."""
-        for tower in (self.encoder.model, self.decoder):
-            if not any(parameter.requires_grad for parameter in tower.parameters()):
-                tower.to(dtype)
-        for parameter in self.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+        same = torch.tensor(keys)
+        batch = collate(captions, rows, pictures, self.text, self.prompt, states, same)
+        if self.questions is not None and self.questions.answer_only:
+            for row, ids in enumerate(captions):
+                start = 1 + len(self.prompt) + self.questions.answer_at(ids)
+                batch.targets[row, :start] = False
+        return batch
 
     def percept(self, pictures: Tensor) -> Percept:
-        """Pictures, videos or sounds through the encoder; what a cache has of them as it is."""
+        """A batch's pictures through the encoder; those of a feature cache as they are."""
         if pictures.ndim > 3:
             return self.encoder(pictures)
         if self.amp is None:
@@ -231,8 +225,10 @@ class Captioner(nn.Module, ABC):
         if self.reads == "tokens":
             return Percept(pictures, [])
         widths = self.encoder.widths
-        pictures = pictures[:, -sum(widths) :]
+        pictures = pictures[:, -sum(widths) :]  # a cache has all levels, the last ones are read
         return Percept(pictures[:, None], list(pictures.split(widths, -1)))
+
+    # -------------------------------------------------------------------------------------- loss
 
     def loss(self, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the target tokens, in nats, and their number.
@@ -254,10 +250,6 @@ class Captioner(nn.Module, ABC):
             return F.cross_entropy(logits, wanted, reduction="sum"), read.sum()
         losses = F.cross_entropy(logits, wanted, reduction="none")
         return (losses * weights[read.nonzero()[:, 0]]).sum(), read.sum()
-
-    def attention(self):
-        """On a CPU the plain kernel: the fused one is slow backward over short texts."""
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
     def accumulate(
         self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None
@@ -286,11 +278,76 @@ class Captioner(nn.Module, ABC):
         with self.attention():
             for batch in batches:
                 loss, count = self.loss(batch)
-                total, tokens = total + loss.item(), tokens + count.item()
+                total, tokens = total + loss.item(), tokens + int(count)
         return total / tokens if tokens else float("nan")
 
+    # ---------------------------------------------------------------------- captions and answers
+
+    def caption(self, pictures: Tensor, **search: Any) -> list[tuple[str, float]]:
+        """Captions of a batch of pictures (I, 3, H, W), each with its mean log-probability.
+
+        ``search``: the fields of `Style`.
+
+        Raises:
+            UserError: this model answers questions.
+        """
+        if self.questions is not None:
+            raise UserError("This model answers questions (tinyvl ask); name one for captions.", 2)
+        lines = [[self.text.bos, *self.prompt]] * len(pictures)
+        return self.continued(pictures, lines, Style(**search))
+
+    def answer(
+        self, pictures: Tensor, questions: list[str], **search: Any
+    ) -> list[tuple[str, float]]:
+        """Answers to a question about each picture (I, 3, H, W), with mean log-probabilities.
+
+        An answer depends neither on the other questions nor on the batch. ``search``: the fields
+        of `Style`; 3 beams and 20 tokens unless given.
+
+        Raises:
+            UserError: this model writes captions.
+        """
+        if self.questions is None:
+            raise UserError("This model makes captions; name one trained with --task vqa.", 2)
+        style = Style(**{"beams": 3, "max_tokens": 20} | search)
+        style.max_tokens = min(style.max_tokens, max(1, self.room // 2))
+        lines = self.questions.ask(questions, self.room - style.max_tokens)
+        lead = [self.text.bos, *self.prompt]
+        return self.continued(pictures, [lead + line for line in lines], style)
+
+    @torch.no_grad()
+    def continued(
+        self, pictures: Tensor, lines: list[list[int]], style: Style
+    ) -> list[tuple[str, float]]:
+        """What the model writes after these ids, a line a picture, padded on the left."""
+        with self.autocast():
+            visual = self.see(self.percept(pictures.to(self.device)))
+        prompt, mask = (t.to(self.device) for t in pad(lines, self.text.eos, left=True))
+        step = self.stepper(visual, len(pictures), mask)
+        room = self.room + 1 + len(self.prompt) - prompt.shape[1]
+        common: dict[str, Any] = {
+            "eos": self.text.eos,
+            "max_new_tokens": max(1, min(style.max_tokens, room)),
+            "forbid": self.text.spare(self.decoder.config.vocab_size),
+        }
+        if style.sampling is not None:
+            found = decode.sample(step, prompt, **common, **style.sampling)
+        elif style.beams == 1:
+            found = decode.greedy(step, prompt, **common)
+        else:
+            searched = decode.beam(
+                step,
+                prompt,
+                beams=style.beams,
+                length_penalty=style.length_penalty,
+                early_stopping=style.early_stopping,
+                **common,
+            )
+            found = [best[0] for best in searched]
+        return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]
+
     def stepper(self, visual: Any, images: int, mask: Tensor | None = None) -> decode.Step:
-        """`decode`'s step function for a batch of images, with a cache of its own.
+        """`decode`'s step function for a batch of pictures, with a cache of its own.
 
         ``mask`` (I, T) says which tokens of the prompts are real.
         """
@@ -300,10 +357,10 @@ class Captioner(nn.Module, ABC):
         def step(ids: Tensor, rows: Tensor | None) -> Tensor:
             if rows is not None:
                 cache.reorder(rows)
-                image = state["image"][rows]  # which image each row belongs to
+                image = state["image"][rows]  # which picture each row belongs to
                 alive = image.unique_consecutive()
                 left = state["image"].unique_consecutive()
-                if len(alive) != len(left):  # finished images leave the batch
+                if len(alive) != len(left):  # finished pictures leave the batch
                     keep = torch.searchsorted(left, alive)
                     state["visual"] = self.pick(state["visual"], keep)
                 state["image"] = image
@@ -312,71 +369,3 @@ class Captioner(nn.Module, ABC):
                 return self.decoder.logits(hidden[:, -1])
 
         return step
-
-    @torch.no_grad()
-    def caption(
-        self,
-        pictures: Tensor,
-        *,
-        beams: int = 5,
-        max_tokens: int = 40,
-        length_penalty: float = 1.0,
-        early_stopping: bool = True,
-        sampling: dict | None = None,
-    ) -> list[tuple[str, float]]:
-        """Captions of a batch of pictures (I, 3, H, W), each with its mean log-probability.
-
-        ``sampling`` (temperature, top_k, top_p, seed, indices: see `decode.sample`) samples instead
-        of searching.
-        """
-        return self.continued(
-            pictures,
-            [[self.text.bos, *self.prompt]] * len(pictures),
-            beams=beams,
-            max_tokens=max_tokens,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            sampling=sampling,
-        )
-
-    def continued(
-        self,
-        pictures: Tensor,
-        lines: list[list[int]],
-        *,
-        beams: int,
-        max_tokens: int,
-        length_penalty: float,
-        early_stopping: bool,
-        sampling: dict | None,
-    ) -> list[tuple[str, float]]:
-        """What the model writes behind these ids, a line a picture, padded on the left."""
-        with self.autocast():
-            visual = self.see(self.percept(pictures.to(self.device)))
-        width = max(map(len, lines))
-        padded = [[self.text.eos] * (width - len(line)) + line for line in lines]
-        prompt = torch.tensor(padded, device=self.device)
-        lengths = torch.tensor([len(line) for line in lines], device=self.device)
-        mask = torch.arange(width, device=self.device) >= width - lengths[:, None]
-        step = self.stepper(visual, len(pictures), mask)
-        room = self.room + 1 + len(self.prompt) - width
-        common = {
-            "eos": self.text.eos,
-            "max_new_tokens": max(1, min(max_tokens, room)),
-            "forbid": self.text.spare(self.decoder.config.vocab_size),
-        }
-        if sampling is not None:
-            found = decode.sample(step, prompt, **common, **sampling)
-        elif beams == 1:
-            found = decode.greedy(step, prompt, **common)
-        else:
-            search = decode.beam(
-                step,
-                prompt,
-                beams=beams,
-                length_penalty=length_penalty,
-                early_stopping=early_stopping,
-                **common,
-            )
-            found = [best[0] for best in search]
-        return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]

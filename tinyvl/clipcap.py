@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyvl import UserError
 from tinyvl.captioner import Captioner
 from tinyvl.decoder import Cache, Decoder, Prefix
 from tinyvl.encoders import ImageEncoder, Percept
@@ -48,7 +47,10 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The vector as ``length`` tokens beside as many constants, whose states are the prefix."""
+    """Reads the vector as ``length`` tokens, and as many learned constants after them.
+
+    The prefix is the final states of the constants.
+    """
 
     def __init__(self, vision_width: int, width: int, length: int, layers: int, heads: int):
         super().__init__()
@@ -85,24 +87,22 @@ class ClipCap(Captioner):
         heads: int = 8,
     ):
         """Args:
-        mapping: "mlp" or "transformer", which has ``layers`` and ``heads``.
+        mapping: "mlp" or "transformer"; a transformer has ``layers`` and ``heads``.
         length: of the prefix.
         """
         super().__init__(encoder, decoder, text, prompt, length)
         width, vision_width = decoder.config.embed_size, encoder.widths[-1]
-        if mapping not in MAPPINGS:
-            raise UserError(f"--mapping is one of {', '.join(MAPPINGS)}, not {mapping!r}.", 2)
-        if mapping == "mlp":
+        self.mapping: nn.Module
+        if mapping == "transformer":
+            self.mapping = Transformer(vision_width, width, length, layers, heads)
+        else:
             middle = width * length // 2
             self.mapping = nn.Sequential(
                 nn.Linear(vision_width, middle), nn.Tanh(), nn.Linear(middle, width * length)
             )
-        else:
-            if width % heads:
-                raise UserError(f"--heads {heads} does not divide the decoder's width {width}.", 2)
-            self.mapping = Transformer(vision_width, width, length, layers, heads)
 
     def see(self, percept: Percept) -> Prefix:
+        """The last summary (I, D) to the prefix's keys and values in every layer."""
         prefix = self.mapping(percept.summaries[-1]).unflatten(-1, (self.length, -1))
         return self.decoder.read(self.decoder.widen(prefix), start=0)[1]
 

@@ -9,21 +9,24 @@ the image tokens (section 3):
     Δh = λ W_o (Σ s_i V'_i) + b_o                             (5) added to the layer's output
 
 The paper leaves open the bottleneck width r, λ, the initialisation, the rate and the warm-up.
-r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so that training sets
-out from the untouched language model; W_q and b_q start 1/√r smaller than PyTorch would have
-them, so that the unscaled softmax starts as soft as a scaled one. Rates are in `presets`.
+r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so that training starts
+from the untouched language model; W_q and b_q start 1/√r smaller than PyTorch would have them, so
+that the unscaled softmax starts as soft as a scaled one. The rates are in ``presets.py``.
 b_k changes nothing (a softmax does not see what all its scores share); it is there as the paper
-counts it. ``dropout`` (of the image tokens' entries and of Σ s_i V'_i, in training) is not in the
-paper: a small set of pictures needs it. Nor are the lower maps that `Lower` adds to the tokens (the
-last map of a CNN trained on classes has lost some of the colours, parts and places), and the tokens
-of the picture enlarged that an encoder may put behind its own.
+counts it.
+
+Not in the paper: ``dropout`` (of the image tokens' entries and of Σ s_i V'_i, in training), which
+a small set of pictures needs; `Lower`, because the last map of a CNN trained on classes has lost
+some of the colours, parts and places; and the tokens of an enlarged picture, which an encoder can
+append to its own.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyvl import UserError
 from tinyvl.captioner import Captioner
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
@@ -61,21 +64,21 @@ class ITuneModule(nn.Module):
 
     def forward(self, x: Tensor, visual: KeysValues) -> Tensor:
         """x (B, T, d), rows grouped by image, to Δh (B, T, d)."""
-        k, v = visual
+        k, v = visual  # (2) (3)
         batch, length, _ = x.shape
-        q = self.q(x).view(len(k), -1, k.shape[-1])  # an image's rows stand side by side
+        q = self.q(x).view(len(k), -1, k.shape[-1])  # (1) an image's rows stand side by side
         with torch.autocast(x.device.type, enabled=False):  # unscaled scores are too large for half
             exact = torch.promote_types(q.dtype, torch.float32)
-            weights = (q.to(exact) @ k.to(exact).mT).softmax(-1)  # (I, B / I * T, S)
+            weights = (q.to(exact) @ k.to(exact).mT).softmax(-1)  # (4) (I, B / I * T, S)
         mixed = (weights.to(v.dtype) @ v).view(batch, length, -1)
         mixed = F.dropout(mixed, self.dropout, self.training)
-        return self.scale * F.linear(mixed, self.o.weight) + self.o.bias
+        return self.scale * F.linear(mixed, self.o.weight) + self.o.bias  # (5)
 
 
 class Lower(nn.Module):
-    """Adds what lower maps have of a cell to its token, through a narrow linear layer.
+    """Adds a CNN's lower maps to its last map's tokens, through a narrow linear layer.
 
-    Tokens (I, S, D + below) to (I, S, D). It starts at zero: the last map's tokens alone.
+    Tokens (I, S, D + below), the lower maps' numbers last, to (I, S, D). It starts at zero.
     """
 
     def __init__(self, below: int, width: int, rank: int):
@@ -95,7 +98,7 @@ class ITune(Captioner):
 
     def __init__(
         self,
-        encoder: ImageEncoder | None,
+        encoder: ImageEncoder,
         decoder: Decoder,
         text: Text,
         *,
@@ -107,12 +110,17 @@ class ITune(Captioner):
         dropout: float = 0.0,
         rank: int = 128,
     ):
+        """Args:
+        vision_width: D, the width of the image tokens.
+        bottleneck: r; None: half of the decoder's width.
+        drop: layers without a module, from the first one on (section 3, "dropping").
+        scale: λ.
+        rank: of `Lower`, if the encoder gives lower maps.
+        """
         super().__init__(encoder, decoder, text, prompt)
         self.dropout = dropout
         self.text_layers = drop
         c = decoder.config
-        if not 0 <= drop < c.layers:
-            raise UserError(f"--drop {drop} leaves no module in a decoder of {c.layers} layers.", 2)
         r = bottleneck or c.hidden_size // 2
         self.itune = nn.ModuleDict(
             {
@@ -120,13 +128,14 @@ class ITune(Captioner):
                 for i in range(drop, c.layers)
             }
         )
-        below = sum(encoder.below) if encoder is not None else 0
+        below = sum(encoder.below)
         self.lower = Lower(below, vision_width, rank) if below else None
 
     def see(self, percept: Percept) -> dict[int, KeysValues]:
         tokens = percept.tokens if self.lower is None else self.lower(percept.tokens)
         tokens = F.dropout(tokens, self.dropout, self.training)
-        return {int(i): module.see(tokens) for i, module in self.itune.items()}
+        modules: dict[str, Any] = dict(self.itune.items())
+        return {int(i): module.see(tokens) for i, module in modules.items()}
 
     def pick(self, visual: dict[int, KeysValues], rows: Tensor) -> dict[int, KeysValues]:
         return {i: (k[rows], v[rows]) for i, (k, v) in visual.items()}

@@ -7,97 +7,145 @@ texts of a batch, divided by a learned temperature (section 2.1):
 
     L = ½ (cross-entropy of each text among the images + of each image among the texts)   (1)
 
-The towers are locked but for what a `Tuning` unlocks or adds: see `towers`.
+The towers are locked but for what a `Tuning` adds (2.2) or unlocks (2.3). Layerwise adapters
+stand where the authors' code has them: on a ViT block's branch, before norm1 and norm2; in BERT
+after the dense layer and its dropout, before the LayerNorm that adds the residual. A deep adapter
+is one more layer on top of a stack. The pretrained models, and what training asks of them, are in
+``lilt_towers.py``.
 
 What differs from the authors' code: the loss sees the whole batch, not each GPU's part; the
-temperature has no weight decay; pictures are normalised as the encoder was trained; and two
-captions of one picture are no negatives of each other.
+temperature has no weight decay; pictures are normalised as the encoder was trained; two captions
+of one picture are no negatives of each other; and BERT keeps its token-type embedding. Their text
+tower has none: with random weights its text vectors differ from ours by up to 0.38, and by 3e-7
+once ours is left out.
+
+A CNN has no [CLS] and no layers to put adapters in. It is read by the mean of its last feature
+map, or by a `MapAdapter`.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+import itertools
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinyvl import UserError, encoders_text
-from tinyvl.encoders_text import build_text_model, load_text_model, load_tokenizer
-from tinyvl.lilt_towers import ImageTower, MapAdapter, TextTower, Tuning, image_model
+from tinyvl.encoders import norm_types
+from tinyvl.lilt_towers import DualEncoder, ImageTower, Pairs, TextTower
+
+ADAPTERS = ("none", "layerwise", "deep")
+UNLOCKS = ("none", "layernorm", "bitfit", "all")
 
 
-def build(config: dict, folders: dict[str, Path] | None) -> "LilT":
-    """The model of a checkpoint's ``config.json``; ``folders`` None: parameters only, random.
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained in a tower, and how its vector is read."""
 
-    Args:
-        folders: of the backbones "image" and "text"; the tower of one that is not named is left
-            out, and its projection.
-    """
-    image, text, options = config["image"], config["text"], dict(config["options"])
-    tunings = [Tuning(**options.pop(side, {})) for side in ("image", "text")]
-    size, clean = options.pop("size", None), options.pop("clean", False)
-    random = options.pop("random_init", False)
-    if random and not all(tuning.unlock == "all" and not tuning.layers for tuning in tunings):
-        raise UserError(
-            "--random-init is for towers that are trained whole; add --preset clip-base, or "
-            "--image-unlock all --text-unlock all.",
-            2,
-        )
-    grow = [tuning.adapter == "deep" for tuning in tunings]
-    tower = words = None
-    if folders is None or "image" in folders:
-        state = None
-        if folders and not random:
-            state = load_file(folders["image"] / "model.safetensors")
-        model = image_model(image["config"], size=size, grow=grow[0], state=state)
-        tower = ImageTower(model, fit=image["fit"], tuning=tunings[0], where=image["name"])
-    if folders is None or "text" in folders:
-        where = folders["text"] if folders else Path()
-        if folders and not random and tower is None and encoders_text.readable(where):
-            model, tokenizer = encoders_text.load(where, grow=grow[1])
-        else:
-            tokenizer = load_tokenizer(where) if folders else None
-            if folders and not random:
-                model = load_text_model(where, grow=grow[1])
-            else:
-                model = build_text_model(text["config"], grow=grow[1])
-        words = TextTower(model, tokenizer, clean=clean, tuning=tunings[1], where=text["name"])
-    dropout = (tunings[0].dropout, tunings[1].dropout)
-    return LilT(tower, words, map_width=tunings[0].width, dropout=dropout, **options)
+    adapter: str = "none"  # one of ADAPTERS
+    unlock: str = "none"  # which pretrained parameters: one of UNLOCKS
+    layers: tuple[int, int] | None = None  # unlock only in first..last; -1 is the deepest (Fig. 5)
+    pool: str | None = None  # "token", "mean"; None: the paper's token 0 where there is one
+    width: int = 384  # of the block over a feature map
+    dropout: float = 0.0  # before the projection, in training; the paper has none
+
+
+# ---------------------------------------------------------------------------------- what is added
+
+
+class Adapter(nn.Module):
+    """x + W_up gelu(W_down x), with biases; the bottleneck has a quarter of the width."""
+
+    def __init__(self, width: int, init: Callable[[Tensor], Any], reduction: int = 4):
+        super().__init__()
+        self.down = nn.Linear(width, width // reduction)
+        self.up = nn.Linear(width // reduction, width)
+        for layer in (self.down, self.up):
+            init(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+def add_layerwise_adapters(model: nn.Module) -> int:
+    """Two adapters in each layer of a timm ViT or a BERT, initialised as each is; -> how many."""
+    count = 0
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if all(hasattr(module, name) for name in ("norm1", "attn", "norm2", "mlp")):
+            for name in ("norm1", "norm2"):
+                norm = getattr(module, name)
+                adapter = Adapter(norm.weight.numel(), partial(nn.init.trunc_normal_, std=0.02))
+                setattr(module, name, nn.Sequential(OrderedDict(adapter=adapter, norm=norm)))
+                count += 1
+        elif all(hasattr(module, name) for name in ("dense", "dropout", "LayerNorm")):
+            # BERT: LayerNorm(dropout(dense(h)) + residual)
+            adapter = Adapter(module.dense.out_features, partial(nn.init.normal_, std=0.02))
+            parts = OrderedDict(dropout=module.dropout, adapter=adapter)
+            module.dropout = nn.Sequential(parts)
+            count += 1
+    return count
+
+
+class MapAdapter(nn.Module):
+    """A deep adapter for a feature map: one transformer block over its cells, then their mean."""
+
+    def __init__(self, cells: int, map_width: int, width: int):
+        from timm.models.vision_transformer import Block
+
+        super().__init__()
+        self.project = nn.Linear(map_width, width)
+        self.positions = nn.Parameter(torch.zeros(cells, width))
+        self.block = Block(width, num_heads=max(1, width // 64), qkv_bias=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, S, D) -> (B, width)."""
+        return self.norm(self.block(self.project(tokens) + self.positions)).mean(1)
+
+
+# -------------------------------------------------------------------------------- what is unlocked
+
+
+def unlocked(model: nn.Module, tuning: Tuning, depth: int) -> frozenset[str]:
+    """Names of a tower's trainable parameters; ``depth`` counts its pretrained layers."""
+    norm: tuple[type[nn.Module], ...] = norm_types()
+    norms = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, norm)
+        for name, _ in module.named_parameters()
+    }
+    kinds: dict[str, Callable[[str], bool]] = {
+        "none": lambda name: False,
+        "layernorm": norms.__contains__,
+        "bitfit": lambda name: "bias" in name,
+        "all": lambda name: True,
+    }
+    first, last = (i if i >= 0 else depth + i for i in tuning.layers or (0, -1))
+
+    def inside(name: str) -> bool:
+        found = re.search(r"(?:^|\.)(?:layer|blocks)\.(\d+)\.", name)
+        layer = int(found[1]) if found else depth - 1 if name.startswith("norm.") else 0
+        return first <= layer <= last  # embeddings go with the first layer, the norm with the last
+
+    added = re.compile(r"\.adapter\.")
+    if tuning.adapter == "deep":  # the new layer, and the norm after a ViT's stack
+        added = re.compile(rf"(^|\.)(layer|blocks)\.{depth}\.|^norm\.")
+    return frozenset(
+        name
+        for name, _ in model.named_parameters()
+        if (kinds[tuning.unlock](name) and (inside(name) or not tuning.layers))
+        or (tuning.adapter != "none" and added.search(name))
+    )
 
 
 # ------------------------------------------------------------------------------------------ loss
-
-
-@dataclass
-class Pairs:
-    """A micro-batch: pictures, and captions that each belong to one of them."""
-
-    pictures: Tensor  # uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) from a cache
-    keys: Tensor  # (I,) a number for each picture: equal where pictures are the same
-    rows: Tensor  # (B,) which picture each caption belongs to
-    ids: Tensor  # (B, T), or a locked tower's vectors (B, D) from a cache
-    mask: Tensor  # (B, T) 1 where there is a token
-
-    def to(self, device: torch.device) -> "Pairs":
-        return Pairs(*(t.to(device, non_blocking=True) for t in vars(self).values()))
-
-    def split(self, pieces: int) -> list["Pairs"]:
-        """The same captions in this many smaller batches."""
-        if pieces == 1:
-            return [self]
-        size = -(-len(self.ids) // pieces)
-        out = []
-        for i in range(0, len(self.ids), size):
-            used, rows = self.rows[i : i + size].unique(return_inverse=True)
-            part = slice(i, i + size)
-            out.append(
-                Pairs(self.pictures[used], self.keys[used], rows, self.ids[part], self.mask[part])
-            )
-        return out
 
 
 def contrastive_loss(
@@ -128,12 +176,8 @@ def contrastive_loss(
 # ----------------------------------------------------------------------------------------- model
 
 
-class LilT(nn.Module):
+class LilT(DualEncoder):
     """Two towers, two projections and a temperature."""
-
-    crop_area = 0.2
-    reads = "tokens"
-    whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
 
     def __init__(
         self,
@@ -148,14 +192,15 @@ class LilT(nn.Module):
         learn_temperature: bool = True,
     ):
         """Args:
-        encoder, text: None where only the other is asked for, as by `tinyvl retrieve`.
+        encoder, text: None where only the other is wanted, as by `tinyvl retrieve`.
         embed: width d of the common space.
         projections: whether the projections are trained (Table 1, θ).
-        dropout: of what the image's and the text's projection read.
-        temperature: at the start, or, not learned, throughout.
+        map_width: of a `MapAdapter`, if the image tower has one.
+        dropout: before the image's and the text's projection.
+        temperature: at the start, or, if it is not learned, throughout.
         """
-        super().__init__()
-        self.encoder, self.text, self.width = encoder, text, embed
+        super().__init__(encoder, text)
+        self.width = embed
         self.projections, self.dropout = projections, dropout
         self.learn_temperature = learn_temperature
         self.map_adapter = None
@@ -169,7 +214,6 @@ class LilT(nn.Module):
         if text:
             self.text_projection = nn.Linear(text.width, embed)
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
-        self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trainable(name))
 
@@ -182,84 +226,10 @@ class LilT(nn.Module):
             return self.learn_temperature
         return self.projections or not part.endswith("projection")
 
-    def kept(self, name: str) -> bool:
-        """Which parameters a checkpoint holds: locked projections are random, so these too."""
-        return self.trainable(name) or name.partition(".")[0].endswith("projection")
-
-    def holds(self, name: str) -> bool:
-        """Whether a parameter of the whole model is in this one, which may lack a tower."""
-        side = self.text if name.startswith("text") else self.encoder
-        return side is not None or name == "temperature"
-
-    @property
-    def device(self) -> torch.device:
-        return self.temperature.device
-
-    @property
-    def fixed_pictures(self) -> bool:
-        """Whether the image tower is locked: it makes the same of a picture in every epoch."""
-        return not self.encoder.tuned
-
-    @property
-    def fixed_text(self) -> bool:
-        return not self.text.tuned
-
-    def decays(self, parameter: nn.Parameter) -> bool:
-        """Whether weight decay pulls at it: at matrices, as in the authors' code, and at nothing
-        else, the temperature included (which theirs decays)."""
-        return parameter.ndim > 1
-
-    def checkpoint(self, on: bool) -> None:
-        """Recompute the towers' layers in the backward pass."""
-        if on and self.encoder.tuned and hasattr(self.encoder.model, "set_grad_checkpointing"):
-            self.encoder.model.set_grad_checkpointing(True)
-        if on and self.text.tuned:
-            model = self.text.model  # the first name is the one of newer versions
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-    def autocast(self):
-        """Mixed precision where the model was placed with it."""
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
-
-    def halve(self, dtype: torch.dtype) -> None:
-        """Locked matrices and filters in half precision; all else stays float32 for autocast."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
-                module.to(dtype)
-
-    def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
-        """Ids of captions, [CLS] and [SEP] included, as training reads them."""
-        return self.text.encode(captions, max_tokens)
-
-    def state_rows(self, caption: Sequence[int]) -> int:
-        return 1
-
-    @torch.no_grad()
-    def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """What the locked text tower makes of captions' ids: a vector each (B, D)."""
-        ids, mask = self.text.pad(captions)
-        with self.autocast():
-            return self.eval().text(ids.to(self.device), mask.to(self.device)).float()
-
-    def collate(
-        self,
-        captions: list[list[int]],
-        rows: list[int],
-        pictures: Tensor,
-        keys: list[int],
-        states: list[Tensor] | None = None,
-    ) -> Pairs:
-        """A micro-batch of caption ids, or of the locked text tower's vectors in their place."""
-        ids, mask = self.text.pad(captions)
-        if states is not None:
-            ids = torch.cat(states)
-        return Pairs(pictures, torch.tensor(keys), torch.tensor(rows), ids, mask)
-
     def image_vectors(self, pictures: Tensor) -> Tensor:
         """uint8 (I, 3, H, W), or a locked tower's tokens (I, S, D) -> unit vectors (I, d).
 
-        Tokens may be all of the encoder's (`features`), or the pooled one of the run's own cache.
+        A feature cache has all the tokens, a run's own cache the pooled one.
         """
         with self.autocast():
             seen = pictures
@@ -283,11 +253,9 @@ class LilT(nn.Module):
         """Equation 1 over all the pairs of some micro-batches, given their vectors."""
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
-        starts = [0]
-        for batch in batches:
-            starts.append(starts[-1] + len(batch.keys))
+        starts = [0, *itertools.accumulate(len(batch.keys) for batch in batches)]
         rows = torch.cat([b.rows + start for b, start in zip(batches, starts, strict=False)])
-        keys = torch.cat([b.keys for b in batches])
+        keys = torch.cat([batch.keys for batch in batches])
         return contrastive_loss(images, texts, rows, keys, self.temperature)
 
     def accumulate(
@@ -308,19 +276,23 @@ class LilT(nn.Module):
             batch = batches[i]
             return self.image_vectors(batch.pictures), self.text_vectors(batch.ids, batch.mask)
 
-        with torch.set_grad_enabled(len(batches) == 1):
+        several = len(batches) > 1
+        with torch.set_grad_enabled(not several):
             images, texts = map(torch.cat, zip(*map(vectors, range(len(batches))), strict=True))
-        if len(batches) > 1:
-            images.requires_grad_(), texts.requires_grad_()
+        if several:
+            images.requires_grad_()
+            texts.requires_grad_()
         loss = self.loss(images, texts, batches)
         (scaler.scale(loss) if scaler else loss).backward()
-        start = start_text = 0
-        for i, batch in enumerate(batches if len(batches) > 1 else []):
-            end, end_text = start + len(batch.keys), start_text + len(batch.ids)
-            gradients = (images.grad[start:end], texts.grad[start_text:end_text])
-            start, start_text = end, end_text
-            pairs = [p for p in zip(vectors(i), gradients, strict=True) if p[0].requires_grad]
-            torch.autograd.backward(*zip(*pairs, strict=True)) if pairs else None
+        if several:
+            assert images.grad is not None
+            assert texts.grad is not None
+            image_grads = images.grad.split([len(batch.keys) for batch in batches])
+            text_grads = texts.grad.split([len(batch.ids) for batch in batches])
+            for i, gradients in enumerate(zip(image_grads, text_grads, strict=True)):
+                for found, gradient in zip(vectors(i), gradients, strict=True):
+                    if found.requires_grad:
+                        found.backward(gradient)
         return {"loss": loss.item(), "captions": len(texts)}
 
     @torch.no_grad()
@@ -329,10 +301,9 @@ class LilT(nn.Module):
         self.eval()
         kept, images, texts = [], [], []
         for batch in batches:
-            batch = batch.to(self.device)
-            images.append(self.image_vectors(batch.pictures))
-            texts.append(self.text_vectors(batch.ids, batch.mask))
-            kept.append(batch)
+            kept.append(batch.to(self.device))
+            images.append(self.image_vectors(kept[-1].pictures))
+            texts.append(self.text_vectors(kept[-1].ids, kept[-1].mask))
         return self.loss(torch.cat(images), torch.cat(texts), kept).item() if kept else float("nan")
 
     @torch.no_grad()

@@ -11,71 +11,86 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tinyvl import UserError, files, hub, lilt
-from tinyvl.captioner import Captioner
-from tinyvl.clipcap import ClipCap
-from tinyvl.decoder import Decoder
-from tinyvl.decoder_weights import decoder_config, load_decoder
+from tinyvl import UserError, files, hub
 from tinyvl.device import choose_device, choose_precision
-from tinyvl.encoders_build import build_encoder
-from tinyvl.epalm import EPalm
-from tinyvl.itune import ITune
-from tinyvl.lilt import LilT
+from tinyvl.method import Method
+from tinyvl.models_build import (
+    METHODS,
+    ROLES,
+    backbones,
+    build,
+    check_options,
+    class_of,
+    new_config,
+    place,
+    role_of,
+    towers,
+    with_options,
+)
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, architecture
-from tinyvl.text import Text
 
-Model = Captioner | LilT
-METHODS = {"itune": ITune, "epalm": EPalm, "clipcap": ClipCap, "lilt": LilT}
-TASKS = {"caption": Captioner, "vqa": EPalm, "retrieve": LilT}
-# A configuration's backbones and the role in which `hub` fetches each.
-ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
+__all__ = [
+    "CONFIGS", "Method", "architecture", "build", "check_options", "new_config", "place",
+    "role_of", "with_options",
+]  # fmt: skip
+
 SHIPPED = Path(__file__).parent / "checkpoints"
 DEFAULT = {"caption": SHIPPED / "caption", "retrieve": SHIPPED / "search"}
+DOES = {"caption": "caption", "vqa": "answer questions", "retrieve": "embed"}  # tasks
 
 
-def read_text(folder: Path, raw: dict) -> Text:
-    """The tokenizer of a decoder's folder, with the ids that begin and end a sequence.
+# ------------------------------------------------------------------------------- what a config says
 
-    A tokenizer.json is read as it is, for importing transformers takes longer than a caption;
-    where there is none (OPT), transformers makes one of the older files.
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's folder and its ``config.json``, read once."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        return self.config["method"]
+
+    @property
+    def task(self) -> str:
+        """What it was trained for: "caption", "vqa" or "retrieve"."""
+        written = self.config.get("options", {}).get("task", "caption")
+        return "retrieve" if self.config.get("method") == "lilt" else written
+
+    @property
+    def modality(self) -> str:
+        """What it perceives: "image", "video" or "audio"."""
+        return modality_of(self.config)
+
+    @property
+    def image(self) -> dict[str, Any]:
+        """The image encoder's part of the config: name, sha256, config, fit."""
+        return image_side(self.config)
+
+    @cached_property
+    def reads(self) -> str:
+        """The part of a percept that its method reads: "tokens" or "summaries"."""
+        return reads(self.config)
+
+
+def open_checkpoint(name: str, task: str = "caption") -> Checkpoint:
+    """The checkpoint of a name, as in `checkpoint_folder`; its config is read here and only here.
+
+    Raises:
+        UserError: there is none, or its config cannot be read.
     """
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        names = folder / "tokenizer_config.json"
-        special = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}
-
-        def own(key: str) -> int | None:
-            token = special.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            return None if token is None else tokenizer.token_to_id(token)
-
-        bos, eos = own("bos_token"), own("eos_token")
-    else:
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        bos, eos, tokenizer = slow.bos_token_id, slow.eos_token_id, slow.backend_tokenizer
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    eos = first(eos, raw.get("eos_token_id"))
-    bos = first(bos, raw.get("bos_token_id"), eos)
-    if eos is None:
-        raise UserError(f"{folder}: this tokenizer has no token that ends a text.")
-    return Text(tokenizer, bos, eos)
-
-
-def first(*values):
-    """The first value that is there; the first item of a list (several end tokens)."""
-    value = next((v for v in values if v is not None), None)
-    return value[0] if isinstance(value, list) else value
+    folder = checkpoint_folder(name, task)
+    return Checkpoint(folder, read_config(folder))
 
 
 def image_side(config: dict) -> dict:
@@ -88,113 +103,14 @@ def task_of(method: str) -> str:
     return "retrieve" if method == "lilt" else "caption"
 
 
-def towers(method: str) -> tuple[str, str]:
-    """What a configuration calls a method's language side and its image side."""
-    return ("text", "image") if method == "lilt" else ("decoder", "vision")
-
-
-def backbones(config: dict) -> dict[str, dict]:
-    """A configuration's backbones by what it calls them."""
-    return {side: config[side] for side in ROLES if side in config}
-
-
-def role_of(side: str, part: dict) -> str:
-    """The role in which `hub` fetches a backbone."""
-    return "audio" if part.get("modality") == "audio" else ROLES[side]
-
-
-def new_config(
-    method: str,
-    language: str,
-    vision: str,
-    *,
-    fit: str,
-    prompt: str,
-    options: dict[str, Any],
-    media: dict[str, Any] | None = None,
-) -> dict:
-    """The ``config.json`` of a model to be trained; fetches its backbones.
-
-    ``media`` is what else an encoder is told, as in `encoders_build.build_encoder`.
-    """
-    config: dict[str, Any] = {"format": 1, "method": method}
-    for side, name in zip(towers(method), (language, vision), strict=True):
-        told = (media or {}) if ROLES[side] == "vision" else {}
-        folder = hub.fetch(name, role_of(side, told))
-        config[side] = {
-            "name": name,
-            "sha256": hub.fingerprint(folder),
-            "config": json.loads((folder / "config.json").read_text()),
-        }
-        if ROLES[side] == "vision":
-            config[side] |= {"fit": fit, **told}
-    if method != "lilt":
-        config["prompt"] = prompt
-    return config | {"options": options}
-
-
-def build(
-    config: dict,
-    *,
-    device: torch.device,
-    precision: torch.dtype,
-    weights: bool = True,
-    sides: Iterable[str] = ROLES,
-) -> Model:
-    """The model of a ``config.json``, modules new.
-
-    Args:
-        weights: False: on the meta device.
-        sides: of a LilT's "text" and "image" those that are wanted.
-    """
-    if config.get("format") != 1 or config.get("method") not in METHODS:
-        raise UserError(
-            f"This checkpoint's method is {config.get('method')!r} in format "
-            f"{config.get('format')!r}; this tinyvl reads {', '.join(METHODS)} in format 1.",
-            2,
-        )
-    if not weights:
-        with torch.device("meta"):
-            return assemble(config, None, precision)
-    folders = {}
-    for side, part in backbones(config).items():
-        if side not in sides:
-            continue
-        folders[side] = hub.fetch(part["name"], role_of(side, part))
-        if part["sha256"] != hub.fingerprint(folders[side]):
-            raise UserError(
-                f"{part['name']}: the weights here are not those this model was trained with "
-                f"(SHA-256 {part['sha256'][:12]}…); its answers would be wrong."
-            )
-    return place(assemble(config, folders, precision), device, precision)
-
-
-def assemble(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) -> Model:
-    """The model over the backbones of these folders; None: parameters only."""
-    if config["method"] == "lilt":
-        return lilt.build(config, folders)
-    method = METHODS[config["method"]]
-    lm, vision, prompt = config["decoder"], config["vision"], config.get("prompt", "")
-    if folders is None:
-        encoder = build_encoder(vision, levels=method.levels)
-        decoder, text, prompt = Decoder(decoder_config(lm["config"])), Text(None, 0, 0), ""
-    else:
-        encoder = build_encoder(vision, folders["vision"], levels=method.levels)
-        decoder = load_decoder(folders["decoder"], dtype=precision)
-        text = read_text(folders["decoder"], lm["config"])
-    return method(
-        encoder, decoder, text, vision_width=encoder.width, prompt=prompt, **config["options"]
-    )
-
-
 def reads(config: dict) -> str:
-    """What of its encoder the model of a ``config.json`` reads: "tokens" or "summaries"."""
+    """The part of a percept that the model of a config reads: "tokens" or "summaries"."""
     every = config.get("options", {}).get("tokens") == "all"
-    return "tokens" if every else METHODS[config["method"]].reads
+    return "tokens" if every else class_of(config["method"]).reads
 
 
 def parts_of(config: dict) -> dict[str, Any]:
-    """What of a checkpoint a run that starts from it takes over."""
+    """The job fields that a run with --init inherits from a checkpoint."""
     language, vision = (config[side] for side in towers(config["method"]))
     return {
         "language": language["name"],
@@ -207,7 +123,7 @@ def parts_of(config: dict) -> dict[str, Any]:
 
 
 def media_of(config: dict) -> dict[str, Any]:
-    """What an encoder was told beside how pictures fit: of videos, of sounds, of a CNN's maps."""
+    """Extra encoder options: of videos, of sounds, of a CNN's maps."""
     vision = image_side(config)
     keys = ("modality", "frames", "masks", "lower", "larger")
     return {key: vision[key] for key in keys if key in vision}
@@ -221,7 +137,7 @@ def maps_read(row: Preset, vision: str | None, asked: dict[str, int]) -> dict[st
 
 
 def modality_in(media: dict[str, Any]) -> str:
-    """The modality of an encoder that was told this: "image", "video" or "audio"."""
+    """The modality in these encoder options: "image", "video" or "audio"."""
     return media.get("modality", "image")
 
 
@@ -230,26 +146,23 @@ def modality_of(config: dict) -> str:
     return modality_in(media_of(config))
 
 
-def place(model: Model, device: torch.device, precision: torch.dtype) -> Model:
-    """Moves a model: frozen parts in ``precision``, trainable ones in float32 under autocast."""
-    if precision != torch.float32:
-        model.halve(precision)
-        model.amp = precision
-    return model.to(device)
+# ------------------------------------------------------------------------------------------ folders
 
 
-def trainable_state(model: Model) -> dict[str, torch.Tensor]:
-    """What a checkpoint keeps: what is trained, and what is as random without being trained."""
+def trainable_state(model: Method) -> dict[str, Tensor]:
+    """What a checkpoint keeps: what is trained, and untrained random projections."""
     return {n: p.detach() for n, p in model.named_parameters() if model.kept(n)}
 
 
-def load_trainable(model: Model, state: dict[str, torch.Tensor], where: str) -> None:
-    """Fills in the trainable tensors; any name too many, missing or misshapen is refused."""
+def load_trainable(model: Method, state: dict[str, Tensor], where: str) -> None:
+    """Fills in the trainable tensors.
+
+    Raises:
+        UserError: a name is missing or unknown, or a shape differs.
+    """
     own = trainable_state(model)
-    if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
-        odd = sorted(own.keys() ^ state.keys()) or [
-            n for n in own if own[n].shape != state[n].shape
-        ]
+    odd = sorted(own.keys() ^ state.keys())
+    if odd := odd or [name for name in own if own[name].shape != state[name].shape]:
         raise UserError(f"{where}: these weights do not fit the model ({odd[0]}).", 2)
     with torch.no_grad():
         for name, tensor in own.items():
@@ -262,13 +175,17 @@ def save_config(folder: Path, config: dict) -> None:
     )
 
 
-def save(model: Model, folder: Path, file: str = "model.safetensors") -> None:
+def save(model: Method, folder: Path, file: str = "model.safetensors") -> None:
     """The trainable tensors, in the type they are trained in."""
     files.write_tensors(folder / file, trainable_state(model), {"format": "pt"})
 
 
-def load_weights(model: Model, folder: Path) -> None:
-    """Fills a built model with a checkpoint folder's trainable tensors."""
+def load_weights(model: Method, folder: Path) -> None:
+    """Fills a built model with a checkpoint folder's trainable tensors.
+
+    Raises:
+        UserError: they cannot be read, or do not fit.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -276,13 +193,14 @@ def load_weights(model: Model, folder: Path) -> None:
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: model.safetensors cannot be read ({error}).") from error
-    if isinstance(model, LilT):
-        state = {name: tensor for name, tensor in state.items() if model.holds(name)}
-    load_trainable(model, state, str(folder))
+    here = {name: tensor for name, tensor in state.items() if model.holds(name)}
+    load_trainable(model, here, str(folder))
 
 
 def tag_of(config: dict) -> str:
-    """What a model that writes is for."""
+    """What a model does, as a model card's tag."""
+    if config["method"] == "lilt":
+        return "image-text-retrieval"
     what = "question-answering" if config["options"].get("task") == "vqa" else "captioning"
     return f"{modality_of(config)}-{what}"
 
@@ -293,7 +211,7 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
     lines = [
         "---",
         "library_name: tinyvl",
-        f"tags: [{'image-text-retrieval' if config['method'] == 'lilt' else tag_of(config)}]",
+        f"tags: [{tag_of(config)}]",
         "---",
         f"# {config['method']} on {' with '.join(part['name'] for part in parts.values())}",
         "",
@@ -312,7 +230,11 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
 
 
 def checkpoint_folder(name: str, task: str = "caption") -> Path:
-    """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``."""
+    """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``.
+
+    Raises:
+        UserError: there is no checkpoint, or no default for this task.
+    """
     if name == "default":
         if task not in DEFAULT:
             raise UserError(
@@ -342,7 +264,7 @@ def read_config(folder: Path) -> dict:
 
 
 def fingerprint(folder: Path, config: dict) -> str:
-    """What tells a checkpoint's embeddings from another's: a hash of all that makes them."""
+    """A hash of all that makes a checkpoint's embeddings: two with the same one embed alike."""
     parts = {
         side: {k: v for k, v in part.items() if k != "name"}
         for side, part in backbones(config).items()
@@ -355,42 +277,48 @@ def fingerprint(folder: Path, config: dict) -> str:
 
 
 def load(
-    name: str = "default",
+    name: str | Checkpoint = "default",
     *,
     task: str = "caption",
     device: torch.device | None = None,
     precision: torch.dtype | None = None,
-    sides: Iterable[str] = ROLES,
-) -> Model:
+    sides: Iterable[str] = tuple(ROLES),
+) -> Any:
     """A trained model, ready to run.
 
-    It is a `Captioner` for captions, an `EPalm` for answers ("vqa"), a `LilT` to retrieve.
+    It is a `Captioner` for captions and for answers ("vqa"), a `LilT` to retrieve.
 
     Args:
+        name: as in `checkpoint_folder`, or a checkpoint that is already open.
         sides: of a LilT's towers, "text" and "image", those to load. A text alone needs no timm,
             a picture alone no transformers, and each takes seconds to import.
+
+    Raises:
+        UserError: the model is for another task, or cannot be loaded.
     """
-    folder = checkpoint_folder(name, task)
+    found = name if isinstance(name, Checkpoint) else open_checkpoint(name, task)
+    config = found.config
+    if found.task != task and config.get("method") in METHODS:
+        shown = found.folder if isinstance(name, Checkpoint) else name
+        raise UserError(f"{shown}: this model does not {DOES[task]}; name one that does.", 2)
     device = device or choose_device()
     precision = precision or choose_precision(None, device)
-    config = read_config(folder)
-    own = config.get("options", {}).get("task", "caption")  # what a captioner was trained for
-    method = METHODS.get(config.get("method"), TASKS[task])
-    if not issubclass(method, TASKS[task]) or (task != "retrieve" and own != task):
-        does = {"caption": "caption", "vqa": "answer questions", "retrieve": "embed"}[task]
-        raise UserError(f"{name}: this model does not {does}; name one that does.", 2)
-    model = build(config, device=device, precision=precision, sides=sides)
-    load_weights(model, folder)
+    model: Any = build(config, device=device, precision=precision, sides=sides)
+    load_weights(model, found.folder)
     if task == "retrieve":
-        model.fingerprint = fingerprint(folder, config)
+        model.fingerprint = fingerprint(found.folder, config)
     model.requires_grad_(False).eval()
     if model.amp:  # no gradients to keep exact: cast once, not in every step
         model.halve(model.amp)
     return model
 
 
-def take_frames(model: Model, frames: int | None) -> None:
-    """Another number of frames of a video than the model was trained with."""
+def take_frames(model: Method, frames: int | None) -> None:
+    """Another number of frames of a video than the model was trained with.
+
+    Raises:
+        UserError: the model reads sounds.
+    """
     if frames is None:
         return
     if model.encoder.modality == "audio":
@@ -399,7 +327,12 @@ def take_frames(model: Model, frames: int | None) -> None:
 
 
 def inspect(name: str) -> dict[str, Any]:
-    """Parameter counts of a preset or a checkpoint, on the meta device: no weights, no network."""
+    """Parameter counts of a preset or a checkpoint, on the meta device: no weights, no network.
+
+    Raises:
+        UserError: the name is neither.
+    """
+    extra: dict[str, Any] = {}
     if name in PRESETS or name in (*SMALL, "small"):
         row = PRESETS.get(name) or SMALL[name if name in SMALL else "itune"]
         language, vision = towers(row.method)
@@ -417,7 +350,7 @@ def inspect(name: str) -> dict[str, Any]:
         }
         extra = {"row": row.row, "recipe": asdict(row.recipe)}
     elif name == "default" or name.startswith("hf://") or os.path.isdir(name):
-        config, extra = read_config(checkpoint_folder(name)), {}
+        config = open_checkpoint(name).config
     else:
         raise UserError(
             f"{name}: neither a preset nor a checkpoint folder; `tinyvl models` lists presets.", 2

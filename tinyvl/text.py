@@ -1,7 +1,11 @@
-"""Text as models read and write it: token ids, and captions tidied for training."""
+"""Text as models read and write it: token ids, questions, and captions tidied for training."""
 
+import json
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyvl import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -10,20 +14,126 @@ if TYPE_CHECKING:
 class Text:
     """A `tokenizers.Tokenizer` with the decoder's begin and end: text <-> ids."""
 
-    def __init__(self, tokenizer: "Tokenizer", bos: int, eos: int):
-        self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
+    def __init__(self, tokenizer: "Tokenizer | None", bos: int, eos: int):
+        """``tokenizer`` None: where only parameters are counted."""
+        self.tokenizer: Any = tokenizer
+        self.bos, self.eos = bos, eos
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of the bare texts, without begin and end."""
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def spare(self, rows: int) -> range:
-        """The ids of an embedding of so many rows that no text has (OPT: 50265 to 50271)."""
+        """The ids that an embedding of so many rows has and no text uses (OPT: 50265 to 50271)."""
         return range(self.tokenizer.get_vocab_size(), rows)
 
     def decode(self, ids: list[int]) -> str:
-        """One line of text: line breaks a model may produce become spaces."""
+        """One line of text: line breaks that a model writes become spaces."""
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+
+def read_text(folder: Path, config: dict) -> Text:
+    """The tokenizer of a decoder's folder, with the ids that begin and end a sequence.
+
+    A tokenizer.json is read as it is, because importing transformers takes longer than a caption.
+    Where there is none (OPT), transformers reads the older files.
+
+    Args:
+        config: the decoder's ``config.json``, which may name these ids.
+
+    Raises:
+        UserError: no token ends a text.
+    """
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        names = folder / "tokenizer_config.json"
+        special = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else {}
+
+        def own(key: str) -> int | None:
+            token = special.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            return None if token is None else tokenizer.token_to_id(token)
+
+        bos, eos = own("bos_token"), own("eos_token")
+    else:
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        bos, eos, tokenizer = slow.bos_token_id, slow.eos_token_id, slow.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    eos = first(eos, config.get("eos_token_id"))
+    bos = first(bos, config.get("bos_token_id"), eos)
+    if eos is None:
+        raise UserError(f"{folder}: this tokenizer has no token that ends a text.")
+    return Text(tokenizer, bos, eos)
+
+
+def first(*values: Any) -> Any:
+    """The first value that is there; the first item of a list (several end tokens)."""
+    value = next((v for v in values if v is not None), None)
+    return value[0] if isinstance(value, list) else value
+
+
+class Questions:
+    """Questions and answers as ids: ``question</a>answer``.
+
+    ``</a>`` is a spare row of the embedding (OPT has seven, frozen and never trained) or, where
+    there is none, the words " Answer:".
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        rows: int,
+        *,
+        lead: str = "",
+        separator: str | None = None,
+        answer_only: bool = False,
+    ):
+        """Args:
+            rows: of the decoder's embedding.
+            lead: what stands before a question: a space, where a prompt ends in a word.
+            separator: words between question and answer, in place of ``</a>``.
+            answer_only: the loss is on the answer, not on question and answer as in the paper.
+
+        Raises:
+            UserError: the separator has no word that the tokenizer knows.
+        """
+        self.text, self.lead, self.answer_only = text, lead, answer_only
+        spare = text.spare(rows)
+        self.in_words = separator is not None or not spare
+        words = " Answer:" if separator is None else separator
+        self.separator = text.encode([words])[0] if self.in_words else [spare[0]]
+        if not self.separator:
+            raise UserError("--separator has no word of this decoder's vocabulary.", 2)
+
+    def ask(self, questions: list[str], room: int) -> list[list[int]]:
+        """Ids of ``question</a>``, at most ``room`` of them (but one): a long question is cut."""
+        longest = max(1, room - len(self.separator))
+        ids = self.text.encode([self.lead + " ".join(q.split()) for q in questions])
+        return [line[:longest] + self.separator for line in ids]
+
+    def encode(self, pairs: list[tuple[str, str]], room: int, max_tokens: int) -> list[list[int]]:
+        """Ids of ``question</a>answer``, the question in ``room``, the answer in ``max_tokens``.
+
+        Each question and each answer is tokenised once.
+        """
+        lead = " " if self.in_words else ""
+        pairs = [(question, lead + " ".join(answer.split())) for question, answer in pairs]
+        questions = list(dict.fromkeys(question for question, _ in pairs))
+        answers = list(dict.fromkeys(answer for _, answer in pairs))
+        asked = dict(zip(questions, self.ask(questions, room), strict=True))
+        ids = dict(zip(answers, self.text.encode(answers), strict=True))
+        return [asked[question] + ids[answer][:max_tokens] for question, answer in pairs]
+
+    def answer_at(self, ids: list[int]) -> int:
+        """Where the answer starts in the ids of ``question</a>answer``."""
+        size = len(self.separator)
+        ends = range(size, len(ids) + 1)
+        return max(end for end in ends if ids[end - size : end] == self.separator)
 
 
 def tidy(caption: str) -> str:
@@ -41,7 +151,8 @@ def tidy(caption: str) -> str:
 def clean_caption(text: str, max_words: int = 30) -> str:
     """A caption as LilT's authors (and ALBEF's) read it: lower case, hardly any punctuation.
 
-    ``,.'!?"()*#:;~`` go, ``-`` and ``/`` become spaces, and at most ``max_words`` words are left.
+    In their order: ``,.'!?"()*#:;~`` go, ``-`` and ``/`` become spaces, ``<person>``, which is a
+    name in CC3M, becomes ``person``, and at most ``max_words`` words are left.
     """
     text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower()).replace("-", " ").replace("/", " ")
-    return " ".join(text.split()[:max_words])
+    return " ".join(text.replace("<person>", "person").split()[:max_words])

@@ -200,7 +200,7 @@ def accumulate(
 
 
 def parameter_groups(
-    model: models.Model, parameters: dict[str, torch.nn.Parameter], recipe: Recipe
+    model: models.Method, parameters: dict[str, torch.nn.Parameter], recipe: Recipe
 ) -> list[dict[str, Any]]:
     """AdamW's groups: by rate (the schedule's or a fixed one) and by weight decay.
 

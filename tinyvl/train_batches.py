@@ -184,8 +184,6 @@ class Pictures:
         decoded = media_workers.decode_images(
             paths, transform, target=target, workers=self.run.workers
         )
-            paths, transform, target=target, workers=self.run.workers
-        )
         for indices in wanted:
             yield [picture for _, picture in islice(decoded, len(indices))]
 

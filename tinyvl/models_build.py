@@ -1,0 +1,383 @@
+"""From a ``config.json`` to the model that it describes: options checked, backbones loaded.
+
+A method's module is imported only where a model of this method is built.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tinyvl import UserError, hub
+from tinyvl.text import Questions, Text, read_text
+
+if TYPE_CHECKING:
+    from tinyvl.captioner import Captioner
+    from tinyvl.decoder import DecoderConfig
+    from tinyvl.encoders import ImageEncoder
+    from tinyvl.lilt import LilT, Tuning
+    from tinyvl.lilt_towers import ImageTower, TextTower
+    from tinyvl.method import Method
+
+METHODS = {"itune": "ITune", "epalm": "EPalm", "clipcap": "ClipCap", "lilt": "LilT"}  # classes
+# A configuration's backbones and the role in which `hub` fetches each.
+ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
+QUESTIONS = ("task", "separator", "answer_only")  # options of `text.Questions`
+
+
+def class_of(method: str) -> Any:
+    """A method's class; imports its module and no other method's."""
+    return getattr(import_module(f"tinyvl.{method}"), METHODS[method])
+
+
+def towers(method: str) -> tuple[str, str]:
+    """What a configuration calls a method's language side and its image side."""
+    return ("text", "image") if method == "lilt" else ("decoder", "vision")
+
+
+def backbones(config: dict) -> dict[str, dict]:
+    """A configuration's backbones by what it calls them."""
+    return {side: config[side] for side in ROLES if side in config}
+
+
+def role_of(side: str, part: dict) -> str:
+    """The role in which `hub` fetches a backbone."""
+    return "audio" if part.get("modality") == "audio" else ROLES[side]
+
+
+def new_config(
+    method: str,
+    language: str,
+    vision: str,
+    *,
+    fit: str,
+    prompt: str,
+    options: dict[str, Any],
+    media: dict[str, Any] | None = None,
+) -> dict:
+    """The ``config.json`` of a model to be trained; fetches its backbones.
+
+    ``media``: extra encoder options, as in `encoders_build.build_encoder`.
+
+    Raises:
+        UserError: a backbone is not known, or cannot be fetched.
+    """
+    config: dict[str, Any] = {"format": 1, "method": method}
+    for side, name in zip(towers(method), (language, vision), strict=True):
+        extra = (media or {}) if ROLES[side] == "vision" else {}
+        folder = hub.fetch(name, role_of(side, extra))
+        config[side] = {
+            "name": name,
+            "sha256": hub.fingerprint(folder),
+            "config": json.loads((folder / "config.json").read_text()),
+        }
+        if ROLES[side] == "vision":
+            config[side] |= {"fit": fit, **extra}
+    if method != "lilt":
+        config["prompt"] = prompt
+    return config | {"options": options}
+
+
+def build(
+    config: dict,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    weights: bool = True,
+    sides: Iterable[str] = tuple(ROLES),
+) -> "Method":
+    """The model of a ``config.json``, its trainable modules new.
+
+    Args:
+        weights: False: on the meta device.
+        sides: of a LilT's "text" and "image" those that are wanted.
+
+    Raises:
+        UserError: the method or an option is refused, or a backbone's weights are not those that
+            the model was trained with.
+    """
+    if config.get("format") != 1 or config.get("method") not in METHODS:
+        raise UserError(
+            f"This checkpoint's method is {config.get('method')!r} in format "
+            f"{config.get('format')!r}; this tinyvl reads {', '.join(METHODS)} in format 1.",
+            2,
+        )
+    assemble = build_lilt if config["method"] == "lilt" else build_captioner
+    if not weights:
+        with torch.device("meta"):
+            return assemble(config, None, precision)
+    folders = {}
+    for side, part in backbones(config).items():
+        if side not in sides:
+            continue
+        folders[side] = hub.fetch(part["name"], role_of(side, part))
+        if part["sha256"] != hub.fingerprint(folders[side]):
+            raise UserError(
+                f"{part['name']}: the weights here are not those this model was trained with "
+                f"(SHA-256 {part['sha256'][:12]}…); its answers would be wrong."
+            )
+    return place(assemble(config, folders, precision), device, precision)
+
+
+def place(model: "Method", device: torch.device, precision: torch.dtype) -> "Method":
+    """Moves a model: frozen parts in ``precision``, trainable ones in float32 under autocast."""
+    if precision != torch.float32:
+        model.halve(precision)
+        model.amp = precision
+    return model.to(device)
+
+
+def settings(kind: type, options: dict[str, Any]) -> SimpleNamespace:
+    """A method's options, with its own defaults for those that are not given."""
+    known = signature(kind).parameters.values()
+    return SimpleNamespace(**{p.name: p.default for p in known} | options)
+
+
+def one_of(known: Iterable[str], **given: str) -> None:
+    """Raises a UserError for an option whose value is not one of these."""
+    for name, value in given.items():
+        if value not in known:
+            raise UserError(f"--{name} is one of {', '.join(known)}, not {value!r}.", 2)
+
+
+# -------------------------------------------------------------------------------------- captioners
+
+
+def build_captioner(
+    config: dict, folders: dict[str, Path] | None, precision: torch.dtype
+) -> "Captioner":
+    """A captioner over the backbones in these folders; None: parameters only, random."""
+    from tinyvl.decoder import Decoder
+    from tinyvl.decoder_weights import decoder_config, load_decoder
+    from tinyvl.encoders_build import build_encoder
+
+    kind = class_of(config["method"])
+    lm, vision = config["decoder"], config["vision"]
+    encoder: Any
+    if folders is None:
+        encoder = build_encoder(vision, levels=kind.levels)
+        decoder, text = Decoder(decoder_config(lm["config"])), Text(None, 0, 0)
+    else:
+        encoder = build_encoder(vision, folders["vision"], levels=kind.levels)
+        decoder = load_decoder(folders["decoder"], dtype=precision)
+        text = read_text(folders["decoder"], lm["config"])
+    prompt = config.get("prompt", "") if folders else ""
+    return with_options(config["method"], encoder, decoder, text, prompt, config["options"])
+
+
+def with_options(
+    method: str, encoder: Any, decoder: Any, text: Any, prompt: str, options: dict[str, Any]
+) -> "Captioner":
+    """A captioner with the options of a ``config.json``.
+
+    Raises:
+        UserError: an option is refused, or prompt and prefix leave no room for text.
+    """
+    own = {name: value for name, value in options.items() if name not in QUESTIONS}
+    check_options(method, options, decoder.config, encoder)
+    wide = encoder.width
+    model = class_of(method)(encoder, decoder, text, vision_width=wide, prompt=prompt, **own)
+    if model.room < 2:
+        before = f"a prefix of {model.length} and " if model.length else ""
+        raise UserError(
+            f"This decoder's {decoder.config.max_positions} positions have no room for text "
+            f"behind {before}a prompt of {len(model.prompt)} tokens.",
+            2,
+        )
+    if options.get("task") == "vqa" and text.tokenizer is not None:
+        model.questions = Questions(
+            text,
+            decoder.config.vocab_size,
+            lead=" " if model.prompt else "",
+            separator=options.get("separator"),
+            answer_only=options.get("answer_only", False),
+        )
+    return model
+
+
+def check_options(
+    method: str, options: dict[str, Any], c: "DecoderConfig", encoder: "ImageEncoder"
+) -> None:
+    """Raises a UserError for a captioner's option that does not fit its decoder or encoder."""
+    check = {"itune": check_itune, "epalm": check_epalm, "clipcap": check_clipcap}[method]
+    check(settings(class_of(method), options), c, encoder)
+
+
+def check_itune(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder") -> None:
+    if not 0 <= o.drop < c.layers:
+        raise UserError(f"--drop {o.drop} leaves no module in a decoder of {c.layers} layers.", 2)
+
+
+def check_clipcap(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder") -> None:
+    from tinyvl.clipcap import MAPPINGS
+
+    one_of(MAPPINGS, mapping=o.mapping)
+    if o.mapping == "transformer" and c.embed_size % o.heads:
+        raise UserError(f"--heads {o.heads} does not divide the decoder's width {c.embed_size}.", 2)
+
+
+def check_epalm(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder") -> None:
+    from tinyvl.epalm import TOWERS, ranges
+
+    one_of(("caption", "vqa"), task=vars(o).get("task", "caption"))
+    one_of(("cls", "all"), tokens=o.tokens)
+    within("inject", o.inject, c.layers)
+    if o.tokens == "all":
+        if o.extract is not None:
+            raise UserError("All tokens are those of the last level: leave out --extract.", 2)
+    else:
+        within("extract", o.extract, len(encoder.widths))
+        extract, inject = ranges(o.extract, o.inject, len(encoder.widths), c.layers)
+        if len(extract) > len(inject):
+            raise UserError(
+                f"{len(extract)} levels of the encoder do not fit into {len(inject)} "
+                "layers of the decoder; give fewer levels (--extract) or more layers (--inject).",
+                2,
+            )
+        widths = [encoder.widths[level] for level in extract]
+        if o.shared and len(set(widths)) > 1:
+            raise UserError(
+                f"The encoder's levels differ in width ({', '.join(map(str, widths))}), so they "
+                "cannot share one connection; give --separate.",
+                2,
+            )
+    if o.adapters and o.adapters > c.hidden_size:
+        raise UserError(f"--adapters {o.adapters} leaves nothing of a width of {c.hidden_size}.", 2)
+    if not set(o.unfreeze or []) <= set(TOWERS):
+        raise UserError("--unfreeze is vision, lm, or vision,lm.", 2)
+
+
+def within(name: str, given: list[int] | None, number: int) -> None:
+    """Raises a UserError for a range [first, end) that is not within so many."""
+    if given is not None and not 0 <= given[0] < given[1] <= number:
+        raise UserError(
+            f"--{name} {given[0]}:{given[1]} is not within the {number} there are (0:{number}).", 2
+        )
+
+
+# -------------------------------------------------------------------------------------------- LilT
+
+
+def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) -> "LilT":
+    """LilT over the backbones "image" and "text"; None: parameters only, random.
+
+    The tower of a side that is not in ``folders`` is left out, and its projection.
+    """
+    from tinyvl.lilt import LilT, Tuning
+
+    options = dict(config["options"])
+    tunings = [Tuning(**options.pop(side, {})) for side in ("image", "text")]
+    size, clean = options.pop("size", None), options.pop("clean", False)
+    random = options.pop("random_init", False)
+    check_lilt(tunings, random)
+    image = text = None
+    if folders is None or "image" in folders:
+        folder = folders["image"] if folders else None
+        image = image_tower(config["image"], tunings[0], folder, size, random)
+    if folders is None or "text" in folders:
+        folder = folders["text"] if folders else None
+        plain = image is not None or random  # transformers' model, not the one for queries
+        text = text_tower(config["text"], tunings[1], folder, clean, random, plain)
+    dropout = (tunings[0].dropout, tunings[1].dropout)
+    return LilT(image, text, map_width=tunings[0].width, dropout=dropout, **options)
+
+
+def check_lilt(tunings: "list[Tuning]", random: bool) -> None:
+    """Raises a UserError for tunings that contradict themselves, or random towers."""
+    from tinyvl.lilt import ADAPTERS, UNLOCKS
+
+    for tuning in tunings:
+        for name, known in (("adapter", ADAPTERS), ("unlock", UNLOCKS)):
+            if getattr(tuning, name) not in known:
+                raise UserError(f"{name} is one of {', '.join(known)}.", 2)
+        if tuning.layers and tuning.unlock == "none":
+            raise UserError(
+                "Layers are chosen of what is unlocked: name that too, as by --text-unlock "
+                "layernorm or --image-unlock layernorm.",
+                2,
+            )
+    if random and not all(tuning.unlock == "all" and not tuning.layers for tuning in tunings):
+        raise UserError(
+            "--random-init is for towers that are trained whole; add --preset clip-base, or "
+            "--image-unlock all --text-unlock all.",
+            2,
+        )
+
+
+def image_tower(
+    image: dict, tuning: "Tuning", folder: Path | None, size: int | None, random: bool
+) -> "ImageTower":
+    """The image tower, tuned; a UserError where it lacks what the tuning asks for."""
+    from safetensors.torch import load_file
+
+    from tinyvl.lilt import add_layerwise_adapters
+    from tinyvl.lilt_towers import ImageTower, image_model
+
+    where, deep = image["name"], tuning.adapter == "deep"
+    state = load_file(folder / "model.safetensors") if folder and not random else None
+    model, depth = image_model(image["config"], size=size, grow=deep, state=state)
+    if tuning.adapter == "layerwise" and not (depth and add_layerwise_adapters(model)):
+        raise UserError(
+            f"{where} has no transformer blocks to put layerwise adapters in; use a deep "
+            "adapter (--image-adapter deep) or a ViT.",
+            2,
+        )
+    if tuning.layers and not depth:
+        raise UserError(f"{where} has no transformer layers to choose from.", 2)
+    has_token = bool(getattr(model, "num_prefix_tokens", 0))
+    pool = tuning.pool or ("token" if has_token else "mean")
+    if pool == "token" and not has_token:
+        raise UserError(f"{where} has no [CLS] token; pool its tokens by their mean.", 2)
+    over_map = deep and not depth
+    own = replace(tuning, adapter="none") if over_map else tuning
+    tuned = tuned_names(model, own, depth, where)
+    return ImageTower(model, fit=image["fit"], pool=pool, tuned=tuned, map_adapter=over_map)
+
+
+def text_tower(
+    text: dict, tuning: "Tuning", folder: Path | None, clean: bool, random: bool, plain: bool
+) -> "TextTower":
+    """The text tower, tuned; a UserError where it lacks what the tuning asks for.
+
+    Without ``plain`` it is our own BERT where that can read the checkpoint, because importing
+    transformers takes longer than a query.
+    """
+    from tinyvl import encoders_text
+    from tinyvl.encoders_text import build_text_model, load_text_model, load_tokenizer
+    from tinyvl.lilt import add_layerwise_adapters
+    from tinyvl.lilt_towers import TextTower
+
+    grow, where = tuning.adapter == "deep", text["name"]
+    model: Any
+    tokenizer: Any
+    if folder and not plain and encoders_text.readable(folder):
+        model, tokenizer = encoders_text.load(folder, grow=grow)
+    else:
+        tokenizer = load_tokenizer(folder) if folder else None
+        if folder and not random:
+            model = load_text_model(folder, grow=grow)
+        else:
+            model = build_text_model(text["config"], grow=grow)
+    if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
+        raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
+    tuned = tuned_names(model, tuning, model.config.num_hidden_layers - grow, where)
+    return TextTower(model, tokenizer, clean=clean, pool=tuning.pool or "token", tuned=tuned)
+
+
+def tuned_names(model: nn.Module, tuning: "Tuning", depth: int, where: str) -> frozenset[str]:
+    """`lilt.unlocked`; a UserError where the model has nothing of that kind."""
+    from tinyvl.lilt import unlocked
+
+    if tuning.unlock != "none" and not unlocked(model, replace(tuning, adapter="none"), depth):
+        what = {"layernorm": "LayerNorms", "bitfit": "biases"}.get(tuning.unlock, "parameters")
+        first, last = (i if i >= 0 else depth + i for i in tuning.layers or (0, -1))
+        layers = f" in the layers {first} to {last}" if tuning.layers else ""
+        raise UserError(f"{where} has no {what}{layers} to unlock; choose another preset.", 2)
+    return unlocked(model, tuning, depth)
