@@ -70,3 +70,9 @@ def locked(folder: Path, message: str) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def local(name: str) -> str:
+    """A folder's whole path, so that a checkpoint finds it from anywhere; other names as they are."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else name
