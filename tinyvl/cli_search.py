@@ -3,143 +3,111 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
-    Json,
-    Model,
-    Null,
-    OutFile,
+    MODEL,
+    PROMPTS,
+    Lines,
     Place,
-    Prompts,
-    ResumeFile,
-    grouped,
+    batch,
+    command,
+    group,
     load_model,
-    local,
+    same,
 )
+from tinyvl.presets_options import Job, option
 
-if TYPE_CHECKING:
-    from tinyvl.index import Index
-    from tinyvl.search import Query
-
-AnyModel = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Checkpoint folder, hf://owner/name, or default. (default: what made the index)",
-    ),
-]
-HIDDEN = ".tinyvl"  # the index of a folder, in that folder
-SIDES = ("text", "image")
+app = group()
+ANY_MODEL = option(
+    None, "Checkpoint folder, hf://owner/name, or default.",
+    panel="Model", name="--model,-m", shown="what made the index",
+)  # fmt: skip
 
 
-def load_towers(name: str, place: Place, sides: Iterable[str] = SIDES) -> Any:
+def load_towers(name: str, place: Place, sides: Iterable[str] = ("text", "image")) -> Any:
     return load_model(name, place, task="retrieve", sides=sides)
 
 
-@grouped
+def loader(place: Place) -> Callable[..., Any]:
+    """What `search` loads a model with."""
+    return lambda name, *sides: load_towers(name, place, *sides)
+
+
+@command(app, "index")
 def index(
-    *,
     data: Annotated[
         str, typer.Argument(help="A folder, a data set, or - for paths on standard input.")
     ] = ".",
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="The index's folder. (default: .tinyvl in the folder)"),
-    ] = None,
-    model: AnyModel = None,
-    format: Annotated[str | None, typer.Option(help="Force the data set's format.")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder of the data set's pictures.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
-    null: Null = False,
+    *,
+    out: Path | None = option(
+        None, "The index's folder.",
+        panel="Output", name="--out,-o", shown=".tinyvl in the folder",
+    ),
+    model: str | None = ANY_MODEL,
+    format: str | None = same(Job, "format"),
+    images: str | None = same(Job, "images"),
+    batch: int = batch(),
+    null: bool = same(Lines, "null", False),
     place: Place,
-) -> None:
+) -> None:  # fmt: skip
     """Embed pictures, and their captions if they have any, to be searched: prints the index.
 
-    Run again, it embeds what is new, takes over what was moved, and drops what is gone; killed,
-    it goes on where it was.
+    Run again, it embeds what is new, takes over what was moved, and drops what is gone; killed, it
+    goes on where it was.
     """
-    if out is None:
-        if not os.path.isdir(data):
-            raise UserError("Name the index's folder with -o INDEX.", 2)
-        out = Path(data) / HIDDEN
-    status, _ = bring_up_to_date(
-        data, out, model, place, null=null, batch=batch, format=format, images=images
-    )
+    if out is None and not os.path.isdir(data):
+        raise UserError("Name the index's folder with -o INDEX.", 2)
+    from tinyvl import search
+
+    out = out or Path(data) / search.HIDDEN
+    status, _ = search.bring_up_to_date(
+        data, out, model, loader(place), batch=batch, workers=place.workers, null=null,
+        format=format, images=images,
+    )  # fmt: skip
     print(out)
     raise typer.Exit(status)
 
 
-def bring_up_to_date(
-    data: str,
-    out: Path,
-    model: str | None,
-    place: Place,
-    *,
-    batch: int = 16,
-    say: Callable[[int], str] | None = None,
-    **reading: Any,
-) -> tuple[int, Any]:
-    """-> the exit status, and the model; ``reading`` goes to `indexing.read_source`."""
-    from tinyvl.index import read_about
-    from tinyvl.indexing import read_source, update
-
-    about = read_about(out) or {}
-    source = read_source(data, **reading)
-    if say:
-        print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
-    name = local(model or about.get("model", "default"))
-    loaded = load_towers(name, place)
-    try:
-        changes = update(out, source, loaded, name=name, batch=batch, workers=place.workers)
-    except KeyboardInterrupt:
-        raise UserError("stopped; the same command goes on from here", 130) from None
-    print(f"{out}: {changes}", file=sys.stderr)
-    return int(changes.unreadable > 0), loaded
-
-
-@grouped
+@command(app, "retrieve")
 def retrieve(
-    *,
     folder: Annotated[
         str | None,
         typer.Argument(help="A folder to search; indexed first if need be. (default: this one)"),
     ] = None,
-    query: Annotated[
-        list[str] | None,
-        typer.Option("--query", "-q", help="What to look for; repeatable; - reads lines on stdin."),
-    ] = None,
-    image: Annotated[
-        list[str] | None, typer.Option("--image", "-i", help="A picture to look for; repeatable.")
-    ] = None,
-    plus: Annotated[
-        list[str] | None, typer.Option(help="Text or picture added to each query; repeatable.")
-    ] = None,
-    minus: Annotated[
-        list[str] | None,
-        typer.Option(help="Text or picture subtracted from each query; repeatable."),
-    ] = None,
-    index: Annotated[Path | None, typer.Option(help="An index made by tinyvl index -o.")] = None,
-    k: Annotated[int, typer.Option("-k", min=0, help="Results of each query; 0: all.")] = 10,
-    threshold: Annotated[
-        float | None, typer.Option(help="Leave out results that score less (-1 to 1).")
-    ] = None,
-    captions: Annotated[
-        bool, typer.Option("--captions", help="Search the index's captions, not its pictures.")
-    ] = False,
-    as_json: Json = False,
-    null: Annotated[
-        bool, typer.Option("-0", "--null", help="Only the results, a NUL after each: for xargs -0.")
-    ] = False,
-    model: AnyModel = None,
+    *,
+    query: list[str] | None = option(
+        None, "What to look for; repeatable; - or a pipe: a query a line on standard input.",
+        panel="Data", name="--query,-q",
+    ),
+    image: list[str] | None = option(
+        None, "A picture to look for; repeatable.", panel="Data", name="--image,-i"
+    ),
+    plus: list[str] | None = option(
+        None, "Text or picture added to each query; repeatable.", panel="Data"
+    ),
+    minus: list[str] | None = option(
+        None, "Text or picture subtracted from each query; repeatable.", panel="Data"
+    ),
+    index: Path | None = option(None, "An index made by tinyvl index -o.", panel="Data"),
+    k: int = option(10, "Results of each query; 0: all.", panel="Output", name="-k", min=0),
+    threshold: float | None = option(
+        None, "Leave out results that score less (-1 to 1).", panel="Output"
+    ),
+    captions: bool = option(False, "Search the index's captions, not its pictures.", panel="Data"),
+    as_json: bool = same(Lines, "as_json", False),
+    null: bool = option(
+        False, "Only the results, a NUL after each: for xargs -0.", panel="Output",
+        name="--null,-0",
+    ),
+    model: str | None = ANY_MODEL,
     place: Place,
-) -> None:
+) -> None:  # fmt: skip
     """Find pictures by words or by a picture: a path a line, best first.
 
     Where there are several queries, query<TAB>path.
@@ -157,110 +125,54 @@ def retrieve(
         raise UserError("--query takes a text, not an empty one.", 2)
     if folder and not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; an index elsewhere is named by --index.", 2)
-    from tinyvl.index import Index, check_model
-    from tinyvl.search import Query, answers, shift_of, term
+    from tinyvl import search
 
-    piped = "-" in texts
-    adds, subtracts = [term(t) for t in plus or []], [term(t) for t in minus or []]
-    status, loaded, home = 0, None, index or Path(folder or ".") / HIDDEN
-    if index is None and not finished(home):
-        status, loaded = make_first(folder or ".", home, model, place)
-    found = Index(home)
-    if not captions and not len(found.images.vectors):
-        raise UserError(f"{home}: this index holds no pictures.")
-    if captions and not len(found.captions.vectors):
-        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
-    if loaded is None:
-        name = local(model or found.about["model"])
-        terms = adds + subtracts
-        words = bool(texts) or not all(t.picture for t in terms)
-        pictures = bool(images) or any(t.picture for t in terms)
-        sides = [side for side, used in zip(SIDES, (words, pictures), strict=True) if used]
-        loaded = load_towers(name, place, sides)
-        check_model(home, found.about, loaded, name)
-    settings = {
-        "k": k, "threshold": threshold, "captions": captions,
-        "shift": shift_of(loaded, adds, subtracts), "show": shown(found, folder),
-    }  # fmt: skip
-    several = piped or len(texts) + len(images) > 1
-    for group in groups(texts, [Query(path, True) for path in images]):
-        for hits in answers(found, loaded, group, **settings):
+    pictures = [search.Query(path, True) for path in images]
+    adds, subtracts = [[search.term(text) for text in terms or []] for terms in (plus, minus)]
+    named = [search.Query(text) for text in texts] + pictures + adds + subtracts
+    status, found, loaded = search.opened(
+        folder, index, model, loader(place), named, captions=captions, workers=place.workers
+    )
+    several = "-" in texts or len(texts) + len(images) > 1
+    for queries in search.groups(texts, pictures):
+        for hits in search.answers(
+            found, loaded, queries, k=k, threshold=threshold, captions=captions,
+            shift=search.shift_of(loaded, adds, subtracts), show=search.shown(found, folder),
+        ):  # fmt: skip
             if isinstance(hits, UserError):
                 status = 1
                 print(f"tinyvl: {hits}", file=sys.stderr)
                 continue
             for hit in hits:
-                if as_json:
-                    fields = {k: v for k, v in vars(hit).items() if v is not None}
-                    fields["score"] = round(hit.score, 6)
-                    line = json.dumps(fields, ensure_ascii=False)
-                else:
-                    line = hit.path if hit.caption is None else hit.caption
-                    line = f"{hit.query}\t{line}" if several and not null else line
-                print(line, end="\0" if null else "\n")
+                print(line_of(hit, as_json, several and not null), end="\0" if null else "\n")
         sys.stdout.flush()
     raise typer.Exit(status)
 
 
-def finished(home: Path) -> bool:
-    from tinyvl.index import read_about
-
-    return bool((read_about(home) or {}).get("generation"))
-
-
-def make_first(folder: str, home: Path, model: str | None, place: Place) -> tuple[int, Any]:
-    def say(count: int) -> str:
-        there = "unfinished" if (home / "index.json").exists() else "no"
-        return f"{folder}: {there} index yet; embedding {count:,} pictures into {home}"
-
-    return bring_up_to_date(folder, home, model, place, say=say)
+def line_of(hit: Any, as_json: bool, several: bool) -> str:
+    """A result as it is printed: after its query, where there are several."""
+    if as_json:
+        fields = {name: value for name, value in vars(hit).items() if value is not None}
+        return json.dumps(fields | {"score": round(hit.score, 6)}, ensure_ascii=False)
+    line = hit.path if hit.caption is None else hit.caption
+    return f"{hit.query}\t{line}" if several else line
 
 
-def shown(found: "Index", folder: str | None) -> Callable[[str], str]:
-    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
-    root, here = found.root, os.path.join(os.getcwd(), "")
-
-    def show(path: str) -> str:
-        if folder is not None:
-            return os.path.join(folder, path)
-        return os.path.join(root, path).removeprefix(here)
-
-    return show
-
-
-def groups(texts: list[str], images: list["Query"]) -> Iterator[list["Query"]]:
-    """Queries to be answered together: those named, then those on standard input as they come."""
-    from tinyvl.search import Query
-
-    named = [Query(text) for text in texts if text != "-"] + images
-    if named:
-        yield named
-    if "-" in texts:
-        from tinyvl.media import expand
-        from tinyvl.write import gathered
-
-        lines = (Query(line.strip()) for line in expand(["-"]))
-        yield from gathered(lines, 256)
-
-
-@grouped
+@command(app, "classify")
 def classify(
-    *,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="Pictures, folders, globs, or - for paths on stdin (as a pipe is)."),
+        typer.Argument(
+            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is)."
+        ),
     ] = None,
-    labels: Annotated[
-        str, typer.Option(help="Names between commas, or a file with one a line.")
-    ] = "",
-    prompt: Prompts = None,
-    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Labels of each picture.")] = 1,
-    model: Model = "default",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
-    as_json: Json = False,
-    out: OutFile = None,
-    resume: ResumeFile = False,
-    null: Null = False,
+    *,
+    labels: str = option("", "Names between commas, or a file with one a line.", panel="Data"),
+    prompt: list[str] | None = PROMPTS,
+    top: int = option(1, "Labels of each picture.", panel="Output", name="--top,-k", min=1),
+    model: str = MODEL,
+    batch: int = batch(),
+    lines: Lines,
     place: Place,
 ) -> None:
     """Say which label fits a picture: path<TAB>label<TAB>probability (no path for one picture)."""
@@ -270,8 +182,6 @@ def classify(
         inputs = ["-"]
     if not labels:
         raise UserError('Name the labels: --labels "cat,dog", or a file with one a line.', 2)
-    if resume and out is None:
-        raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     from tinyvl import media
     from tinyvl.classes import templates
     from tinyvl.classify import classify, read_labels, write
@@ -280,13 +190,14 @@ def classify(
 
     names, prompts = read_labels(labels), templates(prompt)
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
-    paths = media.expand(inputs, sys.stdin, null=null)
+    paths = media.expand(inputs, sys.stdin, null=lines.null)
     stream, done = sys.stdout, set()
     loaded = load_towers(model, place)
     classes = class_embeddings(loaded.embed_texts, names, prompts)
-    if out is not None:
-        lines = min(top, len(names))
-        stream, done = open_output(out, resume, field="label", tabs=2, lines=lines)
+    if lines.out is not None:
+        many = min(top, len(names))
+        stream, done = open_output(lines.out, lines.resume, field="label", tabs=2, lines=many)
         paths = (path for path in paths if path not in done)
     results = classify(loaded, paths, names, classes, top=top, batch=batch, workers=place.workers)
-    raise typer.Exit(write(results, stream, as_json=as_json, bare=one and out is None))
+    bare = one and lines.out is None
+    raise typer.Exit(write(results, stream, as_json=lines.as_json, bare=bare))

@@ -73,6 +73,6 @@ def locked(folder: Path, message: str) -> Iterator[None]:
 
 
 def local(name: str) -> str:
-    """A folder's whole path, so that a checkpoint finds it from anywhere; other names as they are."""
+    """A folder's whole path, so that a checkpoint finds it from anywhere; other names unchanged."""
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.isdir(path) else name

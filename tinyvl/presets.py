@@ -15,7 +15,7 @@ from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, opti
 from tinyvl.presets_table import AV_RECIPES, FRAMES, PRESETS, RECIPES, SMALL, Preset
 
 __all__ = ["AST", "CONFIGS", "PRESETS", "RECIPES", "SMALL", "TIMESFORMER", "Job", "Preset"]
-__all__ += ["Recipe", "Run", "architecture", "job_of", "maps_read", "preset", "run_of"]
+__all__ += ["Recipe", "Run", "architecture", "encoder_of", "job_of", "preset", "run_of"]
 
 
 def preset(name: str | None, method: str, modality: str | None = None) -> Preset:
@@ -42,6 +42,39 @@ def maps_read(row: Preset, vision: str | None, asked: dict[str, int]) -> dict[st
     own = row.job.get("media", {}) if vision in (None, row.vision) else {}
     maps = {key: own[key] for key in ("lower", "larger") if key in own} | asked
     return {key: value for key, value in maps.items() if value}
+
+
+def encoder_of(
+    name: str | None, vision: str | None, asked: dict[str, Any], *, summaries: bool
+) -> tuple[Preset, str, dict[str, Any]]:
+    """What `tinyvl features` encodes with: a preset, the modality, and extra encoder options.
+
+    Args:
+        name: a preset; None: the default model.
+        vision: another encoder than the preset's.
+        asked: of modality, frames, lower and larger those that were given.
+        summaries: no tokens are kept.
+
+    Raises:
+        UserError: no such preset, or options that would do nothing.
+    """
+    modality = asked.get("modality")
+    row = PRESETS.get(name or "") or preset(
+        name, "itune" if modality in (None, "image") else "epalm", modality
+    )
+    kind = modality or row.job.get("media", {}).get("modality", "image")
+    if "frames" in asked and kind != "video":
+        raise UserError("--frames goes with --modality video.", 2)
+    maps = chosen(asked, "lower", "larger")
+    if kind == "image" and not summaries:
+        return row, kind, maps_read(row, vision, maps)
+    for option, value in maps.items():
+        if value:
+            raise UserError(f"--{option} is about the tokens of pictures.", 2)
+    if kind == "image":
+        return row, kind, {}
+    frames = {"frames": asked.get("frames", 8)} if kind == "video" else {}
+    return row, kind, {"modality": kind} | frames
 
 
 def chosen(asked: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -4,8 +4,9 @@ Training reads these dataclasses, and `cli_options.grouped` makes the command li
 heavy is imported: `tinyvl --help` reads this file too.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +187,7 @@ class Run:
     )  # fmt: skip
     checkpointing: bool = option(False, "Recompute layers: less memory, slower.", panel="Run")
     cache: bool = option(  # of the encoder's tokens, on disk
-        True, "Encode pictures anew in each epoch.", panel="Run", name="/--no-cache", shown=""
+        True, "Encode pictures anew in each epoch.", panel="Run", name=" /--no-cache", shown=""
     )
     features: Path | None = option(
         None, "Folder that `tinyvl features` made: read it instead of encoding.", panel="Run"
@@ -243,7 +244,7 @@ class ITune:
     )  # fmt: skip
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EPalm:
     # Tables 9 and 14 in ranges from 0, the end not included. The authors' code ends one layer early
     # (11:23 of OPT-350M's 24 layers, 19:31 of OPT-2.7B's 32).
@@ -379,7 +380,7 @@ class ImageTower(Tower):
     width: int = option(384, "Width of a deep adapter on a CNN's feature map.", min=64)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LilT:
     text: Tower  # --text-adapter and so on
     image: ImageTower
@@ -432,7 +433,7 @@ def declared(*classes: type) -> dict[str, Field]:
     """The options of dataclasses by name, a tower's as "text_adapter"; later classes count more."""
     found: dict[str, Field] = {}
     for own in (own for cls in classes for own in fields(cls)):
-        if is_dataclass(own.type):
+        if own.type in (Tower, ImageTower):
             found |= {f"{own.name}_{name}": of for name, of in declared(own.type).items()}
         elif "help" in own.metadata:
             found[own.name] = own
@@ -448,4 +449,5 @@ def options_of(method: str) -> dict[str, Field]:
 
 def flag(name: str, of: Field) -> str:
     """An option as it is typed: "--max-tokens"."""
-    return (of.metadata["name"] or f"--{name.replace('_', '-')}").split(",")[0]
+    typed = of.metadata["name"] or f"--{name.replace('_', '-')}"
+    return next(filter(None, re.split("[,/ ]", typed)))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyvl import UserError, media
-from tinyvl.index import Index, one_line
+from tinyvl.files import local
+from tinyvl.index import Index, check_model, one_line, read_about
+
+HIDDEN = ".tinyvl"  # the index of a folder, in that folder
 
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
 ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
@@ -206,3 +211,114 @@ def answers(
             Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
             for rank, (n, score) in enumerate(pairs, 1)
         ]
+
+
+# The commands `index` and `retrieve`. ``load`` gives a model of its name, and of its towers those
+# that are named, if not both.
+Load = Callable[..., Any]
+
+
+def bring_up_to_date(
+    data: str,
+    out: Path,
+    model: str | None,
+    load: Load,
+    *,
+    batch: int = 16,
+    workers: int | None = None,
+    say: Callable[[int], str] | None = None,
+    **reading: Any,
+) -> tuple[int, Any]:
+    """Indexes ``data`` in the folder ``out``. -> the exit status, and the model.
+
+    Args:
+        model: None: the one that made the index, or the default.
+        say: tells about the number of pictures.
+        reading: goes to `indexing.read_source`.
+
+    Raises:
+        UserError: as `indexing.update`; stopped by Control-C.
+    """
+    from tinyvl.indexing import read_source, update
+
+    about = read_about(out) or {}
+    source = read_source(data, **reading)
+    if say:
+        print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
+    name = local(model or about.get("model", "default"))
+    loaded = load(name)
+    try:
+        changes = update(out, source, loaded, name=name, batch=batch, workers=workers)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on from here", 130) from None
+    print(f"{out}: {changes}", file=sys.stderr)
+    return int(changes.unreadable > 0), loaded
+
+
+def opened(
+    folder: str | None,
+    home: Path | None,
+    model: str | None,
+    load: Load,
+    queries: list[Query],
+    *,
+    captions: bool = False,
+    workers: int | None = None,
+) -> tuple[int, Index, Any]:
+    """The index ``home``, or the folder's own, which is made first where there is none.
+
+    Args:
+        model: None: the one that made the index.
+        queries: these need one of the model's towers, or both.
+
+    Returns:
+        The exit status, the index, and the model.
+
+    Raises:
+        UserError: there is nothing to search, or ``model`` did not make the index.
+    """
+    status, loaded, where = 0, None, folder or "."
+    if home is None:
+        home = Path(where) / HIDDEN
+        if not (read_about(home) or {}).get("generation"):
+            there = "unfinished" if (home / "index.json").exists() else "no"
+
+            def say(count: int) -> str:
+                return f"{where}: {there} index yet; embedding {count:,} pictures into {home}"
+
+            status, loaded = bring_up_to_date(where, home, model, load, workers=workers, say=say)
+    found = Index(home)
+    if not captions and not len(found.images.vectors):
+        raise UserError(f"{home}: this index holds no pictures.")
+    if captions and not len(found.captions.vectors):
+        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
+    if loaded is None:
+        name, kinds = local(model or found.about["model"]), {query.picture for query in queries}
+        sides = [side for side, picture in (("text", False), ("image", True)) if picture in kinds]
+        loaded = load(name, sides)
+        check_model(home, found.about, loaded, name)
+    return status, found, loaded
+
+
+def shown(index: Index, folder: str | None) -> Callable[[str], str]:
+    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
+    root, here = index.root, os.path.join(os.getcwd(), "")
+
+    def show(path: str) -> str:
+        if folder is not None:
+            return os.path.join(folder, path)
+        return os.path.join(root, path).removeprefix(here)
+
+    return show
+
+
+def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:
+    """Queries to be answered together: those named, then those on standard input as they come."""
+    named = [Query(text) for text in texts if text != "-"] + images
+    if named:
+        yield named
+    if "-" in texts:
+        from tinyvl.write import gathered
+
+        lines = (Query(line.strip()) for line in media.expand(["-"]))
+        yield from gathered(lines, 256)
