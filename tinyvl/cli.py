@@ -23,7 +23,7 @@ from tinyvl.cli_options import (
     Lines,
     Place,
     Search,
-    batch,
+    batch_of,
     command,
     group,
     load_model,
@@ -74,7 +74,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-JSON = option(False, "JSON instead of text.", panel="Output", name="--json")
+JSON = option("Output", False, "JSON instead of text.", name="--json")
 
 
 @app.callback(invoke_without_command=True)
@@ -99,7 +99,7 @@ def caption(
     *,
     model: str = MODEL,
     search: Search,
-    batch: int = batch(),
+    batch: int = batch_of(),
     lines: Lines,
     frames: int | None = FRAMES,
     features: Path | None = FEATURES,
@@ -130,7 +130,7 @@ def ask(
     *,
     model: str = MODEL,
     search: Search = Search(beams=3, max_tokens=10),
-    batch: int = batch(),
+    batch: int = batch_of(),
     lines: Lines,
     frames: int | None = FRAMES,
     features: Path | None = FEATURES,
@@ -265,7 +265,7 @@ def analyzes() -> None:
 def layernorm(
     model: Annotated[str, typer.Argument(help="A LilT checkpoint folder or hf://owner/name.")],
     out: Path | None = same(Lines, "out"),
-    png: Path | None = option(None, "Draw the figure: needs the extra plot.", panel="Output"),
+    png: Path | None = option("Output", None, "Draw the figure: needs the extra plot."),
     as_json: bool = JSON,
 ) -> None:
     """LilT's Figure 4: how far each LayerNorm moved from the pretrained one, by depth.
@@ -322,9 +322,9 @@ def pull(
 @command(app, "draw")
 def draw_set(
     folder: Annotated[Path, typer.Argument(help="Where to draw.")],
-    train: int = option(2000, "Pictures to train on.", panel="Data", min=1),
-    held_out: int = option(300, "Pictures held out.", panel="Data", min=1),
-    seed: int = option(0, "Another seed is another set.", panel="Data"),
+    train: int = option("Data", 2000, "Pictures to train on.", min=1),
+    held_out: int = option("Data", 300, "Pictures held out.", min=1),
+    seed: int = option("Data", 0, "Another seed is another set."),
     modality: str = same(
         EPalm, "modality", "image", help="image; video: shapes that move; audio: tones.", shown=None
     ),

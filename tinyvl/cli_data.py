@@ -2,14 +2,14 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Place, batch, command, group, same
+from tinyvl.cli_options import Place, batch_of, command, group, same
 from tinyvl.files import local
 from tinyvl.presets_options import EPalm, ITune, Job, Run, option
 
@@ -29,12 +29,10 @@ app.add_typer(sets, name="data")
 class Reading:
     """How a data set is read."""
 
-    format: str | None = same(
-        Job, "format", panel="Data",
-        help=f"Read the data as this format: {', '.join(FORMATS)}.",
-    )  # fmt: skip
-    split: str | None = option(None, "Only this split.", panel="Data")
-    lang: str | None = option(None, "Only this language, if records say.", panel="Data")
+    format: str | None = same(Job, "format",
+        help=f"Read the data as this format: {', '.join(FORMATS)}.", panel="Data")  # fmt: skip
+    split: str | None = option("Data", None, "Only this split.")
+    lang: str | None = option("Data", None, "Only this language, if records say.")
     images: str | None = same(Job, "images")
 
 
@@ -43,8 +41,8 @@ def check_data(
     paths: Annotated[list[Path], typer.Argument(help="Data sets: files or folders.")],
     *,
     reading: Reading,
-    fast: bool = option(False, "Only look whether files exist; decode none.", panel="Run"),
-    as_json: bool = option(False, "One JSON object.", panel="Output", name="--json"),
+    fast: bool = option("Run", False, "Only look whether files exist; decode none."),
+    as_json: bool = option("Output", False, "One JSON object.", name="--json"),
     quiet: bool = same(Run, "quiet", False),
     workers: int | None = same(Run, "workers"),
 ) -> None:
@@ -121,7 +119,7 @@ def listed(values: dict[str, Any], most: int = 12) -> str:
 def convert_data(
     path: Annotated[Path, typer.Argument(help="A data set: a file or a folder.")],
     *,
-    out: Path = option(help="The JSON Lines file to write.", panel="Output", name="--out,-o"),
+    out: Path = option("Output", MISSING, "The JSON Lines file to write.", name="--out,-o"),
     reading: Reading,
 ) -> None:
     """Write a data set as JSON Lines, the paths in it relative to that file.
@@ -151,26 +149,23 @@ def features(
         list[str], typer.Argument(help="Data sets as `tinyvl train` reads them, image folders.")
     ],
     *,
-    out: Path = option(help="Folder of the features.", panel="Output", name="--out,-o"),
-    preset: str | None = option(
-        None, "A paper's row: its encoder.", panel="Model", shown="the default model's"
-    ),
+    out: Path = option("Output", MISSING, "Folder of the features.", name="--out,-o"),
+    preset: str | None = option("Model", None, "A paper's row: its encoder.",
+        shown="the default model's"),
     vision: str | None = same(EPalm, "vision", help="Frozen encoder: a name or folder."),
     fit: str | None = same(Job, "fit"),
     modality: str | None = same(EPalm, "modality"),
-    frames: int | None = option(None, "Frames of a video.", panel="Data", shown="8", min=1),
+    frames: int | None = option("Data", None, "Frames of a video.", shown="8", min=1),
     lower: int | None = same(ITune, "lower"),
     larger: int | None = same(ITune, "larger"),
-    what: str = option(
-        "both", "tokens (I-Tuning reads them), summaries (eP-ALM), or both.",
-        panel="Output", choices=("tokens", "summaries", "both"),
-    ),
-    dtype: str = option("fp16", "Kept as fp16 or bf16.", choices=("fp16", "bf16")),
-    split: str | None = option(None, "This part of the data only.", panel="Data"),
+    what: str = option("Output", "both", "tokens (I-Tuning reads them), summaries (eP-ALM), or "
+        "both.", choices=("tokens", "summaries", "both")),
+    dtype: str = option("Advanced", "fp16", "Kept as fp16 or bf16.", choices=("fp16", "bf16")),
+    split: str | None = option("Data", None, "This part of the data only."),
     images: str | None = same(Job, "images"),
     format: str | None = same(Job, "format"),
-    limit: int | None = option(None, "The first pictures only.", panel="Data", min=1),
-    batch: int = batch(32),
+    limit: int | None = option("Data", None, "The first pictures only.", min=1),
+    batch: int = batch_of(32),
     quiet: bool = same(Run, "quiet", False),
     place: Place,
 ) -> None:  # fmt: skip

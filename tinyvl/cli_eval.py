@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import FEATURES, FRAMES, PROMPTS, Place, Search, command, group, same
+from tinyvl.cli_options import (
+    FEATURES,
+    FRAMES,
+    PROMPTS,
+    Place,
+    Search,
+    batch_of,
+    command,
+    group,
+    same,
+)
 from tinyvl.presets_options import Job, Run, commas, option
 
 if TYPE_CHECKING:
@@ -38,12 +48,9 @@ ModelData = Annotated[
 class Part:
     """Which records of the data are evaluated."""
 
-    split: str | None = option(
-        None, "Part of the data.", panel="Data", shown="test if there is one, val, or all"
-    )
-    limit: int | None = option(
-        None, "Evaluate this many items, the same each time.", panel="Data", min=1
-    )
+    split: str | None = option("Data", None, "Part of the data.",
+        shown="test if there is one, val, or all")  # fmt: skip
+    limit: int | None = option("Data", None, "Evaluate this many items, the same each time.", min=1)
     format: str | None = same(Job, "format")
     images: str | None = same(Job, "images")
 
@@ -57,8 +64,8 @@ class Part:
 class Running(Place):
     """Where a model runs, and how the report is shown."""
 
-    batch: int = option(16, "Pictures in the model at once.", panel="Run", min=1)
-    as_json: bool = option(False, "JSON on a terminal, too.", panel="Output", name="--json")
+    batch: int = batch_of()
+    as_json: bool = option("Output", False, "JSON on a terminal, too.", name="--json")
     quiet: bool = same(Run, "quiet", False)
 
     def place(self) -> "evaluate.Place":
@@ -71,25 +78,19 @@ class Running(Place):
 class Kept:
     """Where predictions are kept, and which are scored instead of a model's."""
 
-    out: Path | None = option(
-        None, "Folder to keep predictions.jsonl and report.json in.",
-        panel="Output", name="--out,-o",
-    )  # fmt: skip
-    predictions: list[Path] | None = option(
-        None, "Score a folder of -o again. Several times (seeds): mean and deviation.",
-        panel="Data",
-    )  # fmt: skip
-    compare: tuple[Path, Path] | None = option(
-        None, "Score two: B, and B less A with 95 % intervals (bootstrap).",
-        panel="Data", metavar="A B",
-    )  # fmt: skip
+    out: Path | None = option("Output", None, "Folder to keep predictions.jsonl and report.json "
+        "in.", name="--out,-o")  # fmt: skip
+    predictions: list[Path] | None = option("Data", None, "Score a folder of -o again. Several "
+        "times (seeds): mean and deviation.")  # fmt: skip
+    compare: tuple[Path, Path] | None = option("Data", None, "Score two: B, and B less A with 95 % "
+        "intervals (bootstrap).", metavar="A B")  # fmt: skip
 
 
 @dataclass
 class KeptOn(Kept):
     """The same, of an evaluation that can be continued."""
 
-    resume: bool = option(False, "With -o: keep the predictions that are there.", panel="Output")
+    resume: bool = option("Output", False, "With -o: keep the predictions that are there.")
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None and not (self.predictions or self.compare):
@@ -102,18 +103,14 @@ class KeptOn(Kept):
 class Texts(KeptOn):
     """The same of captions and answers, which may have been made elsewhere."""
 
-    predictions: list[Path] | None = option(
-        None, "Score these predictions instead of a model's: JSON Lines, a results file, or a "
-        "folder of -o. Several times (seeds): mean and deviation.",
-        panel="Data",
-    )  # fmt: skip
-    allow_missing: bool = option(False, "Score the records that have a prediction.", panel="Data")
-    results: Path | None = option(
-        None, "Also write a results file for the COCO, NoCaps or VQA server.", panel="Output"
-    )
-    shuffle: bool = option(
-        False, "Control: each picture's place goes to another one.", name="--shuffle-images"
-    )
+    predictions: list[Path] | None = option("Data", None, "Score these predictions instead of a "
+        "model's: JSON Lines, a results file, or a folder of -o. Several times (seeds): mean and "
+        "deviation.")  # fmt: skip
+    allow_missing: bool = option("Data", False, "Score the records that have a prediction.")
+    results: Path | None = option("Output", None, "Also write a results file for the COCO, NoCaps "
+        "or VQA server.")  # fmt: skip
+    shuffle: bool = option("Advanced", False, "Control: each picture's place goes to another one.",
+        name="--shuffle-images")  # fmt: skip
     features: Path | None = same(Run, "features")
 
     def made_elsewhere(self) -> bool:
@@ -153,14 +150,11 @@ def caption(
     made: Texts,
     part: Part,
     lang: str = same(Job, "lang", "en"),
-    metrics: list[str] | None = option(
-        None, "Some only, by commas: BLEU-4,CIDEr,METEOR,ROUGE-L,SPICE,SPIDEr.",
-        panel="Output", parse=commas,
-    ),
-    java: str | None = option(None, "The java to run METEOR with."),
-    spice_jars: Path | None = option(
-        None, "Folder of Stanford CoreNLP 3.6.0's jars: SPICE, too."
-    ),
+    metrics: list[str] | None = option("Output", None, "Some only, by commas: "
+        "BLEU-4,CIDEr,METEOR,ROUGE-L,SPICE,SPIDEr.", parse=commas),
+    java: str | None = option("Advanced", None, "The java to run METEOR with."),
+    spice_jars: Path | None = option("Advanced", None, "Folder of Stanford CoreNLP 3.6.0's jars: "
+        "SPICE, too."),
     search: Search,
     frames: int | None = FRAMES,
     running: Running,
@@ -184,12 +178,9 @@ def vqa(
     made: Texts,
     part: Part,
     lang: str = same(Job, "lang", "en"),
-    answers_top: int | None = option(
-        None, "Only questions whose answer (of several the annotators' first choice) is one of the "
-        "N most frequent of the training part, or of all where there is none: 1000 for eP-ALM's "
-        "Table 5.",
-        panel="Data", min=1,
-    ),
+    answers_top: int | None = option("Data", None, "Only questions whose answer (of several the "
+        "annotators' first choice) is one of the N most frequent of the training part, or of all "
+        "where there is none: 1000 for eP-ALM's Table 5.", min=1),
     search: Search = Search(max_tokens=10),
     frames: int | None = FRAMES,
     running: Running,
@@ -244,14 +235,10 @@ def retrieval(
     *,
     kept: Kept,
     part: Part,
-    lang: list[str] | None = option(
-        None, "Languages, by commas: a row each.",
-        panel="Data", parse=commas, shown="all that the data has",
-    ),
-    protocol: str = option(
-        "full", "full; lilt: the 200 pictures of XTD10 of the paper's Table 2.",
-        panel="Data", choices=("full", "lilt"),
-    ),
+    lang: list[str] | None = option("Data", None, "Languages, by commas: a row each.", parse=commas,
+        shown="all that the data has"),
+    protocol: str = option("Data", "full", "full; lilt: the 200 pictures of XTD10 of the paper's "
+        "Table 2.", choices=("full", "lilt")),
     features: Path | None = FEATURES,
     running: Running = Running(batch=32),
 ) -> None:  # fmt: skip
@@ -278,14 +265,11 @@ def zeroshot(
     kept: KeptOn,
     part: Part,
     prompt: list[str] | None = PROMPTS,
-    classes: Path | None = option(
-        None, "File of class names: with a label each (n01440764 tench; tabs; JSON), or a name a "
-        "line in the folders' order.",
-        panel="Data", shown="the folders' own, ImageNet's by timm",
-    ),
-    all_classes: bool = option(
-        False, "Choose among all of --classes, not only those the data has.", panel="Data"
-    ),
+    classes: Path | None = option("Data", None, "File of class names: with a label each (n01440764 "
+        "tench; tabs; JSON), or a name a line in the folders' order.",
+        shown="the folders' own, ImageNet's by timm"),
+    all_classes: bool = option("Data", False, "Choose among all of --classes, not only those the "
+        "data has."),
     features: Path | None = FEATURES,
     running: Running = Running(batch=32),
 ) -> None:  # fmt: skip

@@ -183,20 +183,17 @@ def same(cls: type, name: str, default: Any = None, **changes: Any) -> Any:
     return field(default=default, metadata=dict(declared(cls)[name].metadata) | changes)
 
 
-def batch(size: int = 16) -> Any:
-    return option(size, "Pictures in the model at once.", panel="Run", min=1)
+def batch_of(size: int = 16) -> Any:
+    return option("Run", size, "Pictures in the model at once.", min=1)
 
 
-MODEL = option(
-    "default", "Checkpoint folder, hf://owner/name, or default.", panel="Model", name="--model,-m"
-)
+MODEL = option("Model", "default", "Checkpoint folder, hf://owner/name, or default.",
+    name="--model,-m")  # fmt: skip
 FEATURES = same(Run, "features")
-FRAMES = option(None, "Frames of a video.", panel="Data", shown="as in training, or 8", min=1)
-PROMPTS = option(
-    None, 'Sentence with {} for the class ("a photo of the number {}" suits SVHN), a file of them, '
-    "or clip for CLIP's seven. Several are averaged.",
-    panel="Model", name="--prompt", shown='"a photo of a {}"',
-)  # fmt: skip
+FRAMES = option("Data", None, "Frames of a video.", shown="as in training, or 8", min=1)
+PROMPTS = option("Model", None, "Sentence with {} for the class (\"a photo of the number {}\" "
+    "suits SVHN), a file of them, or clip for CLIP's seven. Several are averaged.", name="--prompt",
+    shown='"a photo of a {}"')  # fmt: skip
 
 
 @dataclass
@@ -212,14 +209,12 @@ class Place:
 class Lines:
     """Paths in, lines out."""
 
-    out: Path | None = option(
-        None, "Write to this file instead of standard output.", panel="Output", name="--out,-o"
-    )
-    as_json: bool = option(False, "JSON Lines.", panel="Output", name="--json")
-    resume: bool = option(False, "With -o: skip what the file already has.", panel="Output")
-    null: bool = option(
-        False, "Paths on standard input end with NUL, not newline.", name="--null,-0"
-    )
+    out: Path | None = option("Output", None, "Write to this file instead of standard output.",
+        name="--out,-o")  # fmt: skip
+    as_json: bool = option("Output", False, "JSON Lines.", name="--json")
+    resume: bool = option("Output", False, "With -o: skip what the file already has.")
+    null: bool = option("Advanced", False, "Paths on standard input end with NUL, not newline.",
+        name="--null,-0")  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
@@ -233,21 +228,17 @@ DRAWN = ("temperature", "top_k", "top_p", "seed")  # options of sampling
 class Search:
     """How captions and answers are searched for, or sampled."""
 
-    beams: int = option(5, "Beams of the search; 1 is greedy.", panel="Decoding", min=1)
-    max_tokens: int = option(40, "Longest text, in tokens.", panel="Decoding", min=1)
-    length_penalty: float = option(
-        1.0, "Beam scores are divided by length to this power: above 1 is longer.", panel="Decoding"
-    )
-    sample: bool = option(False, "Sample instead of searching.", panel="Decoding")
-    temperature: float = option(1.0, "With --sample: below 1 is safer.", panel="Decoding")
-    top_k: int = option(
-        0, "With --sample: only the k likeliest words; 0: all.", panel="Decoding", min=0
-    )
-    top_p: float = option(
-        1.0, "With --sample: only the likeliest words with this mass.", panel="Decoding"
-    )
-    seed: int = option(0, "With --sample: the seed.", panel="Decoding")
-    late_stopping: bool = option(False, "Search on after all beams have an end.")
+    beams: int = option("Decoding", 5, "Beams of the search; 1 is greedy.", min=1)
+    max_tokens: int = option("Decoding", 40, "Longest text, in tokens.", min=1)
+    length_penalty: float = option("Decoding", 1.0, "Beam scores are divided by length to this "
+        "power: above 1 is longer.")  # fmt: skip
+    sample: bool = option("Decoding", False, "Sample instead of searching.")
+    temperature: float = option("Decoding", 1.0, "With --sample: below 1 is safer.")
+    top_k: int = option("Decoding", 0, "With --sample: only the k likeliest words; 0: all.", min=0)
+    top_p: float = option("Decoding", 1.0, "With --sample: only the likeliest words with this "
+        "mass.")  # fmt: skip
+    seed: int = option("Decoding", 0, "With --sample: the seed.")
+    late_stopping: bool = option("Advanced", False, "Search on after all beams have an end.")
     given: dict[str, Any] = field(default_factory=dict)
 
     def style(self) -> "Style":

@@ -15,7 +15,7 @@ from tinyvl.cli_options import (
     PROMPTS,
     Lines,
     Place,
-    batch,
+    batch_of,
     command,
     group,
     load_model,
@@ -24,10 +24,8 @@ from tinyvl.cli_options import (
 from tinyvl.presets_options import Job, option
 
 app = group()
-ANY_MODEL = option(
-    None, "Checkpoint folder, hf://owner/name, or default.",
-    panel="Model", name="--model,-m", shown="what made the index",
-)  # fmt: skip
+ANY_MODEL = option("Model", None, "Checkpoint folder, hf://owner/name, or default.",
+    name="--model,-m", shown="what made the index")  # fmt: skip
 
 
 def load_towers(name: str, place: Place, sides: Iterable[str] = ("text", "image")) -> Any:
@@ -45,14 +43,12 @@ def index(
         str, typer.Argument(help="A folder, a data set, or - for paths on standard input.")
     ] = ".",
     *,
-    out: Path | None = option(
-        None, "The index's folder.",
-        panel="Output", name="--out,-o", shown=".tinyvl in the folder",
-    ),
+    out: Path | None = option("Output", None, "The index's folder.", name="--out,-o",
+        shown=".tinyvl in the folder"),
     model: str | None = ANY_MODEL,
     format: str | None = same(Job, "format"),
     images: str | None = same(Job, "images"),
-    batch: int = batch(),
+    batch: int = batch_of(),
     null: bool = same(Lines, "null", False),
     place: Place,
 ) -> None:  # fmt: skip
@@ -81,30 +77,22 @@ def retrieve(
         typer.Argument(help="A folder to search; indexed first if need be. (default: this one)"),
     ] = None,
     *,
-    query: list[str] | None = option(
-        None, "What to look for; repeatable; - or a pipe: a query a line on standard input.",
-        panel="Data", name="--query,-q",
-    ),
-    image: list[str] | None = option(
-        None, "A picture to look for; repeatable.", panel="Data", name="--image,-i"
-    ),
-    plus: list[str] | None = option(
-        None, "Text or picture added to each query; repeatable.", panel="Data"
-    ),
-    minus: list[str] | None = option(
-        None, "Text or picture subtracted from each query; repeatable.", panel="Data"
-    ),
-    index: Path | None = option(None, "An index made by tinyvl index -o.", panel="Data"),
-    k: int = option(10, "Results of each query; 0: all.", panel="Output", name="-k", min=0),
-    threshold: float | None = option(
-        None, "Leave out results that score less (-1 to 1).", panel="Output"
-    ),
-    captions: bool = option(False, "Search the index's captions, not its pictures.", panel="Data"),
+    query: list[str] | None = option("Data", None, "What to look for; repeatable; - or a pipe: a "
+        "query a line on standard input.", name="--query,-q"),
+    image: list[str] | None = option("Data", None, "A picture to look for; repeatable.",
+        name="--image,-i"),
+    plus: list[str] | None = option("Data", None, "Text or picture added to each query; "
+        "repeatable."),
+    minus: list[str] | None = option("Data", None, "Text or picture subtracted from each query; "
+        "repeatable."),
+    index: Path | None = option("Data", None, "An index made by tinyvl index -o."),
+    k: int = option("Output", 10, "Results of each query; 0: all.", name="-k", min=0),
+    threshold: float | None = option("Output", None, "Leave out results that score less (-1 to "
+        "1)."),
+    captions: bool = option("Data", False, "Search the index's captions, not its pictures."),
     as_json: bool = same(Lines, "as_json", False),
-    null: bool = option(
-        False, "Only the results, a NUL after each: for xargs -0.", panel="Output",
-        name="--null,-0",
-    ),
+    null: bool = option("Output", False, "Only the results, a NUL after each: for xargs -0.",
+        name="--null,-0"),
     model: str | None = ANY_MODEL,
     place: Place,
 ) -> None:  # fmt: skip
@@ -167,11 +155,11 @@ def classify(
         ),
     ] = None,
     *,
-    labels: str = option("", "Names between commas, or a file with one a line.", panel="Data"),
+    labels: str = option("Data", "", "Names between commas, or a file with one a line."),
     prompt: list[str] | None = PROMPTS,
-    top: int = option(1, "Labels of each picture.", panel="Output", name="--top,-k", min=1),
+    top: int = option("Output", 1, "Labels of each picture.", name="--top,-k", min=1),
     model: str = MODEL,
-    batch: int = batch(),
+    batch: int = batch_of(),
     lines: Lines,
     place: Place,
 ) -> None:
