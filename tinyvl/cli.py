@@ -93,7 +93,8 @@ def caption(
         list[str] | None,
         typer.Argument(
             help="Pictures, folders, globs, or - for paths on standard input (as a pipe is); "
-            "videos or sounds for a model trained on them."
+            "videos or sounds for a model trained on them.",
+            metavar="FILE",
         ),
     ] = None,
     *,

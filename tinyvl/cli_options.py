@@ -187,7 +187,7 @@ def batch_of(size: int = 16) -> Any:
     return option("Run", size, "Pictures in the model at once.", min=1)
 
 
-MODEL = option("Model", "default", "Checkpoint folder, hf://owner/name, or default.",
+MODEL = option("Model", "default", "Checkpoint folder, hf://owner/name, or default.", shown="",
     name="--model,-m")  # fmt: skip
 FEATURES = same(Run, "features")
 FRAMES = option("Data", None, "Frames of a video.", shown="as in training, or 8", min=1)

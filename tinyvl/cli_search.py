@@ -151,7 +151,8 @@ def classify(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is)."
+            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is).",
+            metavar="FILE",
         ),
     ] = None,
     *,
