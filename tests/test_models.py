@@ -235,10 +235,10 @@ def test_what_is_trained_by_default_is_shaped_like_the_shipped_model():
     for key in ("trainable_parameters", "vision_options"):
         assert small[key] == shipped[key]
     row = presets.preset(None, "itune")
-    assert models.maps_read(row, None, {}) == small["vision_options"]
-    assert models.maps_read(row, row.vision, {"lower": 1, "larger": 0}) == {"lower": 1}
-    assert models.maps_read(row, "resnet50", {}) == {}
-    assert models.maps_read(row, "resnet50", {"larger": 448}) == {"larger": 448}
+    assert presets.maps_read(row, None, {}) == small["vision_options"]
+    assert presets.maps_read(row, row.vision, {"lower": 1, "larger": 0}) == {"lower": 1}
+    assert presets.maps_read(row, "resnet50", {}) == {}
+    assert presets.maps_read(row, "resnet50", {"larger": 448}) == {"larger": 448}
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import random
 
 import pytest
+import shell
 import torch
 from test_train import files, job, run, world  # noqa: F401  (a fixture)
 from test_train import losses_of as losses
 
-from tinyvl import UserError, cli_train, models, train, train_cider, train_run
+from tinyvl import models, train, train_cider, train_run
 from tinyvl.metrics_captions import cider
 from tinyvl.metrics_cider import Cider
 from tinyvl.train_cider import SelfCritical
@@ -139,13 +140,15 @@ class Later(list):
         return self.times < 0
 
 
-def test_an_unknown_objective():
-    with pytest.raises(UserError, match="likelihood or cider, not 'bleu'"):
-        cli_train.chosen("bleu")
-
-
-def test_options_that_would_do_nothing_are_refused():
-    with pytest.raises(UserError, match="--samples goes with"):
-        cli_train.train_itune(samples=3)
-    with pytest.raises(UserError, match="--per-image goes with"):
-        cli_train.train_itune(objective="cider", per_image=2)
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--objective bleu", "--objective is likelihood or cider, not 'bleu'"),
+        ("--samples 3", "--samples goes with"),
+        ("--objective cider --per-image 2", "--per-image goes with"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(line, said):
+    done = shell.run("train", "itune", "--device", "cpu", *line.split())
+    assert done.returncode == 2
+    assert said in done.stderr

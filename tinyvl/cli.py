@@ -5,58 +5,76 @@ import gc
 import json
 import os
 import sys
+from functools import cache
+from importlib import import_module
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
+import typer.main
 
-from tinyvl import (
-    UserError,
-    __version__,
-    cli_analyze,
-    cli_ask,
-    cli_data,
-    cli_epalm,
-    cli_eval,
-    cli_features,
-    cli_search,
-    cli_train,
-)
+from tinyvl import UserError, __version__
 from tinyvl.cli_options import (
-    Beams,
-    Features,
-    Frames,
-    Json,
-    Model,
-    Null,
-    OutFile,
+    FEATURES,
+    FRAMES,
+    MODEL,
+    Lines,
     Place,
-    ResumeFile,
     Search,
-    checked,
-    grouped,
+    batch_of,
+    command,
+    group,
     load_model,
+    same,
 )
+from tinyvl.presets_options import EPalm, option
+
+# In the order a person meets them. A command that stands in another module is imported when it is
+# called, or shown by --help.
+COMMANDS = {
+    "caption": "cli", "ask": "cli", "retrieve": "cli_search", "classify": "cli_search",
+    "index": "cli_search", "features": "cli_data", "train": "cli_train", "eval": "cli_eval",
+    "data": "cli_data", "models": "cli", "inspect": "cli", "analyze": "cli", "samples": "cli",
+    "pull": "cli", "draw": "cli",
+}  # fmt: skip
+
+
+class Commands(typer.core.TyperGroup):
+    """All commands: those of this module, and those that are imported."""
+
+    @property
+    def commands(self) -> dict[str, Any]:
+        return {name: self.get_command(None, name) for name in COMMANDS}
+
+    @commands.setter
+    def commands(self, own: dict[str, Any]) -> None:
+        self.own = own
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        module = COMMANDS.get(cmd_name, "cli")
+        own = self.own if module == "cli" else imported(module)
+        return own.get(cmd_name)
+
+
+@cache
+def imported(module: str) -> dict[str, Any]:
+    return typer.main.get_command(import_module(f"tinyvl.{module}").app).commands
+
 
 app = typer.Typer(
     name="tinyvl",
+    cls=Commands,
     help="Frozen language models that see: caption, train and measure. Data goes to standard "
     "output, everything else to standard error.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(cli_train.app, name="train")
-app.add_typer(cli_analyze.app, name="analyze")
-app.add_typer(cli_data.app, name="data")
-app.add_typer(cli_eval.app, name="eval")
-app.command("features")(cli_features.features)
-app.command("ask")(cli_ask.ask)
-cli_train.app.command("epalm")(cli_epalm.train_epalm)
-cli_train.app.command("clipcap")(cli_epalm.train_clipcap)
-for command in (cli_search.index, cli_search.retrieve, cli_search.classify):
-    app.command()(command)
+JSON = option("Output", False, "JSON instead of text.", name="--json")
 
 
 @app.callback(invoke_without_command=True)
@@ -69,28 +87,23 @@ def start(
         raise typer.Exit
 
 
-@app.command()
-@grouped
+@command(app, "caption")
 def caption(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Pictures, folders, globs, or - for paths on stdin (as a pipe is); videos or "
-            "sounds for a model trained on them."
+            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is); "
+            "videos or sounds for a model trained on them.",
+            metavar="FILE",
         ),
     ] = None,
     *,
-    model: Model = "default",
-    beams: Beams = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
+    model: str = MODEL,
     search: Search,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures captioned together.")] = 16,
-    as_json: Json = False,
-    out: OutFile = None,
-    resume: ResumeFile = False,
-    null: Null = False,
-    frames: Frames = None,
-    features: Features = None,
+    batch: int = batch_of(),
+    lines: Lines,
+    frames: int | None = FRAMES,
+    features: Path | None = FEATURES,
     place: Place,
 ) -> None:
     """Caption pictures, videos or sounds: a line each, path<TAB>caption where there are several.
@@ -102,63 +115,113 @@ def caption(
         if sys.stdin.isatty():
             raise UserError("Name pictures or folders, or pipe their paths in.", 2)
         inputs = ["-"]
-    if resume and out is None:
-        raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
-    how = search.style(beams, max_tokens)
+    texts(inputs or [], None, model, search, batch, lines, frames, features, place)
+
+
+@command(app, "ask")
+def ask(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures, videos or sounds (what the model reads), folders, globs, or - for "
+            'paths on standard input, and last the "question".',
+            metavar="FILE... QUESTION",
+        ),
+    ],
+    *,
+    model: str = MODEL,
+    search: Search = Search(beams=3, max_tokens=10),
+    batch: int = batch_of(),
+    lines: Lines,
+    frames: int | None = FRAMES,
+    features: Path | None = FEATURES,
+    place: Place,
+) -> None:
+    """Ask a question about pictures, videos or sounds: a line each, path<TAB>answer for several.
+
+    The model is one of `tinyvl train epalm --task vqa`. Without files paths come from a pipe.
+    """
+    *files, question = inputs
+    question = " ".join(question.split())
+    if not files:
+        if Path(question).exists():
+            raise UserError(f'Put a question behind {question}: tinyvl ask FILE "question".', 2)
+        if sys.stdin.isatty():
+            raise UserError("Name pictures before the question, or pipe their paths in.", 2)
+        files = ["-"]
+    if not question:
+        raise UserError("The question, which comes last, is empty.", 2)
+    texts(files, question, model, search, batch, lines, frames, features, place)
+
+
+def texts(
+    files: list[str],
+    question: str | None,
+    model: str,
+    search: Search,
+    batch: int,
+    lines: Lines,
+    frames: int | None,
+    features: Path | None,
+    place: Place,
+) -> NoReturn:
+    """Writes a caption of each file, or the answer to a question, and leaves with the status."""
+    style = search.style()
     from tinyvl import media, models, write
 
-    inputs = inputs or []
-    one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
-    config = models.read_config(models.checkpoint_folder(model))
+    task, field = ("caption", "caption") if question is None else ("vqa", "answer")
+    one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
+    config = models.read_config(models.checkpoint_folder(model, task))
     suffixes = media.SUFFIXES[models.modality_of(config)]
-    paths = media.expand(inputs, sys.stdin, null=null, suffixes=suffixes)
+    paths = media.expand(files, sys.stdin, null=lines.null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if features is not None:
         from tinyvl.features import open_store
 
         store = open_store(features, config["vision"], models.reads(config))
-        paths = paths if inputs else iter([entry.path for entry in store.entries])
-    loaded = load_model(model, place)
+        paths = paths if files else iter([entry.path for entry in store.entries])
+    loaded = load_model(model, place, task)
     models.take_frames(loaded, frames)
     if store is not None:
         store.check(loaded)
-    if out is not None:
-        stream, done = write.open_output(out, resume)
+    if lines.out is not None:
+        stream, done = write.open_output(lines.out, lines.resume, field=field, question=question)
         paths = (path for path in paths if path not in done)
     results = write.captions(
-        loaded, paths, style=how, batch=batch, workers=place.workers, store=store
+        loaded, paths, style=style, batch=batch, workers=place.workers, store=store,
+        questions=None if question is None else repeat(question),
+    )  # fmt: skip
+    bare = one and lines.out is None
+    raise typer.Exit(
+        write.write(results, stream, as_json=lines.as_json, bare=bare, question=question)
     )
-    status = write.write(results, stream, as_json=as_json, bare=one and out is None)
-    raise typer.Exit(status)
 
 
-@app.command("models")
-def list_models(
-    as_json: Json = False,
-) -> None:
+@command(app, "models")
+def list_models(as_json: bool = JSON) -> None:
     """List presets and backbones: parameters, licence, source, whether they are here."""
     from tinyvl import hub, presets
 
-    rows = [
+    backbones = [
         {
             "name": b.name, "role": b.role, "parameters": b.parameters, "licence": b.licence,
             "source": b.source, "here": hub.available(b.name),
         }
         for b in hub.BACKBONES.values()
     ]  # fmt: skip
-    presets = [
+    rows = [
         {"name": name, "method": p.method, "language": p.language, "vision": p.vision, "row": p.row}
         for name, p in presets.PRESETS.items()
     ]
     if as_json:
-        for row in presets + rows:
+        for row in rows + backbones:
             print(json.dumps(row, ensure_ascii=False))
         return
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    for title, entries in (("Presets", presets), ("Backbones", rows)):
+    for title, entries in (("Presets", rows), ("Backbones", backbones)):
         table = Table(title=title, title_justify="left")
         for column in entries[0]:
             table.add_column(column, overflow="fold")
@@ -173,10 +236,10 @@ def cell(value: Any) -> str:
     return f"{value / 1e6:,.1f} M" if isinstance(value, int) else str(value)
 
 
-@app.command()
+@command(app, "inspect")
 def inspect(
     name: Annotated[str, typer.Argument(help="A preset, a checkpoint folder, or default.")],
-    as_json: Annotated[bool, typer.Option("--json", help="JSON.")] = False,
+    as_json: bool = JSON,
 ) -> None:
     """Count a model's parameters; needs neither weights nor network."""
     from tinyvl import models
@@ -189,7 +252,58 @@ def inspect(
         print(f"{key}\t{value:,}" if isinstance(value, int) else f"{key}\t{value}")
 
 
-@app.command()
+analyze = group("Look into what training changed.")
+app.add_typer(analyze, name="analyze")
+
+
+@analyze.callback()
+def analyzes() -> None:
+    """Look into what training changed."""
+
+
+@command(analyze, "layernorm")
+def layernorm(
+    model: Annotated[str, typer.Argument(help="A LilT checkpoint folder or hf://owner/name.")],
+    out: Path | None = same(Lines, "out"),
+    png: Path | None = option("Output", None, "Draw the figure: needs the extra plot."),
+    as_json: bool = JSON,
+) -> None:
+    """LilT's Figure 4: how far each LayerNorm moved from the pretrained one, by depth.
+
+    A row each: tower, layer, norm (1 or 2 in a layer), parameter (scale or bias), L1 norm of the
+    change. Pearson's r of depth and change goes to standard error.
+    """
+    from tinyvl import files, plots
+
+    rows = plots.layernorm_shifts(model)
+    r = plots.correlations(rows)
+    if png is not None:
+        plots.plot(rows, png)
+    text = plots.as_csv(rows)
+    if as_json:
+        text = json.dumps({"model": model, "pearson": r, "shifts": rows}) + "\n"
+    if out is not None:
+        files.write_text(out, text)
+    else:
+        sys.stdout.write(text)
+    for tower, found in r.items():
+        for parameter, value in found.items():
+            shown = "undefined" if value is None else f"{value:.3f}"
+            print(f"{tower} {parameter}: r = {shown}", file=sys.stderr)
+
+
+@command(app, "samples")
+def samples(
+    folder: Annotated[Path, typer.Argument(help="Where to write them.")] = Path("samples"),
+) -> None:
+    """Write a few public-domain photos to try things on; prints their paths."""
+    from tinyvl import hub_wheels
+
+    for path in hub_wheels.samples(folder):
+        print(path)
+
+
+@command(app, "pull")
 def pull(
     names: Annotated[list[str], typer.Argument(help="Backbones or presets to fetch ahead.")],
 ) -> None:
@@ -205,32 +319,20 @@ def pull(
         print(folder)
 
 
-@app.command()
-def samples(
-    folder: Annotated[Path, typer.Argument(help="Where to write them.")] = Path("samples"),
-) -> None:
-    """Write a few public-domain photos to try things on; prints their paths."""
-    from tinyvl import hub_wheels
-
-    for path in hub_wheels.samples(folder):
-        print(path)
-
-
-@app.command("draw")
+@command(app, "draw")
 def draw_set(
     folder: Annotated[Path, typer.Argument(help="Where to draw.")],
-    train: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 2000,
-    held_out: Annotated[int, typer.Option(min=1, help="Pictures held out.")] = 300,
-    seed: Annotated[int, typer.Option(help="Another seed is another set.")] = 0,
-    modality: Annotated[
-        str, typer.Option(help="image; video: shapes that move; audio: tones.")
-    ] = "image",
+    train: int = option("Data", 2000, "Pictures to train on.", min=1),
+    held_out: int = option("Data", 300, "Pictures held out.", min=1),
+    seed: int = option("Data", 0, "Another seed is another set."),
+    modality: str = same(
+        EPalm, "modality", "image", help="image; video: shapes that move; audio: tones.", shown=None
+    ),
 ) -> None:
-    """Draw a small licence-free set with captions and questions: shapes (in two languages), or
-    moving shapes, or tones."""
+    """Draw a small licence-free set with captions and questions: shapes, moving shapes or tones."""
     from tinyvl.draw_av import DRAW
 
-    DRAW[checked(modality)](folder, train=train, held_out=held_out, seed=seed)
+    DRAW[modality](folder, train=train, held_out=held_out, seed=seed)
     print(folder / "drawn.jsonl")
 
 

@@ -1,48 +1,50 @@
-"""`tinyvl data check|convert`: look at data sets, and turn them into JSON Lines."""
+"""`tinyvl data check|convert` and `tinyvl features`: data sets looked at, turned into, encoded."""
 
 import json
 import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Workers
+from tinyvl.cli_options import Place, batch_of, command, group, same
+from tinyvl.files import local
+from tinyvl.presets_options import EPalm, ITune, Job, Run, option
 
 FORMATS = (  # as in data_formats.READERS, which is too heavy to import for the help
     *("jsonl", "karpathy", "coco", "nocaps", "flickr", "visual-genome", "cc3m", "xtd10", "vqa"),
     *("gqa", "daquar", "msrvtt", "msrvtt-qa", "msvd", "msvd-qa", "audiocaps", "clotho"),
     *("webdataset", "classes", "folder"),
 )
-Format = Annotated[
-    str | None,
-    typer.Option(help=f"Force the format: {', '.join(FORMATS)}. (default: recognised)"),
-]
-Split = Annotated[str | None, typer.Option(help="Only this split.")]
-Lang = Annotated[str | None, typer.Option(help="Only this language, where records say.")]
-Images = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the pictures, videos or sounds. (default: the usual ones)"),
-]
 SHOWN = 10  # problems named on standard error; --json has all
 
-app = typer.Typer(no_args_is_help=True, help="Check data sets, and turn them into JSON Lines.")
+app = group()
+sets = group("Check data sets, and turn them into JSON Lines.")
+app.add_typer(sets, name="data")
 
 
-@app.command("check")
+@dataclass
+class Reading:
+    """How a data set is read."""
+
+    format: str | None = same(Job, "format",
+        help=f"Read the data as this format: {', '.join(FORMATS)}.", panel="Data")  # fmt: skip
+    split: str | None = option("Data", None, "Only this split.")
+    lang: str | None = option("Data", None, "Only this language, if records say.")
+    images: str | None = same(Job, "images")
+
+
+@command(sets, "check")
 def check_data(
     paths: Annotated[list[Path], typer.Argument(help="Data sets: files or folders.")],
-    format: Format = None,
-    split: Split = None,
-    lang: Lang = None,
-    images: Images = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Only look whether files exist; decode none.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    workers: Workers = None,
+    *,
+    reading: Reading,
+    fast: bool = option("Run", False, "Only look whether files exist; decode none."),
+    as_json: bool = option("Output", False, "One JSON object.", name="--json"),
+    quiet: bool = same(Run, "quiet", False),
+    workers: int | None = same(Run, "workers"),
 ) -> None:
     """Validate data sets without training on them.
 
@@ -52,10 +54,7 @@ def check_data(
     """
     from tinyvl import data_check
 
-    report = data_check.check(
-        paths, format=format, split=split, lang=lang, images=images, fast=fast, workers=workers,
-        quiet=quiet,
-    )  # fmt: skip
+    report = data_check.check(paths, **vars(reading), fast=fast, workers=workers, quiet=quiet)
     for detail in report["details"][:SHOWN]:
         record = f" ({detail['record']})" if "record" in detail else ""
         print(f"tinyvl: {detail['path']}{record}: {detail['error']}", file=sys.stderr)
@@ -116,14 +115,12 @@ def listed(values: dict[str, Any], most: int = 12) -> str:
     return ", ".join(pairs[:most]) + (f", … ({len(pairs):,} in all)" if len(pairs) > most else "")
 
 
-@app.command("convert")
+@command(sets, "convert")
 def convert_data(
     path: Annotated[Path, typer.Argument(help="A data set: a file or a folder.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The JSON Lines file to write.")],
-    format: Format = None,
-    split: Split = None,
-    lang: Lang = None,
-    images: Images = None,
+    *,
+    out: Path = option("Output", MISSING, "The JSON Lines file to write.", name="--out,-o"),
+    reading: Reading,
 ) -> None:
     """Write a data set as JSON Lines, the paths in it relative to that file.
 
@@ -134,7 +131,7 @@ def convert_data(
     from tinyvl import data
     from tinyvl.files import replace_file
 
-    records = data.read(path, format=format, split=split, lang=lang, images=images)
+    records = data.read(path, **vars(reading))
 
     def write(part: Path) -> None:
         with open(part, "w", encoding="utf-8") as file:
@@ -143,3 +140,68 @@ def convert_data(
     replace_file(out, write)
     print(f"tinyvl: {len(records):,} records", file=sys.stderr)
     print(out)
+
+
+@command(app, "features")
+def features(
+    data: Annotated[
+        list[str], typer.Argument(help="Data sets as `tinyvl train` reads them, image folders.")
+    ],
+    *,
+    out: Path = option("Output", MISSING, "Folder of the features.", name="--out,-o"),
+    preset: str | None = option("Model", None, "A paper's row: its encoder.",
+        shown="the default model's"),
+    vision: str | None = same(EPalm, "vision", help="Frozen encoder: a name or folder."),
+    fit: str | None = same(Job, "fit"),
+    modality: str | None = same(EPalm, "modality"),
+    frames: int | None = option("Data", None, "Frames of a video.", shown="8", min=1),
+    lower: int | None = same(ITune, "lower"),
+    larger: int | None = same(ITune, "larger"),
+    what: str = option("Output", "both", "tokens (I-Tuning reads them), summaries (eP-ALM), or "
+        "both.", choices=("tokens", "summaries", "both")),
+    dtype: str = option("Advanced", "fp16", "Kept as fp16, bf16 or fp32.",
+        choices=("fp16", "bf16", "fp32")),
+    split: str | None = option("Data", None, "This part of the data only."),
+    images: str | None = same(Job, "images"),
+    format: str | None = same(Job, "format"),
+    limit: int | None = option("Data", None, "The first pictures only.", min=1),
+    batch: int = batch_of(32),
+    quiet: bool = same(Run, "quiet", False),
+    place: Place,
+) -> None:  # fmt: skip
+    """Encode pictures once: token maps and summaries, on disk, for --features DIR elsewhere.
+
+    Says first how much disk it takes. Killed at any moment, it goes on when called again, to the
+    same bytes; with more data it adds what is new. Prints the counts as JSON.
+    """
+    from tinyvl import data as readers
+    from tinyvl import features as kept
+    from tinyvl import presets
+    from tinyvl.device import choose_device, choose_precision, keep_memory
+
+    asked = {"modality": modality, "frames": frames, "lower": lower, "larger": larger}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    row, kind, told = presets.encoder_of(preset, vision, asked, summaries=what == "summaries")
+    target = choose_device(place.device)
+    precision = choose_precision(place.precision, target)
+    records = [
+        record
+        for path in data
+        for record in readers.read(path, format=format, split=split, images=images)
+    ]
+    pictures = list(dict.fromkeys((r.path, r.id) for r in records if r.modality == kind))[:limit]
+    if not pictures:
+        nouns = {"image": "pictures", "video": "videos", "audio": "sounds"}
+        raise UserError(f"{', '.join(data)}: no {nouns[kind]} there.", 2)
+    keep_memory()
+    description, encoder = kept.load_encoder(
+        local(vision or row.vision), fit or row.fit, device=target, precision=precision, media=told
+    )
+    head = kept.contents(description, encoder, what=what, dtype=dtype)
+    run = Run(out, target, workers=place.workers, quiet=quiet)
+    try:
+        done = kept.extract(out, pictures, encoder, head, run, batch=batch)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on from here.", 130) from None
+    print(json.dumps({"features": str(out), **done}))
+    raise typer.Exit(1 if done["failed"] else 0)

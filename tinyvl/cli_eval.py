@@ -10,24 +10,28 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
-    Beams,
-    Features,
-    Frames,
+    FEATURES,
+    FRAMES,
+    PROMPTS,
     Place,
-    Prompts,
     Search,
-    grouped,
+    batch_of,
+    command,
+    group,
+    same,
 )
+from tinyvl.presets_options import Job, Run, commas, option
 
 if TYPE_CHECKING:
     from tinyvl import evaluate
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Run a model over a data set and score it. A table on a terminal; with --json, and where "
+app = group()
+tasks = group(
+    "Run a model over a data set and score it. A table on a terminal; with --json, and where "
     "standard output is no terminal, one JSON object {task, model, data, metrics, ...}. Metrics "
-    "are fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.",
+    "are fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100."
 )
+app.add_typer(tasks, name="eval")
 
 ModelData = Annotated[
     list[str] | None,
@@ -38,80 +42,96 @@ ModelData = Annotated[
         "reads. One argument is the data.",
     ),
 ]
-Lang = Annotated[str, typer.Option(help="Language of the texts, where records say.")]
-Batch = Annotated[int, typer.Option(min=1, help="Pictures in the model at once.")]
-Out = Annotated[
-    Path | None,
-    typer.Option("-o", "--out", help="Folder to keep predictions.jsonl and report.json in."),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="With -o: keep the predictions that are there.")
-]
-Predictions = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="Score these predictions instead of a model's: JSON Lines, a results file, or a "
-        "folder of -o. Given several times (seeds): mean and deviation."
-    ),
-]
-Kept = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--predictions",
-        help="A folder of -o, scored again. Several times (seeds): mean and deviation.",
-    ),
-]
-Compare = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option(
-        metavar="A B",
-        help="Score two sets of predictions: B, and B less A with 95 % intervals (bootstrap).",
-    ),
-]
-AllowMissing = Annotated[
-    bool, typer.Option("--allow-missing", help="Score the records that have a prediction.")
-]
-Shuffle = Annotated[
-    bool,
-    typer.Option("--shuffle-images", help="Control: each picture's place goes to another one."),
-]
 
 
 @dataclass
 class Part:
     """Which records of the data are evaluated."""
 
-    split: Annotated[
-        str | None,
-        typer.Option(help="Part of the data. Without: test if there is one, val, or all."),
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate this many items, the same each time.")
-    ] = None
-    format: Annotated[str | None, typer.Option(help="Force the data's format.")] = None
-    images: Annotated[str | None, typer.Option(help="Folder of the pictures.")] = None
+    split: str | None = option("Data", None, "Part of the data.",
+        shown="test if there is one, val, or all")  # fmt: skip
+    limit: int | None = option("Data", None, "Evaluate this many items, the same each time.", min=1)
+    format: str | None = same(Job, "format")
+    images: str | None = same(Job, "images")
 
-    def source(
-        self, data: str, lang: str | None, answers_top: int | None = None
-    ) -> "evaluate.Source":
-        from tinyvl import evaluate
+    def source(self, data: str, lang: str | None = None, top: int | None = None) -> Any:
+        from tinyvl.evaluate import Source
 
-        return evaluate.Source(
-            data, self.split, lang, self.limit, self.format, self.images, answers_top
-        )
+        return Source(data, self.split, lang, self.limit, self.format, self.images, top)
 
 
 @dataclass
 class Running(Place):
-    """Where a model runs, and what is shown of it."""
+    """Where a model runs, and how the report is shown."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on a terminal too.")] = False
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False
+    batch: int = batch_of()
+    as_json: bool = option("Output", False, "JSON on a terminal, too.", name="--json")
+    quiet: bool = same(Run, "quiet", False)
 
-    def place(self, batch: int) -> "evaluate.Place":
+    def place(self) -> "evaluate.Place":
         from tinyvl import evaluate
 
-        return evaluate.place(self.device, self.precision, batch, self.workers, self.quiet)
+        return evaluate.place(self.device, self.precision, self.batch, self.workers, self.quiet)
+
+
+@dataclass
+class Kept:
+    """Where predictions are kept, and which are scored instead of a model's."""
+
+    out: Path | None = option("Output", None, "Folder to keep predictions.jsonl and report.json "
+        "in.", name="--out,-o")  # fmt: skip
+    predictions: list[Path] | None = option("Data", None, "Score a folder of -o again. Several "
+        "times (seeds): mean and deviation.")  # fmt: skip
+    compare: tuple[Path, Path] | None = option("Data", None, "Score two: B, and B less A with 95 % "
+        "intervals (bootstrap).", metavar="A B")  # fmt: skip
+
+
+@dataclass
+class KeptOn(Kept):
+    """The same, of an evaluation that can be continued."""
+
+    resume: bool = option("Output", False, "With -o: keep the predictions that are there.")
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None and not (self.predictions or self.compare):
+            raise UserError(
+                "--resume goes with -o DIR: it keeps the predictions that are there.", 2
+            )
+
+
+@dataclass
+class Texts(KeptOn):
+    """The same of captions and answers, which may have been made elsewhere."""
+
+    predictions: list[Path] | None = option("Data", None, "Score these predictions instead of a "
+        "model's: JSON Lines, a results file, or a folder of -o. Several times (seeds): mean and "
+        "deviation.")  # fmt: skip
+    allow_missing: bool = option("Data", False, "Score the records that have a prediction.")
+    results: Path | None = option("Output", None, "Also write a results file for the COCO, NoCaps "
+        "or VQA server.")  # fmt: skip
+    shuffle: bool = option("Advanced", False, "Control: each picture's place goes to another one.",
+        name="--shuffle-images")  # fmt: skip
+    features: Path | None = same(Run, "features")
+
+    def made_elsewhere(self) -> bool:
+        """Are predictions scored that are there already?
+
+        Raises:
+            UserError: options that do not fit.
+        """
+        if not (self.predictions or self.compare):
+            if self.allow_missing:
+                raise UserError("--allow-missing is for --predictions and --compare.", 2)
+            return False
+        if self.predictions and self.compare:
+            raise UserError("--predictions scores each, --compare two: give one of them.", 2)
+        if self.out or self.resume or self.shuffle or self.features:
+            raise UserError(
+                "--out, --resume, --features and --shuffle-images are for running a model.", 2
+            )
+        if self.results and (self.compare or len(self.predictions or ()) > 1):
+            raise UserError("--results writes one set of predictions: give one.", 2)
+        return True
 
 
 def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[str, str]:
@@ -123,206 +143,136 @@ def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[
     return ("default", *arguments)[-2:]
 
 
-@app.command()
-@grouped
+@command(tasks, "caption")
 def caption(
     arguments: ModelData = None,
     *,
-    predictions: Predictions = None,
-    compare: Compare = None,
-    allow_missing: AllowMissing = False,
-    out: Out = None,
-    resume: Resume = False,
-    results: Annotated[
-        Path | None,
-        typer.Option(help="Also write a results file for the COCO and NoCaps servers."),
-    ] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(help="Some only, by commas: BLEU-4,CIDEr,METEOR,ROUGE-L,SPICE,SPIDEr."),
-    ] = None,
-    java: Annotated[str | None, typer.Option(help="The java to run METEOR with.")] = None,
-    spice_jars: Annotated[
-        Path | None, typer.Option(help="Folder of Stanford CoreNLP 3.6.0's jars: SPICE too.")
-    ] = None,
-    shuffle: Shuffle = False,
-    lang: Lang = "en",
+    made: Texts,
     part: Part,
-    beams: Beams = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 40,
+    lang: str = same(Job, "lang", "en"),
+    metrics: list[str] | None = option("Output", None, "Some only, by commas: "
+        "BLEU-4,CIDEr,METEOR,ROUGE-L,SPICE,SPIDEr.", parse=commas),
+    java: str | None = option("Advanced", None, "The java to run METEOR with."),
+    spice_jars: Path | None = option("Advanced", None, "Folder of Stanford CoreNLP 3.6.0's jars: "
+        "SPICE, too."),
     search: Search,
-    frames: Frames = None,
-    features: Features = None,
-    batch: Batch = 16,
+    frames: int | None = FRAMES,
     running: Running,
-) -> None:
+) -> None:  # fmt: skip
     """Caption a data set's pictures; score: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
     NoCaps is scored by domain, each a corpus of its own, and overall. CIDEr depends on the set of
     references: that of a part (--limit, --allow-missing) is not comparable to the whole's.
 
-    tinyvl eval caption --predictions FILE DATA    scores captions made elsewhere: JSON Lines of
-    {id | image_id | path | image, caption}, or COCO results.
+    `tinyvl eval caption --predictions FILE DATA` scores captions made elsewhere: JSON Lines of {id
+    | image_id | path | image, caption}, or COCO results.
     """
-    names = [name.strip() for name in metrics.split(",")] if metrics else None
-    made = check_files(
-        predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
-    )
-    how = search.style(beams, max_tokens)
-    from tinyvl import evaluate, evaluate_compare
-
-    model, data = model_and_data(arguments, model=not made)
-    source = part.source(data, lang)
-    scoring = evaluate.Scoring(names, java, spice_jars)
-    if made:
-        report = evaluate_compare.of_files(
-            "caption", predictions, compare, source,
-            scoring=scoring, allow_missing=allow_missing, results=results,
-        )  # fmt: skip
-    else:
-        report = evaluate.run(
-            "caption", model, source, style=how, scoring=scoring, out=out, resume=resume,
-            shuffle=shuffle, results=results, features=features, frames=frames,
-            place=running.place(batch),
-        )  # fmt: skip
-    show(report, running.as_json)
+    scoring, data = (metrics, java, spice_jars), (part, lang, None)
+    evaluated("caption", arguments, made, data, search, frames, running, scoring)
 
 
-@app.command()
-@grouped
+@command(tasks, "vqa")
 def vqa(
     arguments: ModelData = None,
     *,
-    predictions: Predictions = None,
-    compare: Compare = None,
-    allow_missing: AllowMissing = False,
-    out: Out = None,
-    resume: Resume = False,
-    results: Annotated[
-        Path | None, typer.Option(help="Also write a results file for the VQA server.")
-    ] = None,
-    shuffle: Shuffle = False,
-    lang: Lang = "en",
+    made: Texts,
     part: Part,
-    answers_top: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Only questions whose answer (of several the annotators' first choice) is one of "
-            "the N most frequent of the training part, or of all where there is none: 1000 for "
-            "eP-ALM's Table 5.",
-        ),
-    ] = None,
-    beams: Beams = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 10,
-    search: Search,
-    frames: Frames = None,
-    features: Features = None,
-    batch: Batch = 16,
+    lang: str = same(Job, "lang", "en"),
+    answers_top: int | None = option("Data", None, "Only questions whose answer (of several the "
+        "annotators' first choice) is one of the N most frequent of the training part, or of all "
+        "where there is none: 1000 for eP-ALM's Table 5.", min=1),
+    search: Search = Search(max_tokens=10),
+    frames: int | None = FRAMES,
     running: Running,
-) -> None:
+) -> None:  # fmt: skip
     """Answer a data set's questions; score: VQA v2's accuracy, strict, by type of question.
 
     accuracy is VQA v2's official one where a question has several answers, and equality where it
     has one (GQA); strict_accuracy compares the raw texts. A model may be asked about another set
     than it was trained on. eP-ALM's Table 8: --sample, or --beams 1 to 5.
 
-    tinyvl eval vqa --predictions FILE DATA    scores answers made elsewhere: JSON Lines of
+    `tinyvl eval vqa --predictions FILE DATA` scores answers made elsewhere: JSON Lines of
     {question_id | id | path and question, answer}, or a VQA results file.
     """
-    made = check_files(
-        predictions, compare, allow_missing, out, resume, results, shuffle or features is not None
-    )
-    how = search.style(beams, max_tokens)
+    evaluated("vqa", arguments, made, (part, lang, answers_top), search, frames, running, ())
+
+
+def evaluated(
+    kind: str,
+    arguments: list[str] | None,
+    made: Texts,
+    data: tuple[Part, str, int | None],
+    search: Search,
+    frames: int | None,
+    running: Running,
+    scoring: tuple,
+) -> None:
+    """Scores a model's captions or answers, or those made elsewhere."""
+    elsewhere, style = made.made_elsewhere(), search.style()
     from tinyvl import evaluate, evaluate_compare
 
-    model, data = model_and_data(arguments, model=not made)
-    source = part.source(data, lang, answers_top)
-    if made:
+    model, path = model_and_data(arguments, model=not elsewhere)
+    part, lang, top = data
+    source = part.source(path, lang, top)
+    scorer = evaluate.Scoring(*scoring) if scoring else None
+    if elsewhere:
         report = evaluate_compare.of_files(
-            "vqa", predictions, compare, source, allow_missing=allow_missing, results=results
-        )
+            kind, made.predictions, made.compare, source,
+            scoring=scorer, allow_missing=made.allow_missing, results=made.results,
+        )  # fmt: skip
     else:
         report = evaluate.run(
-            "vqa", model, source, style=how, out=out, resume=resume, shuffle=shuffle,
-            results=results, features=features, frames=frames,
-            place=running.place(batch),
+            kind, model, source, style=style, scoring=scorer, out=made.out, resume=made.resume,
+            shuffle=made.shuffle, results=made.results, features=made.features, frames=frames,
+            place=running.place(),
         )  # fmt: skip
     show(report, running.as_json)
 
 
-@app.command()
-@grouped
+@command(tasks, "retrieval")
 def retrieval(
     arguments: ModelData = None,
     *,
-    predictions: Kept = None,
-    compare: Compare = None,
-    out: Out = None,
-    lang: Annotated[
-        str | None,
-        typer.Option(help="Languages, by commas: a row each. Without: all that the data has."),
-    ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="full; lilt: the 200 pictures of XTD10 of the paper's Table 2.")
-    ] = "full",
+    kept: Kept,
     part: Part,
-    features: Features = None,
-    batch: Batch = 32,
-    running: Running,
-) -> None:
+    lang: list[str] | None = option("Data", None, "Languages, by commas: a row each.", parse=commas,
+        shown="all that the data has"),
+    protocol: str = option("Data", "full", "full; lilt: the 200 pictures of XTD10 of the paper's "
+        "Table 2.", choices=("full", "lilt")),
+    features: Path | None = FEATURES,
+    running: Running = Running(batch=32),
+) -> None:  # fmt: skip
     """Find captions by picture (TR) and pictures by caption (IR): recall at 1, 5, 10, and means.
 
     Ties count as misses. Each language is searched by itself; the metrics are their mean. Chance is
     what a random order would score.
     """
-    if protocol not in ("full", "lilt"):
-        raise UserError(f"--protocol is full or lilt, not {protocol!r}.", 2)
-    if finished("retrieval", arguments, predictions, compare, out or features, running.as_json):
-        return
+    again("retrieval", arguments, kept, features, running)
     model, data = model_and_data(arguments)
     from tinyvl import evaluate_pairs
 
     report = evaluate_pairs.run_retrieval(
-        model,
-        part.source(data, None),
-        langs=[name.strip() for name in lang.split(",")] if lang else None,
-        protocol=protocol,
-        out=out,
-        features=features,
-        place=running.place(batch),
-    )
+        model, part.source(data), langs=lang, protocol=protocol, out=kept.out, features=features,
+        place=running.place(),
+    )  # fmt: skip
     show(report, running.as_json)
 
 
-@app.command()
-@grouped
+@command(tasks, "zeroshot")
 def zeroshot(
     arguments: ModelData = None,
     *,
-    predictions: Kept = None,
-    compare: Compare = None,
-    out: Out = None,
-    resume: Resume = False,
-    prompt: Prompts = None,
-    classes: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of class names: with a label each (n01440764 tench; tabs; JSON), or a name "
-            "a line in the folders' order. Without: the folders' own, ImageNet's by timm."
-        ),
-    ] = None,
-    all_classes: Annotated[
-        bool,
-        typer.Option(
-            "--all-classes", help="Choose among all of --classes, not only those the data has."
-        ),
-    ] = False,
+    kept: KeptOn,
     part: Part,
-    features: Features = None,
-    batch: Batch = 32,
-    running: Running,
-) -> None:
+    prompt: list[str] | None = PROMPTS,
+    classes: Path | None = option("Data", None, "File of class names: with a label each (n01440764 "
+        "tench; tabs; JSON), or a name a line in the folders' order.",
+        shown="the folders' own, ImageNet's by timm"),
+    all_classes: bool = option("Data", False, "Choose among all of --classes, not only those the "
+        "data has."),
+    features: Path | None = FEATURES,
+    running: Running = Running(batch=32),
+) -> None:  # fmt: skip
     """Classify pictures by the names of their classes: top-1 and top-5, and of each class in JSON.
 
     DATA is a folder with a folder for each class (CIFAR, SVHN, ImageNet-V2, ImageNet-A), or records
@@ -330,77 +280,33 @@ def zeroshot(
     """
     if all_classes and classes is None:
         raise UserError("--all-classes is about the names of --classes FILE: give that too.", 2)
-    if resume and out is None:
-        raise UserError("--resume goes with -o DIR: it keeps the predictions that are there.", 2)
-    if finished("zeroshot", arguments, predictions, compare, out or features, running.as_json):
-        return
+    again("zeroshot", arguments, kept, features, running)
     model, data = model_and_data(arguments)
     from tinyvl import evaluate_pairs
 
     report = evaluate_pairs.run_zeroshot(
-        model,
-        part.source(data, None),
-        prompts=prompt,
-        class_names=classes,
-        all_classes=all_classes,
-        out=out,
-        resume=resume,
-        features=features,
-        place=running.place(batch),
-    )
+        model, part.source(data), prompts=prompt, class_names=classes, all_classes=all_classes,
+        out=kept.out, resume=kept.resume, features=features, place=running.place(),
+    )  # fmt: skip
     show(report, running.as_json)
 
 
-def finished(
-    kind: str,
-    arguments: list[str] | None,
-    predictions: list[Path] | None,
-    compare: tuple[Path, Path] | None,
-    model_only: Path | None,
-    as_json: bool,
-) -> bool:
-    """Reports on runs that are kept in folders, if that is what was asked for."""
-    if not predictions and not compare:
-        return False
-    if arguments or model_only or (predictions and compare):
+def again(
+    kind: str, arguments: list[str] | None, kept: Kept, features: Path | None, running: Running
+) -> None:
+    """Reports on runs that are kept in folders and leaves, if that is what was asked for."""
+    if not kept.predictions and not kept.compare:
+        return
+    both, resume = kept.predictions and kept.compare, vars(kept).get("resume")
+    if arguments or kept.out or resume or features or both:
         raise UserError(
             "--predictions or --compare takes folders that -o made, and nothing else is needed.", 2
         )
     from tinyvl import evaluate_pairs
 
-    if compare:
-        report = evaluate_pairs.compare_folders(kind, *compare)
-    else:
-        report = evaluate_pairs.score_folders(kind, predictions)
-    show(report, as_json)
-    return True
-
-
-def check_files(
-    predictions: list[Path] | None,
-    compare: tuple[Path, Path] | None,
-    allow_missing: bool,
-    out: Path | None,
-    resume: bool,
-    results: Path | None,
-    model_only: bool,
-) -> bool:
-    """Is it predictions made elsewhere that are scored? Options that do not fit are refused."""
-    if predictions and compare:
-        raise UserError("--predictions scores each, --compare two: give one of them.", 2)
-    if predictions or compare:
-        if out or resume or model_only:
-            raise UserError(
-                "--out, --resume, --features and --shuffle-images are for running a model.", 2
-            )
-        if results and (compare or len(predictions or ()) > 1):
-            raise UserError("--results writes one set of predictions: give one.", 2)
-        return True
-    if allow_missing:
-        raise UserError("--allow-missing is for --predictions and --compare.", 2)
-    if resume and out is None:
-        raise UserError("--resume goes with -o DIR: it keeps the predictions that are there.", 2)
-    return False
+    if kept.compare:
+        show(evaluate_pairs.compare_folders(kind, *kept.compare), running.as_json)
+    show(evaluate_pairs.score_folders(kind, kept.predictions), running.as_json)
 
 
 def show(report: dict[str, Any], as_json: bool) -> None:

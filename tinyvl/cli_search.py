@@ -11,30 +11,24 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
-    Json,
-    Model,
-    Null,
-    OutFile,
+    MODEL,
+    PROMPTS,
+    Lines,
     Place,
-    Prompts,
-    ResumeFile,
-    grouped,
+    batch_of,
+    command,
+    group,
     load_model,
+    same,
 )
+from tinyvl.presets_options import Job, option
 
-AnyModel = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Checkpoint folder, hf://owner/name, or default. (default: what made the index)",
-    ),
-]
-HIDDEN = ".tinyvl"  # the index of a folder, in that folder
-SIDES = ("text", "image")
+app = group()
+ANY_MODEL = option("Model", None, "Checkpoint folder, hf://owner/name, or default.",
+    name="--model,-m", shown="what made the index")  # fmt: skip
 
 
-def load_towers(name: str, place: Place, sides: Iterable[str] = SIDES) -> Any:
+def load_towers(name: str, place: Place, sides: Iterable[str] = ("text", "image")) -> Any:
     return load_model(name, place, task="retrieve", sides=sides)
 
 
@@ -43,35 +37,32 @@ def loader(place: Place) -> Callable[..., Any]:
     return lambda name, *sides: load_towers(name, place, *sides)
 
 
-@grouped
+@command(app, "index")
 def index(
-    *,
     data: Annotated[
         str, typer.Argument(help="A folder, a data set, or - for paths on standard input.")
     ] = ".",
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="The index's folder. (default: .tinyvl in the folder)"),
-    ] = None,
-    model: AnyModel = None,
-    format: Annotated[str | None, typer.Option(help="Force the data set's format.")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder of the data set's pictures.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
-    null: Null = False,
+    *,
+    out: Path | None = option("Output", None, "The index's folder.", name="--out,-o",
+        shown=".tinyvl in the folder"),
+    model: str | None = ANY_MODEL,
+    format: str | None = same(Job, "format"),
+    images: str | None = same(Job, "images"),
+    batch: int = batch_of(),
+    null: bool = same(Lines, "null", False),
     place: Place,
-) -> None:
+) -> None:  # fmt: skip
     """Embed pictures, and their captions if they have any, to be searched: prints the index.
 
-    Run again, it embeds what is new, takes over what was moved, and drops what is gone; killed,
-    it goes on where it was.
+    Run again, it embeds what is new, takes over what was moved, and drops what is gone; killed, it
+    goes on where it was.
     """
-    if out is None:
-        if not os.path.isdir(data):
-            raise UserError("Name the index's folder with -o INDEX.", 2)
-        out = Path(data) / HIDDEN
-    from tinyvl.search import bring_up_to_date
+    if out is None and not os.path.isdir(data):
+        raise UserError("Name the index's folder with -o INDEX.", 2)
+    from tinyvl import search
 
-    status, _ = bring_up_to_date(
+    out = out or Path(data) / search.HIDDEN
+    status, _ = search.bring_up_to_date(
         data, out, model, loader(place), batch=batch, workers=place.workers, null=null,
         format=format, images=images,
     )  # fmt: skip
@@ -79,42 +70,32 @@ def index(
     raise typer.Exit(status)
 
 
-@grouped
+@command(app, "retrieve")
 def retrieve(
-    *,
     folder: Annotated[
         str | None,
         typer.Argument(help="A folder to search; indexed first if need be. (default: this one)"),
     ] = None,
-    query: Annotated[
-        list[str] | None,
-        typer.Option("--query", "-q", help="What to look for; repeatable; - reads lines on stdin."),
-    ] = None,
-    image: Annotated[
-        list[str] | None, typer.Option("--image", "-i", help="A picture to look for; repeatable.")
-    ] = None,
-    plus: Annotated[
-        list[str] | None, typer.Option(help="Text or picture added to each query; repeatable.")
-    ] = None,
-    minus: Annotated[
-        list[str] | None,
-        typer.Option(help="Text or picture subtracted from each query; repeatable."),
-    ] = None,
-    index: Annotated[Path | None, typer.Option(help="An index made by tinyvl index -o.")] = None,
-    k: Annotated[int, typer.Option("-k", min=0, help="Results of each query; 0: all.")] = 10,
-    threshold: Annotated[
-        float | None, typer.Option(help="Leave out results that score less (-1 to 1).")
-    ] = None,
-    captions: Annotated[
-        bool, typer.Option("--captions", help="Search the index's captions, not its pictures.")
-    ] = False,
-    as_json: Json = False,
-    null: Annotated[
-        bool, typer.Option("-0", "--null", help="Only the results, a NUL after each: for xargs -0.")
-    ] = False,
-    model: AnyModel = None,
+    *,
+    query: list[str] | None = option("Data", None, "What to look for; repeatable; - or a pipe: a "
+        "query a line on standard input.", name="--query,-q"),
+    image: list[str] | None = option("Data", None, "A picture to look for; repeatable.",
+        name="--image,-i"),
+    plus: list[str] | None = option("Data", None, "Text or picture added to each query; "
+        "repeatable."),
+    minus: list[str] | None = option("Data", None, "Text or picture subtracted from each query; "
+        "repeatable."),
+    index: Path | None = option("Data", None, "An index made by tinyvl index -o."),
+    k: int = option("Output", 10, "Results of each query; 0: all.", name="-k", min=0),
+    threshold: float | None = option("Output", None, "Leave out results that score less (-1 to "
+        "1)."),
+    captions: bool = option("Data", False, "Search the index's captions, not its pictures."),
+    as_json: bool = same(Lines, "as_json", False),
+    null: bool = option("Output", False, "Only the results, a NUL after each: for xargs -0.",
+        name="--null,-0"),
+    model: str | None = ANY_MODEL,
     place: Place,
-) -> None:
+) -> None:  # fmt: skip
     """Find pictures by words or by a picture: a path a line, best first.
 
     Where there are several queries, query<TAB>path.
@@ -132,56 +113,55 @@ def retrieve(
         raise UserError("--query takes a text, not an empty one.", 2)
     if folder and not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; an index elsewhere is named by --index.", 2)
-    from tinyvl.search import Query, answers, groups, opened, shift_of, shown, term
+    from tinyvl import search
 
-    piped, pictures = "-" in texts, [Query(path, True) for path in images]
-    adds, subtracts = [term(t) for t in plus or []], [term(t) for t in minus or []]
-    named = [Query(text) for text in texts] + pictures + adds + subtracts
-    status, found, loaded = opened(
+    pictures = [search.Query(path, True) for path in images]
+    adds, subtracts = [[search.term(text) for text in terms or []] for terms in (plus, minus)]
+    named = [search.Query(text) for text in texts] + pictures + adds + subtracts
+    status, found, loaded = search.opened(
         folder, index, model, loader(place), named, captions=captions, workers=place.workers
     )
-    settings = {
-        "k": k, "threshold": threshold, "captions": captions,
-        "shift": shift_of(loaded, adds, subtracts), "show": shown(found, folder),
-    }  # fmt: skip
-    several = piped or len(texts) + len(images) > 1
-    for group in groups(texts, pictures):
-        for hits in answers(found, loaded, group, **settings):
+    several = "-" in texts or len(texts) + len(images) > 1
+    for queries in search.groups(texts, pictures):
+        for hits in search.answers(
+            found, loaded, queries, k=k, threshold=threshold, captions=captions,
+            shift=search.shift_of(loaded, adds, subtracts), show=search.shown(found, folder),
+        ):  # fmt: skip
             if isinstance(hits, UserError):
                 status = 1
                 print(f"tinyvl: {hits}", file=sys.stderr)
                 continue
             for hit in hits:
-                if as_json:
-                    fields = {k: v for k, v in vars(hit).items() if v is not None}
-                    fields["score"] = round(hit.score, 6)
-                    line = json.dumps(fields, ensure_ascii=False)
-                else:
-                    line = hit.path if hit.caption is None else hit.caption
-                    line = f"{hit.query}\t{line}" if several and not null else line
-                print(line, end="\0" if null else "\n")
+                print(line_of(hit, as_json, several and not null), end="\0" if null else "\n")
         sys.stdout.flush()
     raise typer.Exit(status)
 
 
-@grouped
+def line_of(hit: Any, as_json: bool, several: bool) -> str:
+    """A result as it is printed: after its query, where there are several."""
+    if as_json:
+        fields = {name: value for name, value in vars(hit).items() if value is not None}
+        return json.dumps(fields | {"score": round(hit.score, 6)}, ensure_ascii=False)
+    line = hit.path if hit.caption is None else hit.caption
+    return f"{hit.query}\t{line}" if several else line
+
+
+@command(app, "classify")
 def classify(
-    *,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="Pictures, folders, globs, or - for paths on stdin (as a pipe is)."),
+        typer.Argument(
+            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is).",
+            metavar="FILE",
+        ),
     ] = None,
-    labels: Annotated[
-        str, typer.Option(help="Names between commas, or a file with one a line.")
-    ] = "",
-    prompt: Prompts = None,
-    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Labels of each picture.")] = 1,
-    model: Model = "default",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures embedded together.")] = 16,
-    as_json: Json = False,
-    out: OutFile = None,
-    resume: ResumeFile = False,
-    null: Null = False,
+    *,
+    labels: str = option("Data", "", "Names between commas, or a file with one a line."),
+    prompt: list[str] | None = PROMPTS,
+    top: int = option("Output", 1, "Labels of each picture.", name="--top,-k", min=1),
+    model: str = MODEL,
+    batch: int = batch_of(),
+    lines: Lines,
     place: Place,
 ) -> None:
     """Say which label fits a picture: path<TAB>label<TAB>probability (no path for one picture)."""
@@ -191,8 +171,6 @@ def classify(
         inputs = ["-"]
     if not labels:
         raise UserError('Name the labels: --labels "cat,dog", or a file with one a line.', 2)
-    if resume and out is None:
-        raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
     from tinyvl import media
     from tinyvl.classes import class_embeddings, templates
     from tinyvl.search import classify, read_labels
@@ -200,14 +178,14 @@ def classify(
 
     names, prompts = read_labels(labels), templates(prompt)
     one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
-    paths = media.expand(inputs, sys.stdin, null=null)
+    paths = media.expand(inputs, sys.stdin, null=lines.null)
     stream, done = sys.stdout, set()
     loaded = load_towers(model, place)
     classes = class_embeddings(loaded.embed_texts, names, prompts)
-    if out is not None:
-        lines = min(top, len(names))
-        stream, done = open_output(out, resume, field="label", tabs=2, lines=lines)
+    if lines.out is not None:
+        many = min(top, len(names))
+        stream, done = open_output(lines.out, lines.resume, field="label", tabs=2, lines=many)
         paths = (path for path in paths if path not in done)
     results = classify(loaded, paths, names, classes, top=top, batch=batch, workers=place.workers)
-    text, bare = "{label}\t{probability:.4f}", one and out is None
-    raise typer.Exit(write_rows(results, stream, text, as_json=as_json, bare=bare))
+    text, bare = "{label}\t{probability:.4f}", one and lines.out is None
+    raise typer.Exit(write_rows(results, stream, text, as_json=lines.as_json, bare=bare))

@@ -5,6 +5,7 @@ import json
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinyvl import files
 from tinyvl.files import cache_dir
@@ -176,3 +177,65 @@ def file_sha256(*paths: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+# Configurations of the papers' backbones: with these a preset is inspected without its weights.
+TIMESFORMER = "facebook/timesformer-base-finetuned-k600"
+AST = "MIT/ast-finetuned-audioset-10-10-0.4593"
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+
+
+def opt(layers: int, width: int, heads: int, **others: Any) -> dict:
+    return {
+        "model_type": "opt", "vocab_size": 50272, "num_hidden_layers": layers,
+        "hidden_size": width, "num_attention_heads": heads, "ffn_dim": 4 * width,
+        "word_embed_proj_dim": width, "max_position_embeddings": 2048, **others,
+    }  # fmt: skip
+
+
+def bert(layers: int, width: int, heads: int, vocabulary: int = 30522) -> dict:
+    return {
+        "model_type": "bert", "vocab_size": vocabulary, "num_hidden_layers": layers,
+        "hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width,
+    }  # fmt: skip
+
+
+CONFIGS: dict[str, dict] = {
+    TIMESFORMER: {
+        "model_type": "timesformer", "image_size": 224, "patch_size": 16, "num_frames": 8,
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "attention_type": "divided_space_time",
+    },
+    AST: {
+        "model_type": "audio-spectrogram-transformer", "hidden_size": 768,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "patch_size": 16, "frequency_stride": 10, "time_stride": 10, "max_length": 1024,
+        "num_mel_bins": 128,
+    },
+    "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "SmolLM2-135M": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
+        "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "facebook/opt-125m": opt(12, 768, 12),
+    "facebook/opt-350m": opt(24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "facebook/opt-1.3b": opt(24, 2048, 32),
+    "facebook/opt-2.7b": opt(32, 2560, 32),
+    "facebook/opt-6.7b": opt(32, 4096, 32),
+    "all-MiniLM-L6-v2": bert(6, 384, 12),
+    "prajjwal1/bert-tiny": bert(2, 128, 2),
+    "prajjwal1/bert-small": bert(4, 512, 8),
+    "princeton-nlp/unsup-simcse-bert-base-uncased": bert(12, 768, 12),
+    "princeton-nlp/unsup-simcse-bert-large-uncased": bert(24, 1024, 16),
+    "bert-base-multilingual-cased": bert(12, 768, 12, 119547),
+}  # fmt: skip
+
+
+def architecture(vision: str) -> str:
+    """timm's architecture of an encoder's name."""
+    return {"EfficientNet-Lite2": "tf_efficientnet_lite2"}.get(vision, vision.split(".")[0])

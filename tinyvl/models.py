@@ -35,7 +35,7 @@ from tinyvl.models_build import (
     towers,
     with_options,
 )
-from tinyvl.presets import CONFIGS, PRESETS, SMALL, Preset, architecture
+from tinyvl.presets import CONFIGS, PRESETS, SMALL, architecture
 
 __all__ = [
     "CONFIGS", "Method", "architecture", "build", "check_options", "new_config", "place",
@@ -127,13 +127,6 @@ def media_of(config: dict) -> dict[str, Any]:
     vision = image_side(config)
     keys = ("modality", "frames", "masks", "lower", "larger")
     return {key: vision[key] for key in keys if key in vision}
-
-
-def maps_read(row: Preset, vision: str | None, asked: dict[str, int]) -> dict[str, Any]:
-    """Which maps of a CNN are read: the preset's with its own encoder, and what was asked for."""
-    own = row.job.get("media", {}) if vision in (None, row.vision) else {}
-    maps = {key: own[key] for key in ("lower", "larger") if key in own} | asked
-    return {key: value for key, value in maps.items() if value}
 
 
 def modality_in(media: dict[str, Any]) -> str:
@@ -369,3 +362,15 @@ def inspect(name: str) -> dict[str, Any]:
         "vision_options": media_of(config),
         **extra,
     }
+
+
+def start_of(name: str, method: str) -> dict[str, Any]:
+    """The parts of the checkpoint that a training run starts from, as in `parts_of`.
+
+    Raises:
+        UserError: there is none of that name, or it is of another method.
+    """
+    config = read_config(checkpoint_folder(name, task_of(method)))
+    if config.get("method") != method:
+        raise UserError(f"{name}: a model of another method than {method}.", 2)
+    return parts_of(config)

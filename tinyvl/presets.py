@@ -1,309 +1,21 @@
-"""The papers' rows as data: method, backbones, options, recipe; and backbones' configurations.
+"""Presets: the papers' rows, the options, and how the two become a `Job` and a `Run`.
 
-With the configurations a preset can be inspected without weights or network.
+The rows are in `presets_table`, the options in `presets_options`.
 """
 
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinyvl import UserError
+from tinyvl.files import local
+from tinyvl.hub_table import AST, CONFIGS, TIMESFORMER, architecture
+from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, options_of
+from tinyvl.presets_table import AV_RECIPES, FRAMES, PRESETS, RECIPES, SMALL, Preset
 
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a preset is trained. Rates are AdamW's; warm-up is a share of all steps."""
-
-    batch: int = 64  # captions
-    epochs: float = 5
-    rate: float = 8e-4
-    final_rate: float = 0.0
-    first_rate: float = 0.0  # where the warm-up sets out
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    clip: float | None = 1.0  # of the gradients' norm; None: none
-    average: float = 0.0  # decay of the weights' moving average, which is what is saved; 0: none
-    fixed: dict[str, float] = field(default_factory=dict)  # rates that stay, by the module's name
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A row of a paper's table."""
-
-    method: str
-    language: str  # the decoder, or LilT's text encoder
-    vision: str
-    row: str  # where in the paper
-    options: dict[str, Any] = field(default_factory=dict)
-    recipe: Recipe = field(default_factory=Recipe)
-    fit: str = "crop"
-    job: dict[str, Any] = field(default_factory=dict)  # fields of `Job` that it changes
-
-
-@dataclass
-class Job:
-    """What decides a run's result. Saved with the checkpoint, compared on resume."""
-
-    method: str
-    data: str
-    language: str  # the decoder, or LilT's text encoder
-    vision: str
-    fit: str
-    options: dict[str, Any]
-    recipe: Recipe
-    prompt: str = ""
-    val: str | None = None
-    images: str | None = None
-    lang: str | None = "en"
-    format: str | None = None
-    init: str | None = None
-    limit: int | str | None = None  # of the training records; "1%": a share of them
-    seed: int = 0
-    max_tokens: int = 40  # longer captions are cut
-    per_image: int = 5  # captions of a picture that share a micro-batch
-    objective: str = "likelihood"  # or "cider": see `scst`
-    samples: int = 5  # captions of a picture that "cider" compares
-    views: int = 1  # of each picture, one after another by epoch; 1: the picture itself
-    crops: bool = False  # a random crop of each picture, augmented, new in every epoch
-    media: dict[str, Any] = field(default_factory=dict)  # what is told to an encoder of others
-    precision: str = "fp32"
-
-    @property
-    def task(self) -> str:
-        """What the captions are: "caption", or "vqa" where they are questions with answers."""
-        return self.options.get("task", "caption")
-
-    @property
-    def modality(self) -> str:
-        """What is captioned, or asked about: "image", "video" or "audio"."""
-        return self.media.get("modality", "image")
-
-
-@dataclass
-class Run:
-    """How a run is carried out."""
-
-    out: Path
-    device: "torch.device"
-    micro: int = 64  # captions in memory at once
-    checkpointing: bool = False
-    cache: bool = True  # keep the encoder's tokens on disk: each picture is encoded once
-    features: Path | None = None  # a finished cache (`features`) to read instead
-    resume: bool = False
-    save_every: int = 100  # steps
-    validate_every: int | None = None  # steps; None: once an epoch
-    workers: int | None = None
-    quiet: bool = False
-    stop: list[int] = field(default_factory=list)  # signals received
-
-    def settings(self) -> dict[str, Any]:
-        """What changes the order or the choice of the best weights after all."""
-        return {
-            "micro": self.micro,
-            "cache": self.cache,
-            "features": self.features and str(self.features.absolute()),
-            "validate_every": self.validate_every,
-        }
-
-
-CLIP_B16 = "vit_base_patch16_clip_quickgelu_224.openai"
-# Batch and epochs are the paper's; rate, warm-up and decay are not given there. Ours are guesses
-# for that batch, not tuned at its scale.
-PAPER = Recipe(batch=4096, epochs=30, rate=1e-3, warmup=0.05)
-ITUNE = "I-Tuning, Table 1"
-PRESETS: dict[str, Preset] = {
-    "itune-base": Preset("itune", "gpt2", CLIP_B16, f"{ITUNE}: GPT2-Base", recipe=PAPER),
-    "itune-medium": Preset("itune", "gpt2-medium", CLIP_B16, f"{ITUNE}: GPT2-Medium", recipe=PAPER),
-    "itune-large": Preset("itune", "gpt2-large", CLIP_B16, f"{ITUNE}: GPT2-Large", recipe=PAPER),
-    "itune-large-drop18": Preset(
-        "itune", "gpt2-large", CLIP_B16, f"{ITUNE}: GPT2-Large with dropping", {"drop": 18}, PAPER
-    ),
-}
-
-# LilT. The paper says that the rate is warmed up "in the first 10 epochs"; its code does so in
-# 1,000 of some 17,340 steps, which is what its numbers come from.
-CONTRASTIVE = Recipe(
-    batch=512, epochs=15, rate=1e-4, final_rate=1e-5, warmup=0.058, weight_decay=0.02, clip=None
-)
-SIMCSE = "princeton-nlp/unsup-simcse-bert-{}-uncased"
-TOWERS = {
-    "tiny": ("prajjwal1/bert-tiny", "deit_tiny_patch16_224"),
-    "small": ("prajjwal1/bert-small", "deit_small_patch16_224"),
-    "base": (SIMCSE.format("base"), "deit_base_patch16_224"),
-    "large": (SIMCSE.format("large"), "deit3_large_patch16_224"),
-    "multilingual": ("bert-base-multilingual-cased", "deit_base_patch16_224"),
-}
-
-
-def lilt(row: str, size: str, text: str, image: str, projections: bool = True) -> Preset:
-    """A row of LilT's tables; a tower is described as "adapter unlock"."""
-    names = ("adapter", "unlock")
-    options = {
-        "text": dict(zip(names, text.split(), strict=True)),
-        "image": dict(zip(names, image.split(), strict=True)),
-        "size": 256,  # pixels
-        "clean": True,  # captions are read as the authors read them
-    } | ({} if projections else {"projections": False})
-    job = {"crops": True, "per_image": 1, "max_tokens": 25}
-    return Preset("lilt", *TOWERS[size], f"LilT, {row}", options, CONTRASTIVE, "squash", job)
-
-
-def both(row: str, size: str, tower: str, projections: bool = True) -> Preset:
-    return lilt(row, size, tower, tower, projections)
-
-
-T1 = "Table 1"
-# Two shares of its parameters are not ours: (j), 7.09 %, has the LayerNorms' scales unlocked too
-# (ours, as in (e) and (k): 7.07 %), and (m), 43.99 %, leaves out the projections (ours: 44.20 %).
-PRESETS |= {
-    "lilt-frozen": both(f"{T1} (a)", "base", "none none", projections=False),
-    "lilt-ln-only": both(f"{T1} (b)", "base", "none layernorm", projections=False),
-    "lilt-projection": both(f"{T1} (c)", "base", "none none"),
-    "lilt-ln": both(f"{T1} (d)", "base", "none layernorm"),
-    "lilt-bitfit": both(f"{T1} (e)", "base", "none bitfit"),
-    "lilt-da-noln": both(f"{T1} (f)", "base", "deep none"),
-    "lilt-da-base": both(f"{T1} (g), Table 3 (a)", "base", "deep layernorm"),
-    "lilt-lwa-noln": both(f"{T1} (h)", "base", "layerwise none"),
-    "lilt-lwa-base": both(f"{T1} (i), Table 3 (c)", "base", "layerwise layernorm"),
-    "lilt-lwa-bitfit": both(f"{T1} (j)", "base", "layerwise bitfit"),
-    "lilt-da-bitfit": both(f"{T1} (k)", "base", "deep bitfit"),
-    "lit": lilt(f"{T1} (l), Table 3 (e)", "base", text="none all", image="none none"),
-    "lit-reversed": lilt(f"{T1} (m)", "base", text="none none", image="none all"),
-    # Only with adapters and LayerNorms of the image tower alone does (o) give its 57.57 %; (n) is
-    # read the same way, though no reading that we tried gives its 65.87 %.
-    "lit-da": lilt(f"{T1} (n)", "base", text="none all", image="deep layernorm"),
-    "lit-lwa": lilt(f"{T1} (o)", "base", text="none all", image="layerwise layernorm"),
-    "clip-base": both(f"{T1} (p), Table 3 (f)", "base", "none all"),
-    "lilt-da-large": both("Table 3 (b)", "large", "deep layernorm"),
-    "lilt-lwa-large": both("Table 3 (d)", "large", "layerwise layernorm"),
-    "lilt-da-tiny": both("Table 5 (a)", "tiny", "deep layernorm"),
-    "lit-tiny": lilt("Table 5 (b)", "tiny", text="none all", image="none none"),
-    "lilt-da-small": both("Table 5 (c)", "small", "deep layernorm"),
-    "clip-tiny": both("Table 5 (d)", "tiny", "none all"),
-    "lit-small": lilt("Table 5 (g)", "small", text="none all", image="none none"),
-    "clip-small": both("Table 5 (h)", "small", "none all"),
-    "lilt-da-multilingual": both("Table 2", "multilingual", "deep layernorm"),
-    "lilt-lwa-multilingual": both("Table 2", "multilingual", "layerwise layernorm"),
-}
-
-# eP-ALM, appendix A. Its warm-up is 400 steps in the authors' code: 0.7 % of VQA v2's 8 epochs.
-# The prompt and the adapters keep a fixed rate, and so do unfrozen towers (Table 12).
-VIT_B, VIT_L = (f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("base", "large"))
-FIXED = {"soft": 1e-5, "deep": 1e-5, "adapters": 1e-5, "encoder": 1e-7, "decoder": 1e-7}
-EPALM = Recipe(
-    batch=64, epochs=8, rate=2e-5, final_rate=1e-6, first_rate=1e-5, warmup=0.007,
-    weight_decay=0.02, clip=None, fixed=FIXED,
-)  # fmt: skip
-LARGE = replace(  # pt-L: "starting learning rate of 2e-4"
-    EPALM, batch=16, rate=2e-4, final_rate=1e-5, first_rate=1e-4, fixed=FIXED | {"soft": 1e-3}
-)
-# Changes of a recipe that the paper makes for a kind of data: `tinyvl train epalm --recipe NAME`.
-RECIPES: dict[str, dict[str, Any]] = {
-    "gqa": {"batch": 128},
-    "long": {"epochs": 32},  # Table 10
-    "few-shot": {"epochs": 64, "rate": 2e-4, "first_rate": 1e-4, "final_rate": 1e-5},
-    "few-shot-100": {"epochs": 100, "rate": 2e-4, "first_rate": 1e-4, "final_rate": 1e-5},
-    "video-qa": {"batch": 32, "epochs": 25},  # 8 frames
-    "video-caption": {"batch": 64, "epochs": 25},  # 16 frames
-    "video-zero-shot": {"epochs": 4, "first_rate": 1e-4, "rate": 2e-4, "final_rate": 1e-5},
-    "audio": {"batch": 32, "epochs": 30},
-}
-
-# What a kind of data is called in `RECIPES`, and what its encoder is told.
-AV_RECIPES = {
-    ("video", "vqa"): "video-qa", ("video", "caption"): "video-caption",
-    ("audio", "vqa"): "audio", ("audio", "caption"): "audio",
-}  # fmt: skip
-FRAMES = {"vqa": 8, "caption": 16}  # of a video
-
-# ClipCap's own: 5,000 steps of warm-up, then down to nothing (there in a line).
-CLIPCAP = Recipe(batch=40, epochs=10, rate=2e-5, warmup=0.035, weight_decay=0.0, clip=None)
-
-
-def epalm(
-    row: str, options: dict[str, Any], *, lm: str = "facebook/opt-2.7b", vision: str = VIT_B,
-    recipe: Recipe = EPALM, modality: str = "image",
-) -> Preset:  # fmt: skip
-    # Of videos and sounds training sees new frames and masks in every epoch, as in the paper.
-    job = {} if modality == "image" else {"media": {"modality": modality}, "crops": True}
-    if modality != "image":
-        recipe = replace(recipe, **RECIPES[AV_RECIPES[modality, "caption"]])
-    return Preset("epalm", lm, vision, f"eP-ALM, {row}", options, recipe, fit="squash", job=job)
-
-
-def at_the_input(row: str, vision: str = VIT_B, modality: str = "image", **options: Any) -> Preset:
-    """A baseline of the paper's: the last [CLS] token before the text, through all layers."""
-    options = {"soft": 0, "inject": [0, 1]} | options
-    return epalm(row, options, vision=vision, modality=modality)
-
-
-TIMESFORMER = "facebook/timesformer-base-finetuned-k600"
-AST = "MIT/ast-finetuned-audioset-10-10-0.4593"
-
-
-PRESETS |= {
-    "epalm": epalm("Tables 1, 2 and 7", {}),
-    "epalm-pt": epalm("Table 1, eP-ALM_pt", {"shared": True}),
-    "epalm-lin": epalm("Table 2, eP-ALM_lin", {"shared": True, "soft": 0}),
-    "epalm-ada": epalm("Figure 3, eP-ALM_ada", {"soft": 0, "adapters": 8}),
-    "epalm-pt-l": epalm(
-        "Tables 1 and 8, eP-ALM_pt-L", {"shared": True, "mlp": False},
-        lm="facebook/opt-6.7b", vision=VIT_L, recipe=LARGE,
-    ),
-    "epalm-cc3m": epalm(
-        "Table 11, eP-ALM_pt-L", {"shared": True, "mlp": False},
-        lm="facebook/opt-6.7b", vision=VIT_L, recipe=replace(LARGE, epochs=4),
-    ),
-    "promptfuse": at_the_input("Table 1, B_PromptFuse", soft=10),
-    "limber": at_the_input("Table 1, B_LimBER"),
-    "magma": at_the_input("Table 1, B_MAGMA", adapters=8),
-    "magma-all": at_the_input("Figure 3, B_MAGMA*", adapters=8, tokens="all"),
-    "epalm-video": epalm("Tables 4, 5, 13 and 14", {}, vision=TIMESFORMER, modality="video"),
-    "frozenbilm": at_the_input("Table 4, B_FrozenBiLM", TIMESFORMER, "video", adapters=8),
-    "epalm-audio": epalm("Tables 6, 15 and 16", {}, vision=AST, modality="audio"),
-    "clipcap": Preset("clipcap", "gpt2", CLIP_B16, "ClipCap with an MLP", recipe=CLIPCAP),
-    "clipcap-transformer": Preset(
-        "clipcap", "gpt2", CLIP_B16, "I-Tuning, Table 1: ClipCap",
-        {"mapping": "transformer"}, CLIPCAP,
-    ),
-}  # fmt: skip
-
-# Run everywhere, a CPU included: what commands use without a preset.
-SMALL: dict[str, Preset] = {
-    "itune": Preset(
-        "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {"bottleneck": 104, "rank": 120},
-        fit="jpeg", job={"media": {"lower": 2, "larger": 390}},
-    ),
-    "epalm": Preset(
-        "epalm", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
-        Recipe(batch=32, epochs=5, rate=1e-3), fit="jpeg",
-    ),
-    "epalm-video": Preset(  # the mean over the frames, as in Table 13
-        "epalm", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
-        Recipe(batch=32, epochs=5, rate=1e-3), fit="squash",
-        job={"media": {"modality": "video"}, "views": 4},
-    ),
-    "epalm-audio": Preset(
-        "epalm", "SmolLM2-135M", "Whisper-tiny.en", "ours", {},
-        Recipe(batch=32, epochs=20, rate=1e-3), job={"media": {"modality": "audio"}, "views": 4},
-    ),
-    "clipcap": Preset(
-        "clipcap", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
-        Recipe(batch=32, epochs=5, rate=3e-4), fit="jpeg",
-    ),
-    "lilt": Preset(
-        "lilt", "all-MiniLM-L6-v2", "EfficientNet-Lite2", "ours",
-        {
-            "text": {"pool": "mean", "dropout": 0.2}, "image": {"dropout": 0.5}, "embed": 512,
-            "temperature": 0.05, "learn_temperature": False,
-        },
-        Recipe(batch=2500, epochs=16, rate=2e-3, weight_decay=0.02), fit="jpeg",
-        job={"views": 2},
-    ),
-}  # fmt: skip
+__all__ = ["AST", "CONFIGS", "PRESETS", "RECIPES", "SMALL", "TIMESFORMER", "Job", "Preset"]
+__all__ += ["Recipe", "Run", "architecture", "encoder_of", "job_of", "preset", "run_of"]
 
 
 def preset(name: str | None, method: str, modality: str | None = None) -> Preset:
@@ -316,61 +28,243 @@ def preset(name: str | None, method: str, modality: str | None = None) -> Preset
     return PRESETS[name]
 
 
-# Published configurations.
-GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+def small_defaults(method: str) -> dict[str, Any]:
+    """What the small recipe sets, by the options' names: what --help gives as defaults."""
+    row = SMALL[method]
+    own = vars(row.recipe) | row.options | row.job | row.job.get("media", {})
+    for side in ("text", "image"):
+        own |= {f"{side}_{name}": value for name, value in row.options.get(side, {}).items()}
+    return own | {"language": row.language, "vision": row.vision, "fit": row.fit}
 
 
-def opt(layers: int, width: int, heads: int, **others: Any) -> dict:
+def maps_read(row: Preset, vision: str | None, asked: dict[str, int]) -> dict[str, Any]:
+    """Which maps of a CNN are read: the preset's with its own encoder, and what was asked for."""
+    own = row.job.get("media", {}) if vision in (None, row.vision) else {}
+    maps = {key: own[key] for key in ("lower", "larger") if key in own} | asked
+    return {key: value for key, value in maps.items() if value}
+
+
+def encoder_of(
+    name: str | None, vision: str | None, asked: dict[str, Any], *, summaries: bool
+) -> tuple[Preset, str, dict[str, Any]]:
+    """What `tinyvl features` encodes with: a preset, the modality, and extra encoder options.
+
+    Args:
+        name: a preset; None: the default model.
+        vision: another encoder than the preset's.
+        asked: of modality, frames, lower and larger those that were given.
+        summaries: no tokens are kept.
+
+    Raises:
+        UserError: no such preset, or options that would do nothing.
+    """
+    modality = asked.get("modality")
+    row = PRESETS.get(name or "") or preset(
+        name, "itune" if modality in (None, "image") else "epalm", modality
+    )
+    kind = modality or row.job.get("media", {}).get("modality", "image")
+    if "frames" in asked and kind != "video":
+        raise UserError("--frames goes with --modality video.", 2)
+    maps = chosen(asked, "lower", "larger")
+    if kind == "image" and not summaries:
+        return row, kind, maps_read(row, vision, maps)
+    for option, value in maps.items():
+        if value:
+            raise UserError(f"--{option} is about the tokens of pictures.", 2)
+    if kind == "image":
+        return row, kind, {}
+    frames = {"frames": asked.get("frames", 8)} if kind == "video" else {}
+    return row, kind, {"modality": kind} | frames
+
+
+def chosen(asked: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Of the options that were given those of these names."""
+    return {name: asked[name] for name in names if name in asked}
+
+
+def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = None) -> Job:
+    """The preset's job, or the small recipe's, with the options that were given.
+
+    Args:
+        asked: the given options, by their names in `options_of`.
+        start: with --init, the checkpoint's parts (`models.parts_of`), which stay as they are.
+
+    Raises:
+        UserError: options that do not go together, or would do nothing.
+    """
+    row = preset(asked.get("preset"), method, asked.get("modality"))
+    parts = new_parts(method, row, asked) if start is None else kept_parts(method, start, asked)
+    kind, task = parts["media"].get("modality", "image"), parts["options"].get("task", "caption")
+    parts["media"] |= clip_options(kind, task, asked, parts["media"])
+    changes = {name: value for name, value in row.job.items() if name != "media"}
+    if "preset" in asked and kind != "image":
+        changes.setdefault("crops", True)  # as in the presets of videos and sounds
+    if method == "epalm" and "features" in asked:  # they hold one view of each
+        changes = {name: value for name, value in changes.items() if name not in ("views", "crops")}
+    changes |= chosen(asked, "crops", *(name for name in declared(Job) if name not in parts))
+    check_method(method, asked, parts, changes)
+    if changes.get("crops") and asked.get("views", 1) > 1:
+        raise UserError("--crops are new in every epoch, --views a few: give one of them.", 2)
+    for name in ("data", "val", "images"):
+        if name in changes:
+            changes[name] = os.path.abspath(changes[name])
+    if "init" in changes:
+        changes["init"] = local(changes["init"])
+    changes.setdefault("data", "")
+    recipe = recipe_of(row, asked, parts["options"], kind, task)
+    return Job(method=method, recipe=recipe, **parts, **changes)
+
+
+def own_options(method: str, asked: dict[str, Any], into: str = "options") -> dict[str, Any]:
+    """The method's options that were given, by where a `Job` keeps them."""
+    own = options_of(method)
+    shared = declared(Job, Recipe, Run)
+    names = [n for n in asked if n not in shared and own[n].metadata.get("into", "options") == into]
+    return chosen(asked, *names)
+
+
+def new_parts(method: str, row: Preset, asked: dict[str, Any]) -> dict[str, Any]:
+    """The model's parts: the preset's, with the options that were given."""
+    options, own = dict(row.options), own_options(method, asked)
+    media = dict(row.job.get("media", {}))
+    if method == "itune":
+        media = maps_read(row, asked.get("vision"), own_options(method, asked, "media"))
+        if "rank" in asked and "lower" not in media:
+            raise UserError("--rank goes with --lower.", 2)
+        if asked.get("language", row.language) != row.language:  # sizes chosen for its own decoder
+            options = {n: size for n, size in options.items() if n not in ("drop", "bottleneck")}
+        if "lower" not in media or asked.get("vision", row.vision) != row.vision:
+            options.pop("rank", None)
+    elif method == "lilt":
+        own = towers(options, own, asked.get("lock"))
+    elif asked.get("modality", media.get("modality", "image")) != media.get("modality", "image"):
+        media = {} if asked["modality"] == "image" else {"modality": asked["modality"]}
     return {
-        "model_type": "opt", "vocab_size": 50272, "num_hidden_layers": layers,
-        "hidden_size": width, "num_attention_heads": heads, "ffn_dim": 4 * width,
-        "word_embed_proj_dim": width, "max_position_embeddings": 2048, **others,
-    }  # fmt: skip
+        "language": local(asked.get("language", row.language)),
+        "vision": local(asked.get("vision", row.vision)),
+        "fit": asked.get("fit", row.fit),
+        "prompt": asked.get("prompt", ""),
+        "options": options | own,
+        "media": media,
+    }
 
 
-def bert(layers: int, width: int, heads: int, vocabulary: int = 30522) -> dict:
-    return {
-        "model_type": "bert", "vocab_size": vocabulary, "num_hidden_layers": layers,
-        "hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width,
-    }  # fmt: skip
+def kept_parts(method: str, start: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a checkpoint that a run starts from, with the options that it leaves free.
+
+    Raises:
+        UserError: an option was given that the checkpoint decides.
+    """
+    own, ours = options_of(method), declared(Job, Recipe, Run)
+    model = {"language", "vision", "fit", "prompt"}
+    fixed = [
+        flag(name, own[name])
+        for name in sorted(asked, key=list(own).index)
+        if name in model or not (name in ours or name == "preset" or own[name].metadata.get("free"))
+    ]
+    if fixed:
+        raise UserError(f"--init brings its own {', '.join(fixed)}: leave that out.", 2)
+    options = start["options"] | own_options(method, asked)
+    return start | {"options": options, "media": dict(start["media"])}
 
 
-CONFIGS: dict[str, dict] = {
-    TIMESFORMER: {
-        "model_type": "timesformer", "image_size": 224, "patch_size": 16, "num_frames": 8,
-        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "attention_type": "divided_space_time",
-    },
-    AST: {
-        "model_type": "audio-spectrogram-transformer", "hidden_size": 768,
-        "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-        "patch_size": 16, "frequency_stride": 10, "time_stride": 10, "max_length": 1024,
-        "num_mel_bins": 128,
-    },
-    "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
-    "gpt2-medium": GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
-    "gpt2-large": GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
-    "gpt2-xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
-    "SmolLM2-135M": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
-        "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    },
-    "facebook/opt-125m": opt(12, 768, 12),
-    "facebook/opt-350m": opt(24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
-    "facebook/opt-1.3b": opt(24, 2048, 32),
-    "facebook/opt-2.7b": opt(32, 2560, 32),
-    "facebook/opt-6.7b": opt(32, 4096, 32),
-    "all-MiniLM-L6-v2": bert(6, 384, 12),
-    "prajjwal1/bert-tiny": bert(2, 128, 2),
-    "prajjwal1/bert-small": bert(4, 512, 8),
-    "princeton-nlp/unsup-simcse-bert-base-uncased": bert(12, 768, 12),
-    "princeton-nlp/unsup-simcse-bert-large-uncased": bert(24, 1024, 16),
-    "bert-base-multilingual-cased": bert(12, 768, 12, 119547),
-}  # fmt: skip
+def towers(
+    preset: dict[str, Any], own: dict[str, Any], lock: tuple[str, int] | None
+) -> dict[str, Any]:
+    """LilT's options with each tower's in a dictionary of its own; ``lock`` is Figure 5's."""
+    sides = {side: dict(preset.get(side, {})) for side in ("text", "image")}
+    rest = {}
+    for name, value in own.items():
+        side, _, what = name.partition("_")
+        if side in sides:
+            sides[side][what] = value
+        else:
+            rest[name] = value
+    if lock:
+        letter, number = lock
+        shallow, deep = [number, -1], [0, -1 - number]  # what is left when these are locked
+        sides["text"]["layers"], sides["image"]["layers"] = (
+            (deep, shallow) if letter == "A" else (shallow, deep)
+        )
+    return rest | sides
 
 
-def architecture(vision: str) -> str:
-    """timm's architecture of an encoder's name."""
-    return {"EfficientNet-Lite2": "tf_efficientnet_lite2"}.get(vision, vision.split(".")[0])
+def clip_options(
+    kind: str, task: str, asked: dict[str, Any], before: dict[str, Any]
+) -> dict[str, Any]:
+    """Extra encoder options of videos and sounds; ``before``: the preset's or the checkpoint's."""
+    if "frames" in asked and kind != "video":
+        raise UserError("--frames goes with --modality video.", 2)
+    if chosen(asked, "time_mask", "frequency_mask") and kind != "audio":
+        raise UserError("--time-mask and --frequency-mask go with --modality audio.", 2)
+    if kind == "video":
+        return {"frames": asked.get("frames", before.get("frames", FRAMES[task]))}
+    if kind == "audio":
+        bins, frames = before.get("masks", (EPalm.frequency_mask, EPalm.time_mask))
+        return {"masks": [asked.get("frequency_mask", bins), asked.get("time_mask", frames)]}
+    return {}
+
+
+def check_method(
+    method: str, asked: dict[str, Any], parts: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Refuses options that would do nothing."""
+    options = parts["options"]
+    vqa = options.get("task") == "vqa"
+    varied = changes.get("crops") or changes.get("views", 1) > 1
+    idle = [
+        (not varied, ["time_mask", "frequency_mask"],
+         "--time-mask and --frequency-mask are laid in --crops and --views."),
+        (not vqa, ["answer_only", "separator"],
+         "--answer-only and --separator go with --task vqa."),
+        (vqa, ["per_image"],
+         "--per-image goes with --task caption: a question is read once."),
+        (not options.get("soft", 10), ["mlp", "deep", "soft_rate"],
+         "--mlp, --deep and --soft-rate are about a soft prompt: give --soft 10."),
+        (not options.get("adapters"), ["adapter_rate"],
+         "--adapter-rate goes with --adapters."),
+        (method == "clipcap" and options.get("mapping") != "transformer", ["layers", "heads"],
+         "--layers and --heads go with --mapping transformer."),
+        (changes.get("objective") == "cider", ["per_image"],
+         "--per-image goes with --objective likelihood; cider has --samples."),
+        (changes.get("objective") != "cider", ["samples"],
+         "--samples goes with --objective cider."),
+    ]  # fmt: skip
+    for does_nothing, names, message in idle:
+        if does_nothing and chosen(asked, *names):
+            raise UserError(message, 2)
+
+
+def recipe_of(
+    row: Preset, asked: dict[str, Any], options: dict[str, Any], kind: str, task: str
+) -> Recipe:
+    """The preset's recipe, changed for the kind of data and by the options that were given."""
+    name = asked.get("recipe")
+    if name is None and "preset" in asked and kind != "image":
+        name = AV_RECIPES[kind, task]
+    if name is not None and name not in RECIPES:
+        raise UserError(f"--recipe is one of {', '.join(RECIPES)}, not {name!r}.", 2)
+    fixed = dict(row.recipe.fixed)
+    for option, modules in (("soft_rate", ("soft", "deep")), ("adapter_rate", ("adapters",))):
+        for module in modules if option in asked else ():
+            fixed.pop(module, None)
+            if asked[option]:
+                fixed[module] = asked[option]
+    if options.get("unfreeze"):
+        fixed |= {"encoder": 1e-7, "decoder": 1e-7}
+    recipe = replace(row.recipe, fixed=fixed, **RECIPES.get(name, {}))
+    if asked.get("rate", recipe.rate) < recipe.first_rate:
+        recipe = replace(recipe, first_rate=0.0)
+    return replace(recipe, **chosen(asked, *declared(Recipe)))
+
+
+def run_of(job: Job, asked: dict[str, Any], device: Any) -> Run:
+    """How the job is carried out."""
+    own = chosen(asked, *declared(Run)) | {"device": device}
+    run = Run(**{"out": Path("runs") / job.method} | own)
+    if job.method == "lilt" and "micro" not in asked and run.cache and not job.crops:
+        sides = [job.options.get(side, {}) for side in ("text", "image")]
+        learns = [side.get(what, "none") for side in sides for what in ("unlock", "adapter")]
+        if set(learns) == {"none"}:  # what is learnt reads what is kept of the towers
+            run.micro = 2500
+    return run

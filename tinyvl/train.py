@@ -177,7 +177,7 @@ def starting_config(job: Job) -> dict[str, Any]:
 
 
 def accumulate(
-    model: models.Model,
+    model: models.Method,
     objective: Any,
     taken: list[Any],
     scaler: torch.amp.GradScaler,

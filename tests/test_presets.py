@@ -1,0 +1,84 @@
+"""Options and presets: what is declared once, and where it has to agree with the rest."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from tinyvl import UserError, media_audio, models, presets, presets_options
+from tinyvl.cli_options import PANELS
+from tinyvl.presets_options import METHODS, EPalm, LilT, declared, options_of
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_the_constructors(method):
+    """The help shows them; a model gets what was given alone."""
+    own = inspect.signature(models.METHODS[method].__init__).parameters
+    kept = {
+        field.name: field.default
+        for field in fields(METHODS[method])
+        if field.metadata.get("into", "options") == "options" and field.name in own
+    }
+    assert len(kept) >= 4
+    sides = {"text", "image"}  # LilT's towers, where the constructor takes a built one
+    assert {n: d for n, d in kept.items() if n not in sides} == {
+        name: own[name].default for name in kept if name not in sides
+    }
+
+
+def test_a_towers_defaults_are_those_of_its_tuning():
+    from tinyvl.lilt_towers import Tuning
+
+    own = declared(presets_options.ImageTower)
+    assert {name: of.default for name, of in own.items()} == vars(Tuning())
+
+
+def test_masks_are_those_of_sounds():
+    assert (EPalm.frequency_mask, EPalm.time_mask) == media_audio.MASKS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_has_a_panel_and_one_sentence_of_help(method):
+    own = options_of(method)
+    assert {of.metadata["panel"] for of in own.values()} <= set(PANELS)
+    assert all(of.metadata["help"] for of in own.values())
+    flags = [presets_options.flag(name, of) for name, of in own.items()]
+    assert len(flags) == len(set(flags))
+    assert ("--samples" in flags) == (method == "itune")
+    assert ("--prompt" in flags) == (method != "lilt")
+
+
+def test_the_help_shows_what_the_small_recipe_does():
+    shown = presets.small_defaults("lilt")
+    assert (shown["batch"], shown["text_pool"], shown["image_dropout"]) == (2500, "mean", 0.5)
+    assert presets.small_defaults("itune")["larger"] == 390
+    assert LilT.embed == 256
+
+
+def test_a_job_is_made_without_torch():
+    code = (
+        "import sys; from tinyvl import presets;"
+        "job = presets.job_of('lilt', {'preset': 'lit', 'lock': ('A', 4), 'views': 2, 'rate': .1,"
+        " 'crops': False});"
+        "print(job.options['text'], job.recipe.rate, job.crops, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == (
+        "{'adapter': 'none', 'unlock': 'all', 'layers': [0, -5]} 0.1 False False\n"
+    ), done.stderr
+
+
+def test_init_keeps_the_checkpoints_parts():
+    start = {
+        "language": "lm", "vision": "eye", "fit": "crop", "prompt": "a", "media": {"lower": 1},
+        "options": {"drop": 2},
+    }  # fmt: skip
+    job = presets.job_of("itune", {"init": "hf://a/b", "dropout": 0.5, "epochs": 2}, start)
+    assert (job.language, job.vision, job.prompt, job.media) == ("lm", "eye", "a", {"lower": 1})
+    assert (job.options, job.recipe.epochs) == ({"drop": 2, "dropout": 0.5}, 2)
+    assert start["options"] == {"drop": 2}
+    for name, flag in (("drop", "--drop"), ("language", "--lm"), ("fit", "--fit")):
+        with pytest.raises(UserError, match=f"--init brings its own {flag}: leave"):
+            presets.job_of("itune", {"init": "x", name: 1}, start)
