@@ -62,7 +62,7 @@ def classify(
     """(path, the ``top`` likeliest labels with their probabilities, or what is wrong), in order.
 
     Args:
-        classes: a unit vector for each label (C, d), from `classes.class_embeddings`.
+        classes: a unit vector for each label (C, d), from `metrics.class_embeddings`.
     """
     classes, temperature = classes.float().cpu(), float(model.temperature)
     encoder = model.encoder
