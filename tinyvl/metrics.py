@@ -40,24 +40,22 @@ def mean_scores(
 
     ``items`` is metric -> N values, ``kinds`` kind of group -> each item's group or None.
     """
-
-    def average(rows: Sequence[int]) -> dict[str, float]:
-        return {name: sum(values[i] for i in rows) / len(rows) for name, values in items.items()}
-
-    groups = {}
+    columns = {name: np.asarray(values) for name, values in items.items()}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
     for kind, names in kinds.items():
         rows: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            if name is not None:
-                rows.setdefault(name, []).append(i)
-        if rows:
-            groups[kind] = {n: {"items": len(rows[n]), **average(rows[n])} for n in sorted(rows)}
+        for i, group in enumerate(names):
+            if group is not None:
+                rows.setdefault(group, []).append(i)
+        for group, part in sorted(rows.items()):
+            means = {name: float(column[part].mean()) for name, column in columns.items()}
+            groups.setdefault(kind, {})[group] = {"items": len(part), **means}
 
     def resample(counts: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: counts @ np.asarray(values) / counts.sum(1) for name, values in items.items()}
+        return {name: counts @ column / counts.sum(1) for name, column in columns.items()}
 
-    count = len(next(iter(items.values())))
-    return Scores(average(range(count)), resample, groups, extra)
+    whole = {name: sum(values) / len(values) for name, values in items.items()}
+    return Scores(whole, resample, groups, extra)
 
 
 # Answers
