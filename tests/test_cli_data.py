@@ -66,7 +66,7 @@ def test_formats_in_the_help_are_those_there_are():
 def test_every_option_has_help():
     import typer.main
 
-    for name, command in typer.main.get_command(cli_data.app).commands.items():
+    for name, command in typer.main.get_command(cli_data.sets).commands.items():
         assert command.help, name
         assert all(parameter.help for parameter in command.params), name
 

@@ -11,6 +11,7 @@ import typer
 from tinyvl import UserError
 from tinyvl.cli_options import Place, batch_of, command, group, same
 from tinyvl.files import local
+from tinyvl.presets import small_defaults
 from tinyvl.presets_options import EPalm, ITune, Job, Run, option
 
 FORMATS = (  # as in data_formats.READERS, which is too heavy to import for the help
@@ -18,6 +19,7 @@ FORMATS = (  # as in data_formats.READERS, which is too heavy to import for the 
     *("gqa", "daquar", "msrvtt", "msrvtt-qa", "msvd", "msvd-qa", "audiocaps", "clotho"),
     *("webdataset", "classes", "folder"),
 )
+SMALL = small_defaults("itune")
 SHOWN = 10  # problems named on standard error; --json has all
 
 app = group()
@@ -155,8 +157,8 @@ def features(
     fit: str | None = same(Job, "fit"),
     modality: str | None = same(EPalm, "modality"),
     frames: int | None = option("Data", None, "Frames of a video.", shown="8", min=1),
-    lower: int | None = same(ITune, "lower"),
-    larger: int | None = same(ITune, "larger"),
+    lower: int | None = same(ITune, "lower", shown=str(SMALL["lower"])),
+    larger: int | None = same(ITune, "larger", shown=str(SMALL["larger"])),
     what: str = option("Output", "both", "tokens (I-Tuning reads them), summaries (eP-ALM), or "
         "both.", choices=("tokens", "summaries", "both")),
     dtype: str = option("Advanced", "fp16", "Kept as fp16, bf16 or fp32.",

@@ -95,7 +95,7 @@ def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = No
     row = preset(asked.get("preset"), method, asked.get("modality"))
     parts = new_parts(method, row, asked) if start is None else kept_parts(method, start, asked)
     kind, task = parts["media"].get("modality", "image"), parts["options"].get("task", "caption")
-    parts["media"] |= clip_options(kind, task, asked, parts["media"])
+    parts["media"] |= av_options(kind, task, asked, parts["media"])
     changes = {name: value for name, value in row.job.items() if name != "media"}
     if "preset" in asked and kind != "image":
         changes.setdefault("crops", True)  # as in the presets of videos and sounds
@@ -189,7 +189,7 @@ def towers(
     return rest | sides
 
 
-def clip_options(
+def av_options(
     kind: str, task: str, asked: dict[str, Any], before: dict[str, Any]
 ) -> dict[str, Any]:
     """Extra encoder options of videos and sounds; ``before``: the preset's or the checkpoint's."""
