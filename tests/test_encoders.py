@@ -1,5 +1,8 @@
 """Encoders against timm's own forward passes."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import timm
@@ -276,3 +279,19 @@ def test_unknown_models_and_missing_weights_are_named(tmp_path):
     folder = write_vision(tmp_path / "v", state={"cls_token": torch.zeros(1, 1, 32)})
     with pytest.raises(UserError, match="missing"):
         load_image_encoder(folder)
+
+
+def test_a_picture_imports_no_code_for_videos_and_sounds(tmp_path):
+    folder = write_vision(tmp_path / "v")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = (
+        "import json, sys; from pathlib import Path; from tinyvl import encoders_build, hub\n"
+        f"folder = hub.fetch({str(folder)!r}, 'vision')\n"
+        "config = json.loads((folder / 'config.json').read_text())\n"
+        "encoder = encoders_build.build_encoder({'config': config, 'fit': 'crop'}, folder)\n"
+        f"view = encoder.view(); encoder(view(view.load({str(tmp_path / 'a.png')!r}, 8))[None])\n"
+        "rooms = ('media_av', 'encoders_av', 'hub_wheels', 'hub_convert')\n"
+        "print([m for m in ('av', *(f'tinyvl.{r}' for r in rooms)) if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -87,9 +87,11 @@ def load_frames(
             can be decoded, or frames of more than ``media.MAX_PIXELS``. Of a video that is cut
             short or damaged on the way, what can be decoded is used.
     """
-    name = os.fspath(path)
+    import av
+
+    name, cover = os.fspath(path), av.stream.Disposition.attached_pic
     with opened(name, "video") as container:
-        videos = [s for s in container.streams.video if not is_cover(s)]
+        videos = [s for s in container.streams.video if not s.disposition & cover]
         if not videos:
             sound = container.streams.audio
             raise MediaError(f"{name}: {'has sound, but no video' if sound else 'is no video'}")
@@ -160,13 +162,6 @@ def picture(frame: VideoFrame, target: int | None) -> Image.Image:
         image = image.reduce(min(image.size) // (2 * target))
     upright = UPRIGHT.get(round(frame.rotation))
     return image if upright is None else image.transpose(upright)
-
-
-def is_cover(stream: VideoStream) -> bool:
-    """Whether a stream is a sound's cover picture."""
-    import av
-
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def span(name: str, container: InputContainer, stream: VideoStream) -> tuple[float, float]:
