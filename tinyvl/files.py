@@ -1,4 +1,4 @@
-"""Files that are replaced in one stroke: a reader, and a kill, find the old one or the new one."""
+"""Files and folders that appear in one stroke: a reader, and a kill, find the old or the new."""
 
 import os
 import tempfile
@@ -50,10 +50,13 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
+def building(target: Path, where: str = "", advice: str = "free some space") -> Iterator[Path]:
     """An empty folder that becomes ``target`` at once when the body ends without an error.
 
-    Two processes may build the same thing: the one that ends first has made it.
+    Two processes may build the same thing: whoever ends first has made it.
+
+    Args:
+        where: what cannot be written to, and ``advice``, what to do then: for the message.
 
     Raises:
         UserError: it cannot be written.
@@ -66,8 +69,9 @@ def building(target: Path) -> Iterator[Path]:
             new = Path(scratch) / "new"
             new.mkdir()
             yield new
-            for file in filter(Path.is_file, new.iterdir()):
-                file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
+            for file in new.iterdir():
+                if file.is_file():  # safetensors writes for the owner only; others may read
+                    file.chmod(0o644)
             try:
                 os.replace(new, target)
             except OSError:
@@ -79,8 +83,7 @@ def building(target: Path) -> Iterator[Path]:
                     os.replace(new, target)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); free some space, or set "
-            "TINYVL_CACHE to another folder."
+            f"Cannot write to {where or target.parent} ({error.strerror or error}); {advice}."
         ) from error
 
 
