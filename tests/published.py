@@ -11,6 +11,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from tinyvl import UserError, data
 from tinyvl.data import Record
 
 Built = tuple[Path, list[Record]]
@@ -355,6 +358,13 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def raises(path: Path, complaint: str) -> None:
+    """Reading fails, and the error names the file."""
+    with pytest.raises(UserError) as caught:
+        data.read(path)
+    assert f"{path}{complaint}" in str(caught.value)
 
 
 # Every format but WebDataset, whose records' paths are in the cache.

@@ -1,10 +1,10 @@
-"""Readers of questions about pictures: VQA v2, GQA, DAQUAR."""
+"""Readers of questions: VQA v2, GQA, DAQUAR about pictures, MSRVTT-QA, MSVD-QA about videos."""
 
 import json
 import logging
 
 import pytest
-from published import VQA_ANSWERS, daquar, gqa, touch, vqa, write, write_json
+from published import CLIP, VQA_ANSWERS, daquar, gqa, msvd_qa, raises, touch, vqa, write, write_json
 
 from tinyvl import UserError, data
 
@@ -197,3 +197,32 @@ def test_daquar_names_the_malformed_line(tmp_path, lines, complaint):
     with pytest.raises(UserError) as caught:
         data.read(path)
     assert f"{path}, {complaint}" in str(caught.value)
+
+
+# Video questions
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"question": None}, ", [0]: 'question' is missing"),
+        ({"video_id": "vid1"}, ", [0]: 'video_id' should be a number"),
+        ({"answer": 3}, ", [0]: 'answer' should be a text"),
+    ],
+)
+def test_video_questions_name_the_malformed_entry(tmp_path, change, complaint):
+    path, _ = msvd_qa(tmp_path)
+    (entry,) = json.loads(path.read_text())
+    write_json(path, [entry | change])
+    raises(path, complaint)
+
+
+def test_msvd_qa_without_its_mapping_and_with_videos_by_number(tmp_path):
+    path, _ = msvd_qa(tmp_path)
+    (video,) = touch(tmp_path, "video/vid1.mp4")
+    (tmp_path / "YouTubeClips" / f"{CLIP}.avi").unlink()
+    (record,) = data.read(path)
+    assert (record.video, record.id) == (video, CLIP)
+    (tmp_path / "youtube_mapping.txt").unlink()
+    (record,) = data.read(path)
+    assert (record.video, record.id) == (video, "vid1")

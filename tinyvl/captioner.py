@@ -25,14 +25,13 @@ from tinyvl.text import Questions, Text, tidy
 
 @dataclass
 class Style:
-    """How captions and answers are searched for."""
+    """How captions and answers are searched for, or sampled."""
 
-    beams: int = 5
-    max_tokens: int = 40
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = True
-    # In place of a search: temperature, top_k, top_p, seed and indices of `decode.sample`.
-    sampling: dict[str, Any] | None = None
+    beams: int = 5  # 1: greedy
+    max_tokens: int = 40  # of a caption, the end token included
+    length_penalty: float = 1.0  # a beam's score is divided by its length to this power
+    early_stopping: bool | Literal["never"] = True  # as soon as all beams have an end
+    sampling: dict[str, Any] | None = None  # options of `decode.sample`; None: a search
 
 
 @dataclass

@@ -171,16 +171,16 @@ def texts(
 
     task, field = ("caption", "caption") if question is None else ("vqa", "answer")
     one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
-    config = models.read_config(models.checkpoint_folder(model, task))
-    suffixes = media.SUFFIXES[models.modality_of(config)]
+    checkpoint = models.open_checkpoint(model, task)
+    suffixes = media.SUFFIXES[checkpoint.modality]
     paths = media.expand(files, sys.stdin, null=lines.null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if features is not None:
         from tinyvl.features import open_store
 
-        store = open_store(features, config["vision"], models.reads(config))
+        store = open_store(features, checkpoint.image, checkpoint.reads)
         paths = paths if files else iter([entry.path for entry in store.entries])
-    loaded = load_model(model, place, task)
+    loaded = load_model(checkpoint, place, task)
     models.take_frames(loaded, frames)
     if store is not None:
         store.check(loaded)

@@ -267,7 +267,7 @@ class Search:
         )
 
 
-def load_model(name: str, place: Place, task: str = "caption", **more: Any) -> Any:
+def load_model(name: "str | Checkpoint", place: Place, task: str = "caption", **more: Any) -> Any:
     """The model of a name, where and how it shall run; ``more`` goes to `models.load`."""
     from tinyvl import models
     from tinyvl.device import choose_device, choose_precision, keep_memory

@@ -96,7 +96,7 @@ def _without_blanks(records: list[Record], path: Path, format: str) -> list[Reco
         record.captions = [caption for caption in record.captions if caption.strip()]
     if format not in ("coco", "nocaps"):
         return records
-    # COCO lists images and captions apart; those of its test set come without any.
+    # COCO lists images and captions apart, and its test set has no captions at all.
     captioned = [record for record in records if record.captions]
     if 0 < len(captioned) < len(records):
         bare = len(records) - len(captioned)

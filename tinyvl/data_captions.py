@@ -302,7 +302,7 @@ def read_clotho(path: Path) -> Iterator[Record]:
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file, each with all of the columns, after the name of its place."""
+    """The rows of a CSV file, which must have all the columns: ("FILE, line 3", row)."""
     with decoded(path), open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         try:

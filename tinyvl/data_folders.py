@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyvl import UserError
+from tinyvl import UserError, files
 from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in, text_lines
-from tinyvl.files import building, cache_dir
+from tinyvl.files import cache_dir
 from tinyvl.media import KIND_OF, MODALITIES
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,9 @@ def read_folder(path: Path) -> Iterator[Record]:
 
     Without pictures the videos are read, and without these the sounds.
     """
-    files = {name: KIND_OF[name.suffix.lower()] for name in _media(path)}
-    first = next((kind for kind in MODALITIES if kind in files.values()), None)
-    for name in (name for name, kind in files.items() if kind == first):
+    kinds = {name: KIND_OF[name.suffix.lower()] for name in _media(path)}
+    first = next((kind for kind in MODALITIES if kind in kinds.values()), None)
+    for name in (name for name, kind in kinds.items() if kind == first):
         beside = (path / name).with_suffix(".txt")
         captions = [line for _, line in text_lines(beside)] if beside.exists() else []
         yield Record(**{first: name.as_posix()}, captions=captions, id=name.as_posix())
@@ -40,10 +40,10 @@ def read_classes(path: Path) -> Iterator[Record]:
     list beside the folders (or in the folder above): ``LOC_synset_mapping.txt``,
     ``synset_words.txt``, ``words.txt``, ``imagenet_class_index.json`` or ``Labels.json``.
     """
-    files = [(name, name.parts) for name in _media(path)]
-    by_split = all(parts[0].lower() in PARTS for _, parts in files)
-    names = _class_names(path, {parts[by_split] for _, parts in files if len(parts) > 1 + by_split})
-    for name, parts in files:
+    found = [(name, name.parts) for name in _media(path)]
+    by_split = all(parts[0].lower() in PARTS for _, parts in found)
+    names = _class_names(path, {parts[by_split] for _, parts in found if len(parts) > 1 + by_split})
+    for name, parts in found:
         if len(parts) < 2 + by_split:
             raise UserError(f"{path / name}: is in no class's folder")
         yield Record(
@@ -185,7 +185,8 @@ def _unpack(tar: Path, folder: Path) -> None:
     for rest in folder.parent.glob(f".{glob.escape(folder.name)}-*"):  # of a run that was killed
         if time.time() - rest.stat().st_mtime > 24 * 3600:
             shutil.rmtree(rest, ignore_errors=True)
-    with building(folder) as part, open(part / "samples.jsonl", "w", encoding="utf-8") as lines:
+    building = files.building(folder, advice="set TINYVL_CACHE to a folder on a larger disk")
+    with building as part, open(part / "samples.jsonl", "w", encoding="utf-8") as lines:
         for number, sample in enumerate(_samples(tar)):
             entry, suffix, content = _sample_entry(sample, f"{tar}, {sample['__key__']}")
             if suffix is not None:

@@ -66,10 +66,8 @@ def recognise(path: Path) -> tuple[Path, str]:
             return _in_folder(path)
         format = sniff(path) or ("jsonl" if path.suffix == ".jsonl" else None)
     if format == "results":
-        raise UserError(
-            f"{path} holds results, not a data set: score it with "
-            "'tinyvl eval caption --predictions'"
-        )
+        score = "'tinyvl eval caption --predictions'"
+        raise UserError(f"{path} holds results, not a data set: score it with {score}")
     if format is None:
         raise UserError(
             f"{path} is in no format that tinyvl recognises ({', '.join(READERS)}): "
@@ -133,13 +131,12 @@ def _json_format(text: str) -> str | None:
     def has(*keys: str, value: str = "") -> bool:
         return all(re.search(rf'"{key}"\s*:\s*{value}', text) for key in keys)
 
-    medium = re.search(r'"(image|video|audio)"\s*:\s*"', text.partition("\n")[0])
     if text.startswith("["):
         if has("regions", value=r"\[") and has("phrase"):
             return "visual-genome"
         if has("question", "video_id"):
             return "msrvtt-qa" if has("category_id") else "msvd-qa"
-        if re.search(r'"(image|video|audio)"\s*:\s*"', text):
+        if has("(image|video|audio)", value='"'):
             return "jsonl"
         return "results" if has("image_id", "caption") else None
     if has("questions", value=r"\[") or (has("annotations", value=r"\[") and has("question_id")):
@@ -156,4 +153,5 @@ def _json_format(text: str) -> str | None:
         return "gqa"
     if MSVD_JSON.match(text):
         return "msvd"
-    return "jsonl" if medium else None
+    text = text.partition("\n")[0]  # of our own format, the first record
+    return "jsonl" if has("(image|video|audio)", value='"') else None

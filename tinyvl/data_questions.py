@@ -127,9 +127,9 @@ DAQUAR_END = re.compile(r"( (in |on |of )?(the |this )?image\d+ *\?)$", re.IGNOR
 def read_daquar(path: Path) -> Iterator[Record]:
     """DAQUAR's ``qa.*.txt`` and ``all_qa_pairs.txt``: a line a question, then a line its answer.
 
-    The picture is named at the end of the question, "... in the image7 ?", which is taken off.
+    The end of the question, "... in the image7 ?", names the picture, and is taken off.
     Several answers ("knife, fork") are one text, as annotated. The split is the file name's, or
-    that of ``{train,test}_images_list.txt`` or ``{train,test}.txt`` where these lie beside.
+    that of ``{train,test}_images_list.txt`` or ``{train,test}.txt`` beside the file.
     """
     splits = splits_beside(path, train="train_images_list.txt", test="test_images_list.txt")
     splits |= splits_beside(path, train="train.txt", test="test.txt")
@@ -155,7 +155,7 @@ def read_msrvtt_qa(path: Path) -> Iterator[Record]:
 def read_msvd_qa(path: Path) -> Iterator[Record]:
     """MSVD-QA's ``{train,val,test}_qa.json``, of the same authors and shape.
 
-    Video 7 is ``vid7``, or the clip that ``youtube_mapping.txt`` gives it where that lies beside.
+    Video 7 is ``vid7``, or its clip in ``youtube_mapping.txt``, if that is beside the file.
     """
     clips = {number: clip for clip, number in youtube_mapping(path).items()}
     for record, number in _video_questions(path):

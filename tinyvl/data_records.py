@@ -1,4 +1,4 @@
-"""The record, its line in a JSON Lines file, and what every reader takes fields from a file with.
+"""The record, its line in a JSON Lines file, and helpers that read fields from files.
 
 A record is one line of JSON, its path relative to the file:
 
@@ -150,7 +150,7 @@ def decoded(path: Path) -> Iterator[None]:
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank, stripped, each after the name of its place."""
+    """The lines of a text file, stripped, without blank ones: ("FILE, line 3", line)."""
     with decoded(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line := line.strip():
@@ -185,7 +185,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def json_items(path: Path) -> Iterator[tuple[str, Any]]:
-    """The items of a JSON array, one at a time, each after the name of its place.
+    """The items of a JSON array, one at a time: ("FILE, [3]", item).
 
     A published array can be 700 MB long (Visual Genome), and many times that as Python objects.
     """
@@ -240,7 +240,7 @@ def get(
 
 
 def entries(document: Any, key: str, where: object, **default: Any) -> Iterator[tuple[str, Any]]:
-    """The items of the list ``document[key]``, each after the name of its place."""
+    """The items of the list ``document[key]``: ("FILE, images[3]", item)."""
     place = f"{where}, {key}" if isinstance(where, Path) else f"{where}.{key}"
     for i, entry in enumerate(get(document, key, list, where, **default)):
         yield f"{place}[{i}]", entry
@@ -256,7 +256,7 @@ def name_in(entry: Any, key: str, where: object) -> str:
 
 
 def texts_in(entry: Any, plural: str, singular: str, where: object) -> list[str]:
-    """A list of texts, or a text alone, under one of two names; none where there is neither."""
+    """A list of texts, or one text, under one of two names; an empty list if there is neither."""
     key = plural if plural in entry else singular
     texts = get(entry, key, (list, str), where, default=[])
     texts = [texts] if isinstance(texts, str) else texts
@@ -274,6 +274,6 @@ PARTS = {
 
 
 def split_in(name: str) -> str | None:
-    """The split that a file's or folder's name speaks of: ``val_balanced_questions`` -> ``val``."""
+    """The split in a file's or folder's name: ``val_balanced_questions`` -> ``val``."""
     words = re.split("[^a-z]+", name.lower())
     return next((PARTS[word] for word in words if word in PARTS), None)

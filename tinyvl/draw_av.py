@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyvl.draw import BACKGROUNDS, COLOURS, SHAPES, SIDE, coverage, draw_images, write_set
-from tinyvl.files import building
-from tinyvl.hub import cache_dir
+from tinyvl.files import cache_dir, cached
 
 FRAMES, FPS = 8, 8
 MOVES = {  # where a shape is in the first frame and in the last, in pixels from the middle
@@ -129,7 +128,7 @@ def default_folder(modality: str = "image") -> Path:
     """The drawn set of "image", "video" or "audio" in the cache, drawn there the first time."""
     folder = cache_dir() / NAMES[modality]
     if not (folder / "drawn.jsonl").exists():
-        with building(folder) as new:
+        with cached(folder) as new:
             DRAW[modality](new)
     return folder
 

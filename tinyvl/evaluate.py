@@ -248,21 +248,20 @@ class Checkpoint:
     def __init__(self, name: str, task: str):
         """``task`` as for `models.load`. Raises UserError if there is no such checkpoint."""
         self.name, self.task = name, task
-        self.folder = models.checkpoint_folder(name, task)
-        self.config = models.read_config(self.folder)
+        self.found = models.open_checkpoint(name, task)
 
     def head(
         self, task: str, source: Source, split: str | None, place: Place, features: Path | None,
         **how: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """The head of a report, which tells this checkpoint from others."""
-        about = {"method": self.config.get("method")}
-        about |= {side: part["name"] for side, part in models.backbones(self.config).items()}
+        about = {"method": self.found.config.get("method")}
+        about |= {side: part["name"] for side, part in models.backbones(self.found.config).items()}
         try:
-            with (self.folder / "model.safetensors").open("rb") as file:
+            with (self.found.folder / "model.safetensors").open("rb") as file:
                 about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            message = f"{self.folder}: model.safetensors cannot be read ({error})."
+            message = f"{self.found.folder}: model.safetensors cannot be read ({error})."
             raise UserError(message) from error
         return described(
             task, self.name, source, split, **how, checkpoint=about,
@@ -276,11 +275,10 @@ class Checkpoint:
         """The model, and the store in ``features``, which has all pictures {absolute path: id}."""
         where = {"device": place.device, "precision": place.precision}
         if features is None:
-            return models.load(self.name, task=self.task, **where), None
-        vision, what = models.image_side(self.config), models.reads(self.config)
-        store = open_store(features, vision, what)
-        store.entries_of(pictures.items())  # before the model, which may take a while
-        model = models.load(self.name, task=self.task, **where)
+            return models.load(self.found, task=self.task, **where), None
+        # Before the model, which may take a while.
+        store = open_store(features, self.found.image, self.found.reads, pictures.items())
+        model = models.load(self.found, task=self.task, **where)
         store.check(model)
         return model, store
 

@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,19 @@ def cache_dir() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library/Caches/tinyvl"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvl"
+
+
+def cache_name() -> str:
+    """The cache's path for people, the home folder as ``~``."""
+    with suppress(ValueError):
+        return str(Path("~") / cache_dir().relative_to(Path.home()))
+    return str(cache_dir())
+
+
+def cached(target: Path) -> AbstractContextManager[Path]:
+    """`building` of a folder in the cache."""
+    advice = "free some space or set TINYVL_CACHE to another folder"
+    return building(target, f"the cache {cache_name()}", advice)
 
 
 def local(name: str) -> str:

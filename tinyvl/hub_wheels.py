@@ -15,13 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyvl import UserError
+from tinyvl.files import cache_dir, cache_name, cached
 from tinyvl.hub_table import (
     PHOTOS,
     Missed,
     Wheel,
-    building,
-    cache_dir,
-    cache_name,
 )
 from tinyvl.progress import bar, say
 
@@ -38,7 +36,7 @@ def samples(folder: Path | str) -> list[Path]:
     photos = [kept / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
     if not all(photo.is_file() for photo in photos):
         try:
-            with building(kept) as new:
+            with cached(kept) as new:
                 unpack(PHOTOS, new)
         except Missed as reason:
             raise UserError(

@@ -56,6 +56,7 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
+    name: str = ""  # as the user named it
 
     @property
     def method(self) -> str:
@@ -90,7 +91,7 @@ def open_checkpoint(name: str, task: str = "caption") -> Checkpoint:
         UserError: there is none, or its config cannot be read.
     """
     folder = checkpoint_folder(name, task)
-    return Checkpoint(folder, read_config(folder))
+    return Checkpoint(folder, read_config(folder), name)
 
 
 def image_side(config: dict) -> dict:
@@ -292,8 +293,7 @@ def load(
     found = name if isinstance(name, Checkpoint) else open_checkpoint(name, task)
     config = found.config
     if found.task != task and config.get("method") in METHODS:
-        shown = found.folder if isinstance(name, Checkpoint) else name
-        raise UserError(f"{shown}: this model does not {DOES[task]}; name one that does.", 2)
+        raise UserError(f"{found.name}: this model does not {DOES[task]}; name one that does.", 2)
     device = device or choose_device()
     precision = precision or choose_precision(None, device)
     model: Any = build(config, device=device, precision=precision, sides=sides)

@@ -33,8 +33,8 @@ def layernorm_shifts(name: str) -> list[dict[str, Any]]:
     from tinyvl import models
     from tinyvl.encoders import norm_types
 
-    folder = models.checkpoint_folder(name, "retrieve")
-    config = models.read_config(folder)
+    checkpoint = models.open_checkpoint(name, "retrieve")
+    folder, config = checkpoint.folder, checkpoint.config
     if config.get("method") != "lilt":
         raise UserError(f"{name}: only models of the method lilt have LayerNorms to compare.", 2)
     model = models.build(config, device=torch.device("cpu"), precision=torch.float32)

@@ -10,7 +10,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -19,35 +18,21 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, media_workers
+from tinyvl.captioner import Captioner, Style
 from tinyvl.device import Pieces
 
 if TYPE_CHECKING:
-    from tinyvl.captioner import Captioner
     from tinyvl.features import FeatureStore
 
 
 SMALLEST = "One picture", "use fewer --beams or --device cpu"  # where even that does not fit
 
 
-@dataclass
-class Style:
-    """How captions and answers are searched for, or sampled.
-
-    The fields are the options of `Captioner.caption` and `Captioner.answer`: ``vars(style)``.
-    """
-
-    beams: int = 5  # 1: greedy
-    max_tokens: int = 40  # of a caption, the end token included
-    length_penalty: float = 1.0  # a beam's score is divided by its length to this power
-    early_stopping: bool = True  # as soon as all beams have an end
-    sampling: dict[str, Any] | None = None  # temperature, top_k, top_p, seed; None: search
-
-
 # ----------------------------------------------------------------------------------- captions
 
 
 def captions(
-    model: "Captioner",
+    model: Captioner,
     paths: Iterable[str],
     *,
     style: Style,
@@ -72,7 +57,7 @@ def captions(
 
 
 def decoded(
-    model: "Captioner",
+    model: Captioner,
     paths: Iterable[str],
     questions: Iterable[str] | None,
     workers: int | None,
@@ -109,7 +94,7 @@ def stored(
 
 
 def run(
-    model: "Captioner", items: list[tuple], style: Style, pieces: Pieces | None = None
+    model: Captioner, items: list[tuple], style: Style, pieces: Pieces | None = None
 ) -> list[tuple[str, float]]:
     """Captions of (path, decoded picture), or answers to (path, decoded picture, question)."""
     pieces = pieces or Pieces(*SMALLEST)
@@ -124,7 +109,7 @@ def run(
 
 
 def in_pieces(
-    model: "Captioner", items: list[tuple], style: Style, number: int
+    model: Captioner, items: list[tuple], style: Style, number: int
 ) -> list[tuple[str, float]]:
     """What `run` makes of items of one shape, in this many batches."""
     each, found = -(-len(items) // number), []
