@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyvl import UserError, decode
+from tinyvl.decode import Style
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import MicroBatch, pad
 from tinyvl.text import Questions, Text, tidy
-
-
-@dataclass
-class Style:
-    """How captions and answers are searched for, or sampled."""
-
-    beams: int = 5  # 1: greedy
-    max_tokens: int = 40  # of a caption, the end token included
-    length_penalty: float = 1.0  # a beam's score is divided by its length to this power
-    early_stopping: bool | Literal["never"] = True  # as soon as all beams have an end
-    sampling: dict[str, Any] | None = None  # options of `decode.sample`; None: a search
 
 
 @dataclass

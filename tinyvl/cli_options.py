@@ -15,7 +15,8 @@ from tinyvl.presets import small_defaults
 from tinyvl.presets_options import Job, Run, declared, flag, option, options_of
 
 if TYPE_CHECKING:
-    from tinyvl.write import Style
+    from tinyvl.decode import Style
+    from tinyvl.models import Checkpoint
 
 PANELS = ("Data", "Model", "Recipe", "Run", "Decoding", "Output", "Advanced")  # in this order
 
@@ -259,10 +260,10 @@ class Search:
             )
         if not 0 < self.top_p <= 1:
             raise UserError("--top-p is above 0 and at most 1.", 2)
-        from tinyvl import write
+        from tinyvl.decode import Style
 
         sampling = {name: getattr(self, name) for name in DRAWN} if self.sample else None
-        return write.Style(
+        return Style(
             self.beams, self.max_tokens, self.length_penalty, not self.late_stopping, sampling
         )
 

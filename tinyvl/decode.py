@@ -24,13 +24,24 @@ import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class Style:
+    """How captions and answers are searched for, or sampled."""
+
+    beams: int = 5  # 1: greedy
+    max_tokens: int = 40  # of a caption, the end token included
+    length_penalty: float = 1.0  # a beam's score is divided by its length to this power
+    early_stopping: bool | Literal["never"] = True  # as soon as all beams have an end
+    sampling: dict[str, Any] | None = None  # options of `decode.sample`; None: a search
 
 
 @dataclass

@@ -331,7 +331,7 @@ def run(
         raise UserError(f"{source.path}: {message}", 2)
     records = scored or records
     checkpoint = Checkpoint(name, kind)
-    modality = models.modality_of(checkpoint.config)
+    modality = checkpoint.found.modality
     readable(
         records, READABLE[modality], "sounds" if modality == "audio" else "pictures and videos"
     )

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, media_workers
-from tinyvl.captioner import Captioner, Style
+from tinyvl.decode import Style
 from tinyvl.device import Pieces
 
 if TYPE_CHECKING:
+    from tinyvl.captioner import Captioner
     from tinyvl.features import FeatureStore
 
 
@@ -32,7 +33,7 @@ SMALLEST = "One picture", "use fewer --beams or --device cpu"  # where even that
 
 
 def captions(
-    model: Captioner,
+    model: "Captioner",
     paths: Iterable[str],
     *,
     style: Style,
@@ -57,7 +58,7 @@ def captions(
 
 
 def decoded(
-    model: Captioner,
+    model: "Captioner",
     paths: Iterable[str],
     questions: Iterable[str] | None,
     workers: int | None,
@@ -94,7 +95,7 @@ def stored(
 
 
 def run(
-    model: Captioner, items: list[tuple], style: Style, pieces: Pieces | None = None
+    model: "Captioner", items: list[tuple], style: Style, pieces: Pieces | None = None
 ) -> list[tuple[str, float]]:
     """Captions of (path, decoded picture), or answers to (path, decoded picture, question)."""
     pieces = pieces or Pieces(*SMALLEST)
@@ -109,7 +110,7 @@ def run(
 
 
 def in_pieces(
-    model: Captioner, items: list[tuple], style: Style, number: int
+    model: "Captioner", items: list[tuple], style: Style, number: int
 ) -> list[tuple[str, float]]:
     """What `run` makes of items of one shape, in this many batches."""
     each, found = -(-len(items) // number), []
