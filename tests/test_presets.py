@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from tinyvl import UserError, media_audio, models, presets, presets_options
+from tinyvl import UserError, media_av, models, presets, presets_options
 from tinyvl.cli_options import PANELS
 from tinyvl.presets_options import METHODS, EPalm, LilT, declared, options_of
 
@@ -36,7 +36,7 @@ def test_a_towers_defaults_are_those_of_its_tuning():
 
 
 def test_masks_are_those_of_sounds():
-    assert (EPalm.frequency_mask, EPalm.time_mask) == media_audio.MASKS
+    assert (EPalm.frequency_mask, EPalm.time_mask) == media_av.MASKS
 
 
 @pytest.mark.parametrize("method", METHODS)
