@@ -15,7 +15,8 @@ from PIL import Image
 
 from tinyvl import draw_av, media_av, media_workers
 from tinyvl.media import MediaError, kind_of
-from tinyvl.media_augment import Clips, RandomCrop, View
+from tinyvl.media_augment import RandomCrop, View
+from tinyvl.media_av import Clips
 
 CLIPS = Path(__file__).parents[2] / "shared" / "data" / "video"
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.media_augment import Clips, RandomCrop, SmallJpeg, View
+from tinyvl.media_augment import RandomCrop, SmallJpeg, View
 
 FITS = ("crop", "squash", "jpeg")
 FRAMES = 8  # of a video, where nobody says how many
@@ -171,6 +171,8 @@ class ImageEncoder(Encoder):
         """A transform that reads videos too, where the encoder reads them."""
         if self.frames is None:
             return transform
+        from tinyvl.media_av import Clips
+
         return Clips(transform, self.frames, still=self.modality == "image", key=key)
 
     def probe(self) -> Tensor:

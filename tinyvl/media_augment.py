@@ -1,4 +1,4 @@
-"""Transforms of a picture or a video: varied views for training, and the frames of a clip.
+"""Varied views of a picture, for training.
 
 A view depends only on the picture, the seed and the number of the view or epoch. So a resumed
 run, a run with a cache and one with other workers see the same.
@@ -6,7 +6,6 @@ run, a run with a cache and one with other workers see the same.
 
 import io
 import math
-import os
 import random
 import zlib
 from collections.abc import Callable
@@ -15,8 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
-
-from tinyvl.media import kind_of, load_image
 
 GREY = (128, 128, 128)
 
@@ -101,51 +98,6 @@ class RandomCrop(Varied):
             if rng.random() < 0.5:
                 picture = operation(picture, 0.7, rng.choice((-1, 1)))
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
-class Clips:
-    """A video file to the frames that an encoder reads: uint8 (T, 3, H, W). Picklable.
-
-    A picture is a video of one frame, or with ``still`` just a picture (3, H, W). Frames are
-    taken from the middle of their parts, or with ``key`` at random places, which depend on the key
-    and on the file's name and size. A varied transform varies all frames alike.
-    """
-
-    def __init__(
-        self,
-        transform: Callable[[Image.Image], Tensor],
-        frames: int,
-        *,
-        still: bool = False,
-        key: str | None = None,
-    ):
-        self.transform, self.frames, self.still, self.key = transform, frames, still, key
-
-    def load(self, path: str, target: int | None) -> Image.Image | list[Image.Image]:
-        """What `media_workers.decode_images` calls in place of `load_image`."""
-        kind = kind_of(path)
-        if kind == "image" or (self.still and kind != "video"):
-            return load_image(path, target)
-        from tinyvl.media_av import load_frames
-
-        moment = None
-        if self.key is not None:
-            size = os.path.getsize(path) if os.path.exists(path) else 0
-            moment = random.Random(f"{self.key}/{os.path.basename(path)}/{size}").random
-        return load_frames(path, self.frames, moment=moment, target=target)
-
-    def __call__(self, seen: Image.Image | list[Image.Image]) -> Tensor:
-        frames = [seen] if isinstance(seen, Image.Image) else seen
-        if isinstance(self.transform, Varied):
-            first = content(frames[0])
-            views = [self.transform.vary(frame, first) for frame in frames]
-        else:
-            views = [self.transform(frame) for frame in frames]
-        if self.still and isinstance(seen, Image.Image):
-            return views[0]
-        # numpy's stack: this may run in a thread, where torch's would start OpenMP threads of its
-        # own; with more of these than cores, all that follows in the main thread is a fifth slower.
-        return torch.from_numpy(np.stack([view.numpy() for view in views]))
 
 
 def vary(picture: Image.Image, rng: random.Random) -> Image.Image:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from tinyvl.media import MAX_PIXELS, MediaError, why_unopened
+from tinyvl.media import MAX_PIXELS, MediaError, kind_of, load_image, why_unopened
+from tinyvl.media_augment import Varied, content
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -219,6 +220,51 @@ def load_sound(path: str | os.PathLike[str], seconds: float) -> np.ndarray:
     if not sound.size:
         raise MediaError(f"{name}: the sound in it has no samples")
     return sound
+
+
+class Clips:
+    """A video file to the frames that an encoder reads: uint8 (T, 3, H, W). Picklable.
+
+    A picture is a video of one frame, or with ``still`` just a picture (3, H, W). Frames are
+    taken from the middle of their parts, or with ``key`` at random places, which depend on the key
+    and on the file's name and size. A varied transform varies all frames alike.
+    """
+
+    def __init__(
+        self,
+        transform: Callable[[Image.Image], Tensor],
+        frames: int,
+        *,
+        still: bool = False,
+        key: str | None = None,
+    ):
+        self.transform, self.frames, self.still, self.key = transform, frames, still, key
+
+    def load(self, path: str, target: int | None) -> Image.Image | list[Image.Image]:
+        """What `media_workers.decode_images` calls in place of `load_image`."""
+        kind = kind_of(path)
+        if kind == "image" or (self.still and kind != "video"):
+            return load_image(path, target)
+        moment = None
+        if self.key is not None:
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            moment = random.Random(f"{self.key}/{os.path.basename(path)}/{size}").random
+        return load_frames(path, self.frames, moment=moment, target=target)
+
+    def __call__(self, seen: Image.Image | list[Image.Image]) -> Tensor:
+        frames = [seen] if isinstance(seen, Image.Image) else seen
+        if isinstance(self.transform, Varied):
+            first = content(frames[0])
+            views = [self.transform.vary(frame, first) for frame in frames]
+        else:
+            views = [self.transform(frame) for frame in frames]
+        if self.still and isinstance(seen, Image.Image):
+            return views[0]
+        # numpy's stack: this may run in a thread, where torch's would start OpenMP threads of its
+        # own; with more of these than cores, all that follows in the main thread is a fifth slower.
+        import torch
+
+        return torch.from_numpy(np.stack([view.numpy() for view in views]))
 
 
 class Sounds:
