@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from tiny import write_decoder, write_vision
 
 from tinyvl import (
@@ -29,7 +28,6 @@ from tinyvl import (
 )
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.presets import Run
-from tinyvl.store import write_safetensors
 from tinyvl.train_run import Interrupted
 
 CPU = torch.device("cpu")
@@ -198,19 +196,6 @@ def test_more_data_adds_what_is_new_and_touches_nothing_else(
     for path, _ in pictures[:80]:
         ours, theirs = (s.tokens([s.find(path).row]) for s in (store, whole))
         torch.testing.assert_close(ours, theirs, rtol=2**-10, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 1, 3])
-def test_shards_are_written_as_safetensors_writes_them(tmp_path, dtype, rows):
-    page = {f"summaries.{i:02}": torch.randn(5, 3 + i).to(dtype) for i in (10, 2, 0)}
-    page["tokens"] = torch.randn(5, 7, 3).to(dtype)
-    tensors = {name: tensor[:rows] for name, tensor in page.items()}
-    metadata = {"tinyvl": json.dumps({"path": 'a"b\\c\n\x7f', "name": "ü€😀", "nothing": None})}
-    metadata["tinyvl"] += "ü€😀\t\x01"
-    write_safetensors(tmp_path / "ours", tensors, metadata)
-    save_file(tensors, tmp_path / "theirs", metadata)
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_the_same_picture_twice_is_extracted_once(pictures, vision, tmp_path):

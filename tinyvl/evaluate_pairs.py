@@ -33,7 +33,6 @@ from tinyvl.evaluate_compare import average_runs, compared
 from tinyvl.features import FeatureStore
 from tinyvl.metrics import Scores
 
-SMALLEST = "One picture", "use --device cpu"
 LILT = 200  # pictures of XTD10 that LilT evaluates on: those from COCO's val2014
 
 
@@ -46,7 +45,7 @@ def embed(function: Callable[[Any], Tensor], items: Any, pieces: Pieces | None =
             parts = [function(items[i : i + size]) for i in range(0, len(items), size)]
             return torch.cat([part.float().cpu() for part in parts])
 
-    return (pieces or Pieces(*SMALLEST)).run(attempt, len(items))
+    return (pieces or Pieces()).run(attempt, len(items))
 
 
 def embedded(
@@ -63,7 +62,7 @@ def embedded(
         decoded = media_workers.decode_images(
             paths, encoder.transform(), target=encoder.size, workers=place.workers
         )
-    pieces = Pieces(*SMALLEST)
+    pieces = Pieces()
     for group in write.gathered(decoded, place.batch):
         good = [picture for _, picture in group if isinstance(picture, Tensor)]
         vectors = iter(embed(model.embed_images, torch.stack(good), pieces) if good else [])
