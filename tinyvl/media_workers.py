@@ -35,33 +35,26 @@ _START = threading.Lock()  # one start at a time: no child may inherit another's
 
 
 def decode_images(
-    paths: Iterable[str],
-    transform: Callable[[Image.Image], Tensor],
-    *,
-    target: int | None = None,
-    workers: int | None = None,
-    lookahead: int = 64,
-) -> Iterator[tuple[str, Tensor | MediaError]]:
+    paths: Iterable[str], transform: Callable[[Image.Image], Tensor], *,
+    target: int | None = None, workers: int | None = None, lookahead: int = 64,
+) -> Iterator[tuple[str, Tensor | MediaError]]:  # fmt: skip
     """Decode and transform pictures in worker processes; results come in the order of the paths.
 
-    A thread reads the paths, so that slow ones (standard input) hold nothing back. Closing the
-    iterator stops the workers at once.
+    A thread reads the paths, so that slow ones (standard input) hold nothing back: at most
+    ``lookahead + 1`` ahead of the results. Closing the iterator stops the workers at once.
 
     Args:
-        paths: read at most ``lookahead + 1`` ahead of the results.
-        transform: picture -> ``uint8`` tensor ``(3, H, W)`` on the CPU; normalisation belongs
-            on the device. Where it has a method ``load(path, target)``, that reads the file
-            instead of `load_image` (videos, sounds). It must be deterministic, as forked workers
-            share one random state, and must pickle except on Linux, where workers are forked.
-        target: the shortest side that ``transform`` needs, see ``load_image``.
+        transform: picture -> uint8 (3, H, W) on the CPU; normalisation belongs on the device.
+            Where it has a method ``load(path, target)``, that reads the file instead of
+            `load_image` (videos, sounds). It must be deterministic, as forked workers share one
+            random state, and must pickle except on Linux, where workers are forked.
+        target: the shortest side that ``transform`` needs, see `load_image`.
         workers: 0 decodes in this process. None: a worker per core, at most 8, started only
             after four pictures, which this process decodes itself.
-        lookahead: how many pictures may be decoded, or being decoded, ahead of the results.
 
-    Yields:
-        ``(path, tensor)``, or ``(path, MediaError)`` where a picture cannot be decoded, where
-        ``transform`` raised, or where a picture killed two workers (they are replaced).
-        What ``paths`` raises is raised after the results before it.
+    Yields ``(path, tensor)``, or ``(path, MediaError)`` where a picture cannot be decoded, where
+    ``transform`` raised, or where a picture killed two workers (they are replaced).
+    What ``paths`` raises is raised after the results before it.
     """
     import torch
 
@@ -100,12 +93,9 @@ def cores() -> int:
 
 
 def _in_workers(
-    paths: Iterable[str],
-    transform: Callable[[Image.Image], Tensor],
-    target: int | None,
-    workers: int,
-    lookahead: int,
-) -> Iterator[tuple[str, np.ndarray | str]]:
+    paths: Iterable[str], transform: Callable[[Image.Image], Tensor], target: int | None,
+    workers: int, lookahead: int,
+) -> Iterator[tuple[str, np.ndarray | str]]:  # fmt: skip
     # One thread reads paths. One thread per worker sends it a path and waits, so that it is known
     # which picture kills a worker. The answers leave here, in order.
     Image.init()  # all of Pillow's plugins, once instead of in every fork
@@ -209,11 +199,9 @@ class _Worker:
 
 
 def _serve(
-    pipe: Connection,
-    theirs: Connection,
-    transform: Callable[[Image.Image], Tensor],
+    pipe: Connection, theirs: Connection, transform: Callable[[Image.Image], Tensor],
     target: int | None,
-) -> None:
+) -> None:  # fmt: skip
     """A worker's loop: paths in, arrays or sentences out, until the parent is gone."""
     import torch
 
