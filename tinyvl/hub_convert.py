@@ -4,10 +4,16 @@ import json
 import pickle
 import re
 import shutil
+import struct
 import zipfile
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from tinyvl import UserError
+from tinyvl.files import write_tensors
 from tinyvl.hub_table import file_sha256, write_json
 
 
@@ -16,8 +22,6 @@ def bins_to_safetensors(bins: list[Path], target: Path) -> None:
 
     Raises UserError: a file is damaged, or holds more than tensors.
     """
-    import torch
-    from safetensors.torch import save_file
 
     def renamed(file: str) -> str:
         return file.removeprefix("pytorch_").replace(".bin", ".safetensors")
@@ -32,8 +36,8 @@ def bins_to_safetensors(bins: list[Path], target: Path) -> None:
         except pickle.UnpicklingError:
             raise UserError(f"{file} holds more than tensors; use another model.") from None
         # Tied weights share memory, which safetensors does not write.
-        copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-        save_file(copies, target / renamed(file.name), metadata={"format": "pt"})
+        copies = {key: tensor.clone() for key, tensor in tensors.items()}
+        write_tensors(target / renamed(file.name), copies, {"format": "pt"})
     if len(bins) > 1:
         index = json.loads((bins[0].parent / "pytorch_model.bin.index.json").read_text())
         index["weight_map"] = {k: renamed(v) for k, v in index["weight_map"].items()}
@@ -43,8 +47,6 @@ def bins_to_safetensors(bins: list[Path], target: Path) -> None:
 def smollm2(source: Path, target: Path) -> None:
     """A Llama GGUF with a byte-level BPE -> what `LlamaForCausalLM.from_pretrained` reads, fp16."""
     import gguf
-    import torch
-    from safetensors.torch import save_file
 
     (path,) = source.glob("*.gguf")
     reader = gguf.GGUFReader(path)
@@ -81,13 +83,11 @@ def smollm2(source: Path, target: Path) -> None:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = unpermute(weight, heads if "attn_q" in tensor.name else kv_heads)
-        tensors[llama_name(tensor.name)] = weight.half().contiguous()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        tensors[llama_name(tensor.name)] = weight.half()
+    write_tensors(target / "model.safetensors", tensors, {"format": "pt"})
     write_json(target / "config.json", config)
-    tokens, merges, types = (
-        field(f"tokenizer.ggml.{k}") for k in ("tokens", "merges", "token_type")
-    )
-    special = write_bpe(target, tokens, merges, types)
+    parts = (field(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
+    special = write_bpe(target, *parts)
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), special[0]),
@@ -127,18 +127,12 @@ def write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[in
     """Writes a tokenizer.json: single digits, then GPT-2's splits. Returns the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    splits = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, splits])
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]  # control
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
@@ -149,8 +143,6 @@ def write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[in
 def efficientnet_lite2(source: Path, target: Path) -> None:
     """EfficientNet-Lite2 as a .pth -> timm's names: same entries, same order, other names."""
     import timm
-    import torch
-    from safetensors.torch import save_file
 
     (path,) = source.glob("*.pth")
     theirs = torch.load(path, map_location="cpu", weights_only=True)
@@ -161,29 +153,20 @@ def efficientnet_lite2(source: Path, target: Path) -> None:
             "EfficientNet-Lite2: the weights do not fit this timm's tf_efficientnet_lite2; install "
             "another version of timm, or name another image encoder."
         )
-    tensors = {name: t.contiguous() for name, t in zip(ours, theirs.values(), strict=True)}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    tensors = dict(zip(ours, theirs.values(), strict=True))
+    write_tensors(target / "model.safetensors", tensors, {"format": "pt"})
     pretrained = {
         "tag": "in1k", "input_size": [3, 260, 260], "fixed_input_size": False, "pool_size": [9, 9],
         "crop_pct": 0.89, "crop_mode": "center", "interpolation": "bicubic",
         "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "num_classes": 1000,
         "first_conv": "conv_stem", "classifier": "classifier", "license": "apache-2.0",
     }  # fmt: skip
-    config = {
-        "architecture": "tf_efficientnet_lite2",
-        "num_classes": 1000,
-        "num_features": 1280,
-        "pretrained_cfg": pretrained,
-    }
-    write_json(target / "config.json", config)
+    config = {"architecture": "tf_efficientnet_lite2", "num_classes": 1000, "num_features": 1280}
+    write_json(target / "config.json", config | {"pretrained_cfg": pretrained})
 
 
 def whisper(source: Path, target: Path) -> None:
     """Whisper tiny.en's encoder out of CTranslate2's model.bin -> transformers' names, fp16."""
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
-
     theirs = ctranslate2((source / "model.bin").read_bytes())
     theirs = {k.removeprefix("encoder/"): v for k, v in theirs.items() if k.startswith("encoder/")}
     heads = int(theirs.pop("num_heads"))
@@ -197,7 +180,7 @@ def whisper(source: Path, target: Path) -> None:
             tensors[name] = value
     tensors = {name: t for name, t in tensors.items() if not name.endswith("k_proj.bias")}
     copies = {f"model.encoder.{name}": torch.from_numpy(t.copy()) for name, t in tensors.items()}
-    save_file(copies, target / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(target / "model.safetensors", copies, {"format": "pt"})
     config = {
         "model_type": "whisper",
         "d_model": tensors["layer_norm.weight"].size,
@@ -234,10 +217,6 @@ def ctranslate2(data: bytes) -> dict:
 
     Raises UserError: another version, or a type of number that is not known.
     """
-    import struct
-
-    import numpy as np
-
     at = 0
 
     def take(form: str):
@@ -271,14 +250,9 @@ def ctranslate2(data: bytes) -> dict:
     return found
 
 
-def copy(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        shutil.move(file, target / file.name)
-
-
 CONVERT = {
     "SmolLM2-135M": smollm2,
     "EfficientNet-Lite2": efficientnet_lite2,
-    "all-MiniLM-L6-v2": copy,
+    "all-MiniLM-L6-v2": partial(shutil.copytree, dirs_exist_ok=True),
     "Whisper-tiny.en": whisper,
 }
