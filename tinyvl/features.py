@@ -277,16 +277,14 @@ def extract(
     title: str = "extracting features",
     advice: str = "choose another --out, --what summaries, or fewer pictures",
 ) -> dict[str, Any]:  # fmt: skip
-    """Adds to a folder the features of those pictures that it lacks.
+    """Adds to a folder the features of those pictures that it lacks; ``head`` is from `contents`.
 
     Killed at any moment and called again, it ends with the same bytes. Pictures that cannot be
     read are named and remembered: they are tried again when their file changes.
 
-    ``head`` is what `contents` gave; of ``run`` the workers, whether to be quiet, and the signals
-    that ask for the end are read. ``advice`` is what to do where the disk has no room.
-
     Returns how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
-    Raises UserError: the folder has features of another kind, or no room; or ``run`` is stopped.
+    Raises UserError: the folder has features of another kind, or no room (then do as ``advice``
+    says); or a signal has asked ``run`` to stop.
     """
     check = partial(refuse_change, folder, head)
     row = sum(torch.Size(shape).numel() for shape in head["tensors"].values())

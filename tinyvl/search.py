@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,14 +321,10 @@ def opened(
 
 def shown(index: Index, folder: str | None) -> Callable[[str], str]:
     """How a row's path is printed: below the folder as it was named, else as short as it can be."""
+    if folder is not None:
+        return partial(os.path.join, folder)
     root, here = index.root, os.path.join(os.getcwd(), "")
-
-    def show(path: str) -> str:
-        if folder is not None:
-            return os.path.join(folder, path)
-        return os.path.join(root, path).removeprefix(here)
-
-    return show
+    return lambda path: os.path.join(root, path).removeprefix(here)
 
 
 def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:

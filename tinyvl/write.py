@@ -228,12 +228,8 @@ def open_output(
     """The file to append to, and the paths it already has results for.
 
     A line cut off by a kill, the lines of failed files and those of a path with too few lines are
-    dropped: they are tried again. Answers to another ``question`` stay and do not count.
-
-    Args:
-        field: what a line of JSON has unless its file failed.
-        tabs: how many columns follow the path in a line of text.
-        lines: how many lines a path has.
+    dropped: they are tried again. Answers to another ``question`` stay and do not count. A line of
+    JSON has ``field`` unless its file failed; in one of text, ``tabs`` columns follow the path.
 
     Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's.
     """
