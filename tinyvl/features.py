@@ -6,6 +6,7 @@ level first. Its head, ``manifest.json``, says which encoder made what, and the 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -23,7 +24,7 @@ from tinyvl.device import PRECISIONS, Pieces, precision_name
 from tinyvl.encoders import Encoder, Percept
 from tinyvl.encoders_build import build_encoder
 from tinyvl.presets import Run
-from tinyvl.progress import bar, skip
+from tinyvl.progress import bar, say, skip
 from tinyvl.store import Entry, Known, Shards
 from tinyvl.train_run import Interrupted
 
@@ -66,7 +67,7 @@ class FeatureStore(Shards):
 
     @property
     def entries(self) -> list[Entry]:
-        """The pictures, in the order of extraction; ``error`` says which could not be read."""
+        """The pictures, in the order of extraction."""
         return list(self.known.by_path.values())
 
     def find(self, path: str, id: str | None = None) -> Entry | None:
@@ -120,8 +121,8 @@ def open_store(
 ) -> FeatureStore:
     """The cache in a folder, checked before a model is loaded, which may take a while.
 
-    ``vision`` is the encoder's part of the model's ``config.json`` (`models.image_side`), of which
-    the model reads ``what``: "tokens" or "summaries".
+    ``vision`` is the encoder's part of the model's ``config.json`` (`models.image_side`), and
+    ``what`` is what the model reads of it, "tokens" or "summaries".
 
     Raises UserError: as `FeatureStore.open`; it is of another encoder, or lacks ``what`` or some of
     the ``pictures``.
@@ -292,8 +293,12 @@ def extract(
     with store.writing(folder, "another extraction is at work there"):
         shards, entries = store.read_shards(folder, check)
         todo, kept, failed = Known(entries).compare(pictures)
-        what = f"the features of {len(todo):,} pictures"
-        store.check_room(folder, len(todo) * (row + 300), what, advice, run.quiet)
+        need, free = len(todo) * (row + 300), shutil.disk_usage(folder).free
+        takes = f"the features of {len(todo):,} pictures take {need / 1e9:,.2f} GB"
+        left = f"{free / 1e9:,.2f} GB are free"
+        if need > 0.9 * free:
+            raise UserError(f"{folder}: {takes}, and {left} on that disk; {advice}.", 2)
+        say(f"{takes} in {folder} ({left})", quiet=run.quiet or not todo)
         for error in failed:
             skip(error)
         if todo:
@@ -366,5 +371,5 @@ def refuse_change(folder: Path, head: dict[str, Any], before: dict[str, Any]) ->
     if key == "encoder":
         was, now = described(before[key]), described(head[key])
         now = f"another configuration of {now}" if now == was else now
-    message = f"{folder}: there are features of {was}, not of {now}; choose another --out."
-    raise UserError(message, 2)
+    what = f"there are features of {was}, not of {now}"
+    raise UserError(f"{folder}: {what}; choose another --out.", 2)

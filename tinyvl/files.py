@@ -54,8 +54,7 @@ def building(target: Path, where: str = "", advice: str = "free some space") -> 
 
     Two processes may build the same thing: whoever ends first has made it.
 
-    Raises UserError: ``where``, or the folder around it, cannot be written to; ``advice`` says what
-    to do.
+    Raises UserError, with ``advice``: ``where``, or the folder around it, cannot be written to.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

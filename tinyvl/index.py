@@ -65,7 +65,6 @@ class Index:
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What ``index.json`` says; None where there is none."""
     return store.read_head(folder / "index.json", "index", FIELDS, 1)
 
 

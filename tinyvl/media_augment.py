@@ -37,7 +37,6 @@ class Varied:
 
 
 def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
-    """The picture written as a JPEG and read again."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")

@@ -221,7 +221,6 @@ class Clips:
         self.transform, self.frames, self.still, self.key = transform, frames, still, key
 
     def load(self, path: str, target: int | None) -> Image.Image | list[Image.Image]:
-        """What `media_workers.decode_images` calls in place of `load_image`."""
         kind = kind_of(path)
         if kind == "image" or (self.still and kind != "video"):
             return load_image(path, target)
@@ -258,7 +257,6 @@ class Sounds:
         self.extractor, self.seconds, self.key, self.masks = extractor, seconds, key, masks
 
     def load(self, path: str, target: int | None) -> np.ndarray:
-        """What `media_workers.decode_images` calls in place of `load_image`."""
         return load_sound(path, self.seconds)
 
     def __call__(self, sound: np.ndarray) -> Tensor:

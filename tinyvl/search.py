@@ -222,11 +222,9 @@ def read_labels(given: str) -> list[str]:
     parts = (" ".join(part.split()) for part in (lines if there else given.split(",")))
     labels = list(dict.fromkeys(filter(None, parts)))
     if len(labels) < 2:
-        raise UserError(
-            f"--labels takes two names or more, between commas or a line each in a file; {given!r} "
-            f"{'' if there else 'is no file and '}has {len(labels)}.",
-            2,
-        )
+        takes = "--labels takes two names or more, between commas or a line each in a file"
+        has = f"{given!r} {'' if there else 'is no file and '}has {len(labels)}"
+        raise UserError(f"{takes}; {has}.", 2)
     return labels
 
 

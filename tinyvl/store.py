@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +31,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyvl import UserError, files
-from tinyvl.progress import say
 
 SHARD = "{:05}.safetensors"
 AGAIN = "restore it, or extract into another folder"
@@ -77,16 +75,6 @@ def read_head(file: Path, what: str, fields: Iterable[str], status: int) -> dict
         advice = f"of a later tinyvl; update this one, or make the {what} anew"
         raise UserError(f"{file.parent}: {file.name} is {advice}.", 2)
     return head
-
-
-def check_room(folder: Path, need: int, what: str, advice: str, quiet: bool) -> None:
-    """Says that ``what`` takes ``need`` bytes. Raises UserError, with ``advice``: no room."""
-    free = shutil.disk_usage(folder).free
-    takes, left = f"{what} take {need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB are free"
-    if need > 0.9 * free:
-        raise UserError(f"{folder}: {takes}, and {left} on that disk; {advice}.", 2)
-    if need:
-        say(f"{takes} in {folder} ({left})", quiet)
 
 
 @dataclass(slots=True)
@@ -168,7 +156,6 @@ class Shards:
         self.mapped: dict[tuple[int, str], Tensor] = {}
 
     def __len__(self) -> int:
-        """How many rows there are."""
         return self.ends[-1] if self.ends else 0
 
     def rows(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
@@ -196,9 +183,8 @@ class Shards:
 
 
 def write_shard(
-    folder: Path, number: int, head: dict[str, Any], entries: list[Entry],
-    tensors: dict[str, Tensor],
-) -> None:  # fmt: skip
+    folder: Path, number: int, head: dict, entries: list[Entry], tensors: dict[str, Tensor]
+) -> None:
     """One file, in one stroke: the tensors; the head and the entries in its header."""
     records = [astuple(entry)[:5] for entry in entries]
     # One key only: of several, safetensors writes the order in which a hash map has them.

@@ -41,8 +41,7 @@ def captions(
 
     Pictures are decoded ahead in worker processes, or with a ``store`` not at all: the encoder's
     output is read from there. What has come is captioned at once: a slow producer at the other end
-    of a pipe makes small batches, not waiting. ``questions``, one for each path, are answered
-    instead.
+    of a pipe makes small batches, not waiting. ``questions``, one a path, are answered instead.
     """
     pieces = Pieces(advice=ADVICE)
     for group in gathered(decoded(model, paths, questions, workers, store), batch):
@@ -76,10 +75,8 @@ def stored(
         entry = store.find(os.path.abspath(path))
         if entry is None:
             yield path, UserError(f"{path}: not in {store.folder}, or changed since.")
-        elif entry.row is None:
-            yield path, UserError(entry.error)
         else:
-            yield path, store.read(what, [entry.row])[0]
+            yield path, UserError(entry.error) if entry.error else store.read(what, [entry.row])[0]
 
 
 def run(
@@ -167,8 +164,7 @@ def computed(
 ) -> Iterator[tuple[str, Any]]:
     """(path, what ``compute`` makes of the item, or what is wrong with its picture), in order.
 
-    A group is of (path, picture or what is wrong with it, ...); ``compute`` gets all of those that
-    have a picture.
+    Of a group of (path, picture or what is wrong with it, ...), those with pictures at once.
     """
     good = [item for item in group if isinstance(item[1], Tensor)]
     found = iter(compute(good) if good else ())
