@@ -132,9 +132,6 @@ def find(name: str) -> Backbone | None:
     return None
 
 
-# ------------------------------------------------------------------------------ the cache
-
-
 def write_json(file: Path, value: object) -> None:
     files.write_text(file, json.dumps(value, indent=2) + "\n")
 
