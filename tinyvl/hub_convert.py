@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinyvl import UserError
+from tinyvl import UserError, hub_e5
 from tinyvl.files import write_tensors
 from tinyvl.hub_table import file_sha256, write_json
 
@@ -234,6 +234,7 @@ def ctranslate2(data: bytes) -> dict:
 CONVERT = {
     "SmolLM2-135M": smollm2,
     "EfficientNet-Lite2": efficientnet_lite2,
+    "multilingual-e5-small": hub_e5.convert,
     "all-MiniLM-L6-v2": partial(shutil.copytree, dirs_exist_ok=True),
     "Whisper-tiny.en": whisper,
 }
