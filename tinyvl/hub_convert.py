@@ -234,7 +234,7 @@ def ctranslate2(data: bytes) -> dict:
 CONVERT = {
     "SmolLM2-135M": smollm2,
     "EfficientNet-Lite2": efficientnet_lite2,
-    "multilingual-e5-small": hub_e5.convert,
     "all-MiniLM-L6-v2": partial(shutil.copytree, dirs_exist_ok=True),
+    "multilingual-e5-small": hub_e5.convert,
     "Whisper-tiny.en": whisper,
 }

