@@ -93,8 +93,9 @@ def pairs(tmp_path) -> evaluate.Source:
     return evaluate.Source(str(file), lang=None)
 
 
-def retrieval(tmp_path, source, **options):
-    return evaluate_pairs.run_retrieval(str(tmp_path / "model"), source, place=PLACE, **options)
+def retrieval(tmp_path, source, out=None, **options):
+    place = replace(PLACE, out=out)
+    return evaluate_pairs.run_retrieval(str(tmp_path / "model"), source, place=place, **options)
 
 
 def by_hand(model: Colours, source: evaluate.Source, lang: str) -> dict[str, float]:
@@ -268,8 +269,9 @@ def folders(tmp_path) -> evaluate.Source:
     return evaluate.Source(str(root))
 
 
-def zeroshot(tmp_path, source, **options):
-    return evaluate_pairs.run_zeroshot(str(tmp_path / "model"), source, place=PLACE, **options)
+def zeroshot(tmp_path, source, out=None, resume=False, **options):
+    place = replace(PLACE, out=out, resume=resume)
+    return evaluate_pairs.run_zeroshot(str(tmp_path / "model"), source, place=place, **options)
 
 
 def test_zeroshot_accuracy(model, folders, tmp_path):

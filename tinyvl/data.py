@@ -14,13 +14,13 @@ import numpy as np
 
 from tinyvl import UserError
 from tinyvl.data_files import locate, locate_own
-from tinyvl.data_folders import first_synonyms
+from tinyvl.data_folders import SYNSET, first_synonyms, read_names
 from tinyvl.data_formats import EITHER, FOLDERS, LINKS, OWN, READERS, readable, recognise
 from tinyvl.data_records import Record, line_of, text_lines
 
 __all__ = [
-    "Record", "epoch_order", "first_synonyms", "hold_out", "length_buckets", "line_of", "read",
-    "recognise", "select_split", "text_lines",
+    "SYNSET", "Record", "epoch_order", "first_synonyms", "hold_out", "length_buckets", "line_of",
+    "read", "read_names", "recognise", "select_split", "text_lines",
 ]  # fmt: skip
 log = logging.getLogger(__name__)
 
@@ -50,14 +50,19 @@ def read(
         files: False keeps records whose file is missing (to score predictions, say).
         blank: keep captions that are blank, and images without captions in a list of captions.
 
-    Raises:
-        UserError: no such file, an unknown format, a malformed record, missing pictures, or
-            nothing left to keep.
+    Raises UserError if there is no such file, the format is unknown, a record is malformed,
+    pictures are missing, or nothing is left to keep.
     """
     path = Path(path).expanduser()
     if format is None:
         path, format = recognise(path)
-    _check_format(path, format)
+    elif not path.exists():
+        raise UserError(f"{path} does not exist")
+    if format not in READERS:
+        raise UserError(f"unknown format {format!r}; choose from {', '.join(READERS)}", 2)
+    if format not in EITHER and path.is_dir() != (format in FOLDERS):
+        wants = "a folder" if format in FOLDERS else "a file"
+        raise UserError(f"format {format!r} reads {wants}, which {path} is not", 2)
     with readable(path):
         records = list(READERS[format](path))
     if not records:
@@ -81,16 +86,6 @@ def read(
         raise UserError(f"{path}: {error}", 2) from None
 
 
-def _check_format(path: Path, format: str) -> None:
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if format not in READERS:
-        raise UserError(f"unknown format {format!r}; choose from {', '.join(READERS)}", 2)
-    if format not in EITHER and path.is_dir() != (format in FOLDERS):
-        wants = "a folder" if format in FOLDERS else "a file"
-        raise UserError(f"format {format!r} reads {wants}, which {path} is not", 2)
-
-
 def _without_blanks(records: list[Record], path: Path, format: str) -> list[Record]:
     for record in records:
         record.captions = [caption for caption in record.captions if caption.strip()]
@@ -106,10 +101,9 @@ def _without_blanks(records: list[Record], path: Path, format: str) -> list[Reco
 
 
 def select_split(records: list[Record], want: str) -> list[Record]:
-    """The records of one split. ``"train"`` includes Karpathy's ``restval`` (COCO: 113,287 images).
+    """The records of one split, or UserError if there is none.
 
-    Raises:
-        UserError: there is no such split.
+    ``"train"`` includes Karpathy's ``restval`` (COCO: 113,287 images).
     """
     names = {"train", "restval"} if want == "train" else {want}
     chosen = [record for record in records if record.split in names]
@@ -127,9 +121,7 @@ def hold_out(
 
     All records of an image are on one side, which a hash of its id and the seed decides: it stays
     there when records are added. ``val`` has about ``fraction`` of the images, at least one.
-
-    Raises:
-        UserError: fewer than two images.
+    Raises UserError if there are fewer than two images.
     """
     ids: dict[str, str] = {}
     for record in records:
@@ -141,10 +133,9 @@ def hold_out(
         digest = hashlib.sha256(f"{seed}:{ids[image]}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    places = {image: place(image) for image in ids}
-    order = sorted(places, key=lambda image: (places[image], ids[image], image))
-    count = sum(value < fraction for value in places.values())
-    held = set(order[: min(max(count, 1), len(order) - 1)])
+    order = sorted((place(image), ids[image], image) for image in ids)
+    count = sum(value < fraction for value, _, _ in order)
+    held = {image for _, _, image in order[: min(max(count, 1), len(order) - 1)]}
     train = [record for record in records if record.path not in held]
     return train, [record for record in records if record.path in held]
 

@@ -56,8 +56,8 @@ def readable(path: Path) -> Iterator[None]:
 def recognise(path: Path) -> tuple[Path, str]:
     """The file to read and its format. Of a folder, the one data set in it, or the folder itself.
 
-    Raises:
-        UserError: no such file, no known format, or a folder that holds several data sets.
+    Raises UserError if there is no such file, its format is not known, or the folder holds several
+    data sets.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")

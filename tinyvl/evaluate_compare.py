@@ -17,7 +17,7 @@ import numpy as np
 from tinyvl import UserError
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
-from tinyvl.evaluate import Scoring, Source, Task, choose, described, read, task_of
+from tinyvl.evaluate import Source, Task, choose, described, read, task_of
 from tinyvl.metrics import Scores
 
 RESAMPLES = 1000
@@ -29,26 +29,12 @@ CELLS = 4_000_000  # numbers in memory at once: draws x items
 # ----------------------------------------------------------------------------- files
 
 
-def of_files(
-    kind: str,
-    paths: list[Path] | None,
-    pair: tuple[Path, Path] | None,
-    source: Source,
-    **options: Any,
-) -> dict[str, Any]:
-    """`compare_files` of a pair, `score_files` of anything else."""
-    if pair:
-        options.pop("results", None)
-        return compare_files(kind, *pair, source, **options)
-    return score_files(kind, paths, source, **options)
-
-
 def score_files(
     kind: str,
     paths: Sequence[Path],
     source: Source,
     *,
-    scoring: Scoring | None = None,
+    scoring: dict[str, Any] | None = None,
     allow_missing: bool = False,
     results: Path | None = None,
 ) -> dict[str, Any]:
@@ -56,6 +42,7 @@ def score_files(
 
     Args:
         paths: files or run folders, see `evaluate_predictions.read`.
+        scoring: options of `metrics_captions.plan_captions`.
         allow_missing: score the records that have a prediction; else each must have one.
         results: also write a results file for the evaluation servers.
 
@@ -95,7 +82,7 @@ def compare_files(
     path: Path,
     source: Source,
     *,
-    scoring: Scoring | None = None,
+    scoring: dict[str, Any] | None = None,
     allow_missing: bool = False,
 ) -> dict[str, Any]:
     """Predictions against a baseline's, as `compared`; see `score_files` for the arguments."""

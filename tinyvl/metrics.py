@@ -165,7 +165,12 @@ def ranks(
         images, texts = images.cpu(), None if texts is None else texts.cpu()
     owner = torch.as_tensor(image_of_text, dtype=torch.long, device=images.device)
     count, captions = len(images), len(owner)
-    check_pairs(images, texts, owner)
+    wanted = images.shape[1] if texts is None else len(texts)
+    if captions != wanted or not wanted:
+        raise UserError(f"There are {wanted} texts, and an image is named for {captions}.")
+    wrong = owner[(owner < 0) | (owner >= count)]
+    if len(wrong):
+        raise UserError(f"A text belongs to image {int(wrong[0])}; there are {count}.")
     rows, columns = block or ((512, 1024) if images.device.type == "cpu" else (4096, 8192))
 
     def score(i: slice, j: slice) -> Tensor:
@@ -201,37 +206,11 @@ def blocks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def check_pairs(images: Tensor, texts: Tensor | None, owner: Tensor) -> None:
-    columns = images.shape[1] if texts is None else len(texts)
-    if len(owner) != columns or not columns:
-        raise UserError(f"There are {columns} texts, and an image is named for {len(owner)}.")
-    wrong = owner[(owner < 0) | (owner >= len(images))]
-    if len(wrong):
-        raise UserError(f"A text belongs to image {int(wrong[0])}; there are {len(images)}.")
-
-
-def recall(
-    images: Tensor, texts: Tensor | None, image_of_text: Sequence[int] | Tensor, **options
-) -> dict[str, float]:
-    """Recall@k from image to text (TR) and text to image (IR), and the means over k.
-
-    See `ranks` for the arguments. TR takes the best of an image's captions; images without captions
-    are candidates but no queries.
-    """
-    of_image, of_text = ranks(images, texts, image_of_text, **options)
-    owner = torch.as_tensor(image_of_text, dtype=torch.long).cpu()
-    owned = owner.unique()
-    found = {"TR": (owned.numpy(), of_image[owned].numpy()), "IR": (owner.numpy(), of_text.numpy())}
-    once = np.ones((1, len(images)))
-    return {name: float(values[0]) for name, values in recall_of(found, len(images))(once).items()}
-
-
 def recall_of(found: dict[str, tuple[np.ndarray, np.ndarray]], images: int) -> Resample:
     """The resampler of recall@k and its mean over k; an image counts with its captions.
 
-    Args:
-        found: for "TR" and "IR" each query's image (Q,) and rank (Q,), 0 being a hit at 1.
-        images: how many there are.
+    ``found`` has for "TR" (image to text) and "IR" (text to image) each query's image (Q,) and
+    rank (Q,), 0 being a hit at 1; ``images`` is their number.
     """
     totals, hits = {}, {}
     for way, (rows, places) in found.items():
