@@ -12,7 +12,7 @@ from typing import Any
 
 from tinyvl import data
 from tinyvl.data import Record
-from tinyvl.media import MODALITIES
+from tinyvl.media import MODALITIES, MediaError
 
 
 def check(
@@ -30,21 +30,12 @@ def check(
 
     Pictures are decoded, JPEGs at a small scale, which still reads them to their end; of a video or
     a sound the first frame is. Files in two splits are looked for, by path and by content. Several
-    data sets that name no split are the splits of one.
+    data sets that name no split are the splits of one. ``fast``: decode and compare nothing.
 
-    Args:
-        paths, format, split, lang, images: as in `data.read`.
-        fast: only look whether the files exist; decode and compare nothing.
-        workers: processes that decode, as in `media_workers.decode_images`.
-        quiet: show no progress.
-
-    Returns:
-        The report, ready for JSON: counts (``records``, ``files``, ``splits``, ``langs``,
-        ``captions``, ``questions``, ``classes``, ``domains``), ``problems`` (a number by kind) and
-        ``details`` (for each problem ``problem``, ``path``, ``record`` and ``error``).
-
-    Raises:
-        UserError: a data set cannot be read (its first malformed record, say).
+    Returns the report, ready for JSON: counts (``records``, ``files``, ``splits``, ``langs``,
+    ``captions``, ``questions``, ``classes``, ``domains``), ``problems`` (a number by kind) and
+    ``details`` (for each problem ``problem``, ``path``, ``record`` and ``error``). Raises UserError
+    if a data set cannot be read (at its first malformed record, say).
     """
     sets, records = [], []
     for path in paths:
@@ -58,7 +49,7 @@ def check(
         records += found
     files = {record.path: record.modality for record in records}
     there = {path: kind for path, kind in files.items() if os.path.isfile(path)}
-    missing = [path for path in files if path not in there]
+    missing = (path for path in files if path not in there)
     details = [_problem("missing", path, "there is no such file") for path in missing]
     if not fast:
         details += unreadable(there, workers, quiet)
@@ -80,20 +71,22 @@ def _problem(kind: str, path: str, error: str, record: Record | None = None) -> 
     return {"problem": kind, "path": path, **name, "error": error}
 
 
-# ------------------------------------------------------------------------------ what there is
-
-
 def summary(records: list[Record]) -> dict[str, Any]:
     """Counts by split and language, and the distributions of the texts."""
-    splits: dict[str, Counter] = defaultdict(Counter)
-    files: dict[str, set[str]] = defaultdict(set)
+    splits: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        name = record.split or "(none)"
-        asks = record.question is not None
-        splits[name].update(records=1, captions=len(record.captions), questions=asks)
-        files[name].add(record.path)
+        splits[record.split or "(none)"].append(record)
+    questions = [record for record in records if record.question is not None]
     report: dict[str, Any] = {
-        "splits": {name: {"files": len(files[name]), **n} for name, n in splits.items()},
+        "splits": {
+            name: {
+                "files": len({record.path for record in part}),
+                "records": len(part),
+                "captions": sum(len(record.captions) for record in part),
+                "questions": sum(record.question is not None for record in part),
+            }
+            for name, part in splits.items()
+        },
         "langs": _counts(record.lang for record in records),
         "domains": _counts(record.domain for record in records),
         "classes": _counts(record.label for record in records),
@@ -106,7 +99,6 @@ def summary(records: list[Record]) -> dict[str, Any]:
             "words": _numbers(len(caption.split()) for caption in captions),
             "characters": _numbers(len(caption.strip()) for caption in captions),
         }
-    questions = [record for record in records if record.question is not None]
     if questions:
         report["questions"] = {
             "total": len(questions),
@@ -131,9 +123,6 @@ def _numbers(values: Iterable[int]) -> dict[str, float]:
         "p95": values[int(0.95 * (len(values) - 1))],
         "max": values[-1],
     }
-
-
-# ------------------------------------------------------------------------------ what is wrong
 
 
 def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
@@ -199,24 +188,19 @@ def shared_files(records: list[Record], compare: Iterable[str]) -> Iterator[dict
                 yield _problem("same content in two splits", path, error)
 
 
-def unreadable(
-    files: dict[str, str], workers: int | None = None, quiet: bool = False
-) -> list[dict[str, str]]:
+def unreadable(files: dict[str, str], workers: int | None, quiet: bool) -> list[dict[str, str]]:
     """The files (path -> modality) that cannot be decoded."""
-    from tinyvl import media, media_workers
+    from tinyvl.media_workers import decode_images
     from tinyvl.progress import bar
 
     images = [path for path, kind in files.items() if kind == "image"]
-    decoded = media_workers.decode_images(images, _nothing, target=64, workers=workers)
-    errors = chain(
-        ((path, found if isinstance(found, media.MediaError) else None) for path, found in decoded),
-        ((path, stream_error(path, kind)) for path, kind in files.items() if kind != "image"),
-    )
+    streams = ((path, stream_error(path, kind)) for path, kind in files.items() if kind != "image")
     problems = []
     with bar("decoding", len(files), quiet) as advance:
-        for path, error in errors:
-            if error is not None:
-                problems.append(_problem("unreadable", path, str(error).removeprefix(f"{path}: ")))
+        decoded = decode_images(images, _nothing, target=64, workers=workers)
+        for path, found in chain(decoded, streams):
+            if isinstance(found, MediaError):
+                problems.append(_problem("unreadable", path, str(found).removeprefix(f"{path}: ")))
             advance(1)
     return problems
 
@@ -228,18 +212,17 @@ def _nothing(image: Any) -> Any:
     return torch.zeros(1, dtype=torch.uint8)
 
 
-def stream_error(path: str, kind: str) -> str | None:
+def stream_error(path: str, kind: str) -> MediaError | None:
     """Why the first frame of a file's ``"video"`` or ``"audio"`` cannot be decoded, or None."""
-    import av
+    from tinyvl.media_av import opened
 
     try:
-        with av.open(path) as container:
+        with opened(path, kind) as container:
             streams = getattr(container.streams, kind)
             if not streams:
-                return f"has no {kind} in it"
+                return MediaError(f"has no {kind} in it")
             if next(container.decode(streams[0]), None) is None:
-                return f"its {kind} has no frames"
-    except (av.FFmpegError, OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        return f"damaged, or in no format that can be read ({why})"
+                return MediaError(f"its {kind} has no frames")
+    except MediaError as error:
+        return error
     return None

@@ -67,9 +67,6 @@ class Record:
         setattr(self, self.modality, path)
 
 
-# ------------------------------------------------------------------------------ JSON Lines
-
-
 def line_of(record: Record, folder: Path) -> str:
     """A record's line in a JSON Lines file in ``folder``; `records_of` reads the same record."""
     entry = {f.name: getattr(record, f.name) for f in fields(record)}
@@ -132,9 +129,6 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
             yield replace(record, lang=lang, captions=texts_in(entry, lang, lang, where))
     else:
         yield record
-
-
-# ------------------------------------------------------------------------------ fields of a file
 
 
 @contextmanager

@@ -74,9 +74,6 @@ class Task:
     score: Callable[[list[Record], dict[str, str]], Scores]
 
 
-# ----------------------------------------------------------------------------- records
-
-
 def read(
     source: Source, task: Task | None = None, *, opened: bool = True
 ) -> tuple[list[Record], str | None]:
@@ -183,9 +180,6 @@ def swapped(records: list[Record]) -> list[str]:
     return [other[record.path] for record in records]
 
 
-# ----------------------------------------------------------------------------- scores
-
-
 def score_captions(records: list[Record], texts: dict[str, str], scoring: dict[str, Any]) -> Scores:
     """Captions against the records' own; each NoCaps domain also as a corpus of its own."""
 
@@ -226,9 +220,6 @@ def task_of(name: str, scoring: dict[str, Any] | None = None) -> Task:
         return Task("answer", by_question, "answers", score_answers)
     score = partial(score_captions, scoring=scoring or {})
     return Task("caption", by_picture, "captions", score)
-
-
-# ----------------------------------------------------------------------------- a model
 
 
 @dataclass

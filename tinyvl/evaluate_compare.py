@@ -26,9 +26,6 @@ LEVEL = 0.95
 CELLS = 4_000_000  # numbers in memory at once: draws x items
 
 
-# ----------------------------------------------------------------------------- files
-
-
 def score_files(
     kind: str,
     paths: Sequence[Path],
@@ -128,9 +125,6 @@ def head_of_file(kind: str, path: Path, source: Source, split: str | None) -> di
     return described(kind, name, source, split, predictions=str(path), **known)
 
 
-# ----------------------------------------------------------------------------- bootstrap
-
-
 def compared(
     report: dict[str, Any], baseline: dict[str, Any], scores: Scores, base: Scores
 ) -> dict[str, Any]:
@@ -162,8 +156,6 @@ def draws(items: int) -> Iterator[np.ndarray]:
         drawn = rng.integers(items, size=(min(rows, RESAMPLES - start), items))
         yield np.stack([np.bincount(row, minlength=items) for row in drawn])
 
-
-# ----------------------------------------------------------------------------- tables
 
 ROWS, RUNS = 100, 4  # the most rows of a table on a terminal, and of runs beside their mean
 DRAWN = {

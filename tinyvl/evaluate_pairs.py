@@ -99,9 +99,6 @@ def embedded(
         yield from (found for _, found in write.computed(group, vectors))
 
 
-# ----------------------------------------------------------------------------- retrieval
-
-
 def run_retrieval(
     name: str,
     source: Source,
@@ -218,9 +215,6 @@ def retrieval_scores(lines: list[dict[str, Any]]) -> Scores:
     return Scores(whole, resample, {"language": groups} if len(groups) > 1 else {}, extra)
 
 
-# ----------------------------------------------------------------------------- zero-shot
-
-
 def run_zeroshot(
     name: str,
     source: Source,
@@ -273,9 +267,6 @@ def zeroshot_scores(lines: list[dict[str, Any]], candidates: int) -> Scores:
     hits = {f"top{k}": [float(line["rank"] <= k) for line in lines] for k in (1, 5)}
     guess = {"top1": 1 / candidates, "top5": min(1.0, 5 / candidates)}
     return metrics.mean_scores(hits, {"class": [line["truth"] for line in lines]}, chance=guess)
-
-
-# ----------------------------------------------------------------------------- kept runs
 
 
 def score_folders(kind: str, folders: Sequence[Path]) -> dict[str, Any]:

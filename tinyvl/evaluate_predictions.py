@@ -162,9 +162,6 @@ def export(file: Path, texts: dict[str, str], field: str) -> None:
     write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
 
 
-# ----------------------------------------------------------------------------- made elsewhere
-
-
 def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
     """The predictions of a file or of a run's folder, each with the place where it stands.
 
