@@ -144,7 +144,8 @@ def recall(images, texts, owner, **options) -> dict[str, float]:
 
 def test_recall_is_that_of_clip_benchmark_blip_and_torchmetrics():
     case = golden("retrieval_12x60.json")
-    found = recall(torch.tensor(case["scores"]), None, case["text_owner"])
+    scores = torch.tensor(case["scores"])
+    found = recall(scores, torch.eye(scores.shape[1]), case["text_owner"])
     for name, percent in case["expected_percent"].items():
         assert 100 * found[name] == pytest.approx(percent, abs=5e-5)
     assert found["TR-mean"] == pytest.approx(sum(found[f"TR@{k}"] for k in (1, 5, 10)) / 3)
@@ -163,7 +164,7 @@ def test_blocks_of_any_size_equal_the_slow_reference(seed, block):
     expected = slow_ranks(scores, owner.tolist())
     for found in (
         metrics.ranks(images, texts, owner, block=block),
-        metrics.ranks(scores, None, owner.tolist(), block=block),
+        metrics.ranks(scores, torch.eye(61), owner.tolist(), block=block),
     ):
         assert [x.tolist() for x in found] == list(expected)
     found = recall(images, texts, owner, block=block)
@@ -218,12 +219,14 @@ def test_scores_that_are_no_numbers_find_nothing():
     assert set(recall(images, torch.randn(20, 4), owner).values()) == {0.0}
     scores = torch.eye(20)
     scores[3] = torch.nan  # of this image only
-    assert recall(scores, None, owner)["TR@1"] == pytest.approx(19 / 20)
-    scores = torch.rand(6, 18, generator=torch.Generator().manual_seed(0))
-    scores[torch.rand(6, 18, generator=torch.Generator().manual_seed(1)) < 0.2] = torch.nan
-    scores[2, ::3] = -torch.inf
-    owner = torch.arange(6).repeat(3)
-    found = metrics.ranks(scores, None, owner, block=(4, 5))
+    assert recall(scores, torch.eye(20), owner)["TR@1"] == pytest.approx(19 / 20)
+    images = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    texts = torch.randn(18, 4, generator=torch.Generator().manual_seed(1))
+    texts[torch.rand(18, generator=torch.Generator().manual_seed(2)) < 0.2, 1] = torch.nan
+    texts[::5, 0] = -torch.inf
+    scores, owner = images @ texts.T, torch.arange(6).repeat(3)
+    assert 0 < scores.isnan().sum() < scores.isinf().sum() < 60
+    found = metrics.ranks(images, texts, owner, block=(4, 5))
     assert [x.tolist() for x in found] == list(slow_ranks(scores, owner.tolist()))
 
 

@@ -41,9 +41,7 @@ class Plan:
 
 
 def plan_captions(
-    metrics: Sequence[str] | None = None,
-    java: str | None = None,
-    spice_jars: Path | None = None,
+    metrics: Sequence[str] | None = None, java: str | None = None, spice_jars: Path | None = None
 ) -> Plan:
     """Finds Java and the jars. Call it before a long run.
 
