@@ -16,8 +16,7 @@ import numpy as np
 
 from tinyvl import UserError
 from tinyvl import evaluate_predictions as predictions
-from tinyvl.data import Record
-from tinyvl.evaluate import Source, Task, choose, described, read, task_of
+from tinyvl.evaluate import Source, choose, described, read, task_of
 from tinyvl.metrics import Scores
 
 RESAMPLES = 1000
@@ -26,15 +25,44 @@ LEVEL = 0.95
 CELLS = 4_000_000  # numbers in memory at once: draws x items
 
 
+def scored(
+    kind: str, paths: Sequence[Path], source: Source, scoring: dict[str, Any] | None,
+    allow_missing: bool, *, together: bool,
+) -> Iterator[tuple[dict[str, Any], dict[str, str], Scores]]:  # fmt: skip
+    """Each file's head of a report, texts by id and scores. Predictions for others are ignored.
+
+    ``together``: only records count that all files have. The ``run.json`` beside a file says what
+    made it.
+    """
+    task = task_of(kind, scoring)
+    everything, split = read(source, task, opened=False)
+    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
+    if not records:
+        raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
+    files = []
+    for path in paths:
+        texts = predictions.match(predictions.read(path, task.field), everything, task.field)
+        done = [record for record in records if record.id in texts]
+        if len(done) < len(records) and not (allow_missing and done):
+            first = next(record.id for record in records if record.id not in texts)
+            lacks = f"{len(records) - len(done)} of {len(records)} records, the first {first!r}"
+            advice = "--allow-missing scores the others, --split chooses another part."
+            raise UserError(f"{path}: no prediction for {lacks}; {advice}")
+        files.append((path, texts, done))
+        records = done if together else records
+    for path, texts, done in files:
+        done = records if together else done
+        made = predictions.read_run(path if path.is_dir() else path.parent)
+        known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
+        name = made.get("model", str(path))
+        head = described(kind, name, source, split, predictions=str(path), **known)
+        yield head, {record.id: texts[record.id] for record in done}, task.score(done, texts)
+
+
 def score_files(
-    kind: str,
-    paths: Sequence[Path],
-    source: Source,
-    *,
-    scoring: dict[str, Any] | None = None,
-    allow_missing: bool = False,
-    results: Path | None = None,
-) -> dict[str, Any]:
+    kind: str, paths: Sequence[Path], source: Source, *, scoring: dict[str, Any] | None = None,
+    allow_missing: bool = False, results: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Scores predictions made elsewhere; of several files (seeds), see `average_runs`.
 
     Args:
@@ -45,15 +73,11 @@ def score_files(
 
     Raises UserError if there is nothing to score against, or a prediction is missing.
     """
-    task = task_of(kind, scoring)
-    everything, records, split = truths(task, source)
     reports = []
-    for path in paths:
-        texts, done = made_elsewhere(task, path, everything, records, allow_missing)
-        head = head_of_file(kind, path, source, split)
-        reports.append(predictions.report(head, len(done), task.score(done, texts), None))
+    for head, texts, scores in scored(kind, paths, source, scoring, allow_missing, together=False):
+        reports.append(predictions.report(head, len(texts), scores, None))
         if results is not None:
-            predictions.export(results, {r.id: texts[r.id] for r in done}, task.field)
+            predictions.export(results, texts, "answer" if kind == "vqa" else "caption")
     return average_runs(reports)
 
 
@@ -74,55 +98,14 @@ def average_runs(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare_files(
-    kind: str,
-    baseline: Path,
-    path: Path,
-    source: Source,
-    *,
-    scoring: dict[str, Any] | None = None,
-    allow_missing: bool = False,
-) -> dict[str, Any]:
+    kind: str, baseline: Path, path: Path, source: Source, *,
+    scoring: dict[str, Any] | None = None, allow_missing: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Predictions against a baseline's, as `compared`; see `score_files` for the arguments."""
-    task = task_of(kind, scoring)
-    everything, records, split = truths(task, source)
-    theirs, done = made_elsewhere(task, baseline, everything, records, allow_missing)
-    ours, done = made_elsewhere(task, path, everything, done, allow_missing)
-    scores, base = task.score(done, ours), task.score(done, theirs)
-    report = predictions.report(head_of_file(kind, path, source, split), len(done), scores, None)
-    about = {**head_of_file(kind, baseline, source, split), "metrics": base.metrics}
-    return compared(report, about, scores, base)
-
-
-def truths(task: Task, source: Source) -> tuple[list[Record], list[Record], str | None]:
-    """All records, those that predictions are scored on, and the name of that part."""
-    everything, split = read(source, task, opened=False)
-    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
-    if not records:
-        raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
-    return everything, records, split
-
-
-def made_elsewhere(
-    task: Task, path: Path, everything: list[Record], records: list[Record], allow_missing: bool
-) -> tuple[dict[str, str], list[Record]]:
-    """A file's predictions, and the records that have one. Those for other parts are ignored."""
-    texts = predictions.match(predictions.read(path, task.field), everything, task.field)
-    done = [record for record in records if record.id in texts]
-    if len(done) < len(records) and not (allow_missing and done):
-        first = next(record.id for record in records if record.id not in texts)
-        raise UserError(
-            f"{path}: no prediction for {len(records) - len(done)} of {len(records)} records, the "
-            f"first {first!r}; --allow-missing scores the others, --split chooses another part."
-        )
-    return texts, done
-
-
-def head_of_file(kind: str, path: Path, source: Source, split: str | None) -> dict[str, Any]:
-    """A report's head; the ``run.json`` beside the predictions says what made them."""
-    made = predictions.read_run(path if path.is_dir() else path.parent)
-    known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
-    name = made.get("model", str(path))
-    return described(kind, name, source, split, predictions=str(path), **known)
+    both = scored(kind, [baseline, path], source, scoring, allow_missing, together=True)
+    (about, _, base), (head, texts, scores) = both
+    report = predictions.report(head, len(texts), scores, None)
+    return compared(report, {**about, "metrics": base.metrics}, scores, base)
 
 
 def compared(
