@@ -173,14 +173,9 @@ def vqa(
 
 
 def of_texts(
-    kind: str,
-    arguments: list[str] | None,
-    asked: Texts,
-    search: Search,
-    *,
-    scoring: dict[str, Any] | None = None,
-    top: int | None = None,
-) -> None:
+    kind: str, arguments: list[str] | None, asked: Texts, search: Search, *,
+    scoring: dict[str, Any] | None = None, top: int | None = None,
+) -> None:  # fmt: skip
     """Scores a model's captions or answers, or those made elsewhere."""
     style = search.style()
     from tinyvl import evaluate, evaluate_compare

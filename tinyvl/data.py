@@ -60,15 +60,10 @@ LISTINGS = (
 
 
 def read(
-    path: str | Path,
-    *,
-    format: str | None = None,
-    split: str | None = None,
-    images: str | Path | None = None,
-    lang: str | None = None,
-    files: bool = True,
+    path: str | Path, *, format: str | None = None, split: str | None = None,
+    images: str | Path | None = None, lang: str | None = None, files: bool = True,
     blank: bool = False,
-) -> list[Record]:
+) -> list[Record]:  # fmt: skip
     """Read a data set.
 
     To take several splits of a file, read it once without ``split`` and then use `select_split`.

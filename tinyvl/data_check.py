@@ -16,16 +16,10 @@ from tinyvl.media import MODALITIES, MediaError
 
 
 def check(
-    paths: list[Path],
-    *,
-    format: str | None = None,
-    split: str | None = None,
-    lang: str | None = None,
-    images: Path | None = None,
-    fast: bool = False,
-    workers: int | None = None,
-    quiet: bool = False,
-) -> dict[str, Any]:
+    paths: list[Path], *, format: str | None = None, split: str | None = None,
+    lang: str | None = None, images: Path | None = None, fast: bool = False,
+    workers: int | None = None, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Read data sets, and look at each of their files.
 
     Pictures are decoded, JPEGs at a small scale, which still reads them to their end; of a video or

@@ -53,13 +53,9 @@ def locate_own(records: list[Record], folder: Path, path: Path, required: bool =
 
 
 def locate(
-    records: list[Record],
-    path: Path,
-    *,
-    images: Path | None = None,
-    required: bool = True,
+    records: list[Record], path: Path, *, images: Path | None = None, required: bool = True,
     drop: bool = False,
-) -> list[Record]:
+) -> list[Record]:  # fmt: skip
     """Find the files of a published data set, and make their paths absolute.
 
     A file is looked for under each name it may have (`OR`), with any suffix of its kind, in each of

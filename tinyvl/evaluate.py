@@ -267,17 +267,10 @@ def described(
 
 
 def run(
-    kind: str,
-    name: str,
-    source: Source,
-    *,
-    style: write.Style,
-    place: Place,
-    scoring: dict[str, Any] | None = None,
-    shuffle: bool = False,
-    results: Path | None = None,
+    kind: str, name: str, source: Source, *, style: write.Style, place: Place,
+    scoring: dict[str, Any] | None = None, shuffle: bool = False, results: Path | None = None,
     frames: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Captions (``kind`` "caption") or answers ("vqa") by a model, scored. -> the report.
 
     Args:

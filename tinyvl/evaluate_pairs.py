@@ -100,13 +100,9 @@ def embedded(
 
 
 def run_retrieval(
-    name: str,
-    source: Source,
-    *,
-    place: Place,
-    langs: list[str] | None = None,
+    name: str, source: Source, *, place: Place, langs: list[str] | None = None,
     protocol: str = "full",
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Finds captions by picture (TR) and pictures by caption (IR), in each language apart.
 
     A picture that cannot be read is left out, with its captions.
@@ -216,14 +212,9 @@ def retrieval_scores(lines: list[dict[str, Any]]) -> Scores:
 
 
 def run_zeroshot(
-    name: str,
-    source: Source,
-    *,
-    place: Place,
-    prompts: list[str] | None = None,
-    class_names: Path | None = None,
-    all_classes: bool = False,
-) -> dict[str, Any]:
+    name: str, source: Source, *, place: Place, prompts: list[str] | None = None,
+    class_names: Path | None = None, all_classes: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Classifies pictures by the names of their classes: top-1 and top-5, and of each class.
 
     The candidates are the classes of all the data, also where only a part or a limit is evaluated.

@@ -61,12 +61,10 @@ class Log:
             self.stream.flush()
 
     def fill(
-        self,
-        records: list[Record],
-        predict: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
-        title: str,
+        self, records: list[Record],
+        predict: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]], title: str,
         place: "Place",
-    ) -> tuple[list[Record], dict[str, Any]]:
+    ) -> tuple[list[Record], dict[str, Any]]:  # fmt: skip
         """Predicts what is missing -> the records that have a prediction, and how it went.
 
         A record that fails costs a message. Raises UserError if all do.

@@ -108,13 +108,9 @@ class CaptionScores:
 
 
 def caption_scores(
-    references: Mapping[str, Sequence[str]],
-    hypotheses: Mapping[str, str],
-    *,
-    metrics: Sequence[str] | None = None,
-    java: str | None = None,
-    spice_jars: Path | None = None,
-) -> CaptionScores:
+    references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], *,
+    metrics: Sequence[str] | None = None, java: str | None = None, spice_jars: Path | None = None,
+) -> CaptionScores:  # fmt: skip
     """Score captions {id: caption} against references {id: [captions]}, as pycocoevalcap does.
 
     `plan_captions` explains the options. Without Java our own tokenizer stands in (CIDEr moves by

@@ -249,12 +249,9 @@ def spice_class_path(folder: Path) -> str:
 
 
 def spice(
-    java: Java,
-    folder: Path,
-    references: Sequence[Sequence[str]],
-    hypotheses: Sequence[str],
+    java: Java, folder: Path, references: Sequence[Sequence[str]], hypotheses: Sequence[str],
     keep: Path | None = None,
-) -> tuple[float, list[float] | None]:
+) -> tuple[float, list[float] | None]:  # fmt: skip
     """SPICE of tokenised captions -> the mean F-score, and each item's where it can be had.
 
     SPICE prints only the mean, to three decimals. It writes the items through a JavaScript engine,
