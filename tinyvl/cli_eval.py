@@ -4,16 +4,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import FRAMES, PROMPTS, Place, Search, batch_of, command, group, same
 from tinyvl.presets_options import Job, Run, commas, option
-
-if TYPE_CHECKING:
-    from tinyvl import evaluate
 
 app = group()
 tasks = group(
@@ -59,16 +56,15 @@ class Evaluation(Place):
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None and not (self.predictions or self.compare):
-            raise UserError(
-                "--resume goes with -o DIR: it keeps the predictions that are there.", 2
-            )
+            kept = "it keeps the predictions that are there."
+            raise UserError(f"--resume goes with -o DIR: {kept}", 2)
 
     def source(self, data: str, lang: str | None = None, top: int | None = None) -> Any:
         from tinyvl.evaluate import Source
 
         return Source(data, self.split, lang, self.limit, self.format, self.images, top)
 
-    def place(self) -> "evaluate.Place":
+    def place(self) -> Any:
         from tinyvl import evaluate
 
         return evaluate.place(
@@ -102,9 +98,8 @@ class Texts(Evaluation):
         if self.predictions and self.compare:
             raise UserError("--predictions scores each, --compare two: give one of them.", 2)
         if self.out or self.resume or self.shuffle or self.features:
-            raise UserError(
-                "--out, --resume, --features and --shuffle-images are for running a model.", 2
-            )
+            idle = "--out, --resume, --features and --shuffle-images"
+            raise UserError(f"{idle} are for running a model.", 2)
         if self.results and (self.compare or len(self.predictions or ()) > 1):
             raise UserError("--results writes one set of predictions: give one.", 2)
 

@@ -223,10 +223,9 @@ def recognise(path: Path) -> tuple[Path, str]:
         score = "'tinyvl eval caption --predictions'"
         raise UserError(f"{path} holds results, not a data set: score it with {score}")
     if format is None:
-        raise UserError(
-            f"{path} is in no format that tinyvl recognises ({', '.join(READERS)}): "
-            "look at the file, or name its format with --format"
-        )
+        known = ", ".join(READERS)
+        advice = "look at the file, or name its format with --format"
+        raise UserError(f"{path} is in no format that tinyvl recognises ({known}): {advice}")
     return path, format
 
 

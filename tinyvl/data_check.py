@@ -70,7 +70,6 @@ def summary(records: list[Record]) -> dict[str, Any]:
     splits: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         splits[record.split or "(none)"].append(record)
-    questions = [record for record in records if record.question is not None]
     report: dict[str, Any] = {
         "splits": {
             name: {
@@ -85,15 +84,14 @@ def summary(records: list[Record]) -> dict[str, Any]:
         "domains": _counts(record.domain for record in records),
         "classes": _counts(record.label for record in records),
     }
-    captions = [caption for record in records for caption in record.captions]
-    if captions:
+    if captions := [caption for record in records for caption in record.captions]:
         report["captions"] = {
             "total": len(captions),
             "per_record": _numbers(len(record.captions) for record in records),
             "words": _numbers(len(caption.split()) for caption in captions),
             "characters": _numbers(len(caption.strip()) for caption in captions),
         }
-    if questions:
+    if questions := [record for record in records if record.question is not None]:
         report["questions"] = {
             "total": len(questions),
             "words": _numbers(len(record.question.split()) for record in questions),
@@ -111,12 +109,10 @@ def _counts(names: Iterable[str | None]) -> dict[str, int]:
 def _numbers(values: Iterable[int]) -> dict[str, float]:
     values = sorted(values)
     return {
-        "min": values[0],
-        "median": values[len(values) // 2],
+        "min": values[0], "median": values[len(values) // 2],
         "mean": round(statistics.fmean(values), 2),
-        "p95": values[int(0.95 * (len(values) - 1))],
-        "max": values[-1],
-    }
+        "p95": values[int(0.95 * (len(values) - 1))], "max": values[-1],
+    }  # fmt: skip
 
 
 def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:

@@ -143,9 +143,8 @@ def by_picture(records: list[Record]) -> list[Record]:
     for record in records:
         first = merged.setdefault(record.id, replace(record, captions=[]))
         if first.path != record.path:
-            raise UserError(
-                f"the id {record.id!r} names both {first.path} and {record.path}; give each its own"
-            )
+            both = f"{first.path} and {record.path}"
+            raise UserError(f"the id {record.id!r} names both {both}; give each its own")
         first.captions += record.captions
     return list(merged.values())
 

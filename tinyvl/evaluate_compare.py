@@ -189,6 +189,10 @@ def draw(report: dict[str, Any]) -> None:
 
 def table(columns: list[str], rows: dict[str, list[Any]]) -> Any:
     """A table of numbers within 80 columns, the names of its rows on the left."""
+
+    def cell(value: float | int | str | None) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+
     from rich import box
     from rich.table import Table
 
@@ -198,9 +202,3 @@ def table(columns: list[str], rows: dict[str, list[Any]]) -> Any:
     for name, values in rows.items():
         drawn.add_row(name, *map(cell, values))
     return drawn
-
-
-def cell(value: float | int | str | None) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return "-" if value is None else str(value)

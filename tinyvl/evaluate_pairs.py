@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, classes, media_workers, metrics, models, write
+from tinyvl import UserError, classes, metrics, models, write
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import Pieces
 from tinyvl.evaluate import Checkpoint, Place, Source, by_picture, choose, limited, read, readable
 from tinyvl.evaluate_compare import average_runs, compared
-from tinyvl.features import FeatureStore
+from tinyvl.media_workers import decode_images
 from tinyvl.metrics import Scores
 
 SMALLEST = "One picture", "use --device cpu"
@@ -48,20 +48,31 @@ class Run:
         return predictions.Log(self.place.out, self.head, resume=self.place.resume)
 
     def look(
-        self,
-        log: predictions.Log,
-        records: list[Record],
+        self, log: predictions.Log, records: list[Record],
         answer: Callable[[Record, Tensor], dict[str, Any]],
-    ) -> tuple[list[Record], dict[str, Any]]:
-        """Logs ``answer(record, its picture's unit vector (d,))``; returns as `Log.fill`."""
+    ) -> tuple[list[Record], dict[str, Any]]:  # fmt: skip
+        """Logs ``answer(record, its picture's unit vector (d,))``; returns as `Log.fill`.
+
+        With features no picture is decoded: the encoder's output is read from there.
+        """
+        model, place, pieces = self.model, self.place, Pieces(*SMALLEST)
+
+        def vectors(good: list[tuple[str, Tensor]]) -> Tensor:
+            return embed(model.embed_images, torch.stack([picture for _, picture in good]), pieces)
 
         def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
             paths = [record.path for record in todo]
-            vectors = embedded(self.model, paths, self.place, self.store)
-            for record, vector in zip(todo, vectors, strict=True):
+            if self.store is not None:
+                decoded = write.stored(self.store, model.reads, paths)
+            else:
+                view, size = model.encoder.transform(), model.encoder.size
+                decoded = decode_images(paths, view, target=size, workers=place.workers)
+            groups = write.gathered(decoded, place.batch)
+            found = (vector for group in groups for _, vector in write.computed(group, vectors))
+            for record, vector in zip(todo, found, strict=True):
                 yield answer(record, vector) if isinstance(vector, Tensor) else vector
 
-        return log.fill(records, predict, "pictures", self.place)
+        return log.fill(records, predict, "pictures", place)
 
 
 def embed(function: Callable[[Any], Tensor], items: Any, pieces: Pieces | None = None) -> Tensor:
@@ -74,29 +85,6 @@ def embed(function: Callable[[Any], Tensor], items: Any, pieces: Pieces | None =
             return torch.cat([part.float().cpu() for part in parts])
 
     return (pieces or Pieces(*SMALLEST)).run(attempt, len(items))
-
-
-def embedded(
-    model: Any, paths: Sequence[str], place: Place, store: FeatureStore | None
-) -> Iterator[Tensor | UserError]:
-    """Each picture's unit vector (d,), or what is wrong with it, in order.
-
-    With a ``store`` no picture is decoded: the encoder's output is read from there.
-    """
-    if store is not None:
-        decoded = write.stored(store, model.reads, paths)
-    else:
-        encoder = model.encoder
-        decoded = media_workers.decode_images(
-            paths, encoder.transform(), target=encoder.size, workers=place.workers
-        )
-    pieces = Pieces(*SMALLEST)
-
-    def vectors(good: list[tuple[str, Tensor]]) -> Tensor:
-        return embed(model.embed_images, torch.stack([picture for _, picture in good]), pieces)
-
-    for group in write.gathered(decoded, place.batch):
-        yield from (found for _, found in write.computed(group, vectors))
 
 
 def run_retrieval(

@@ -158,10 +158,8 @@ def jar(*parts: str) -> str:
         path = Path(folder).joinpath(*parts).absolute()
         if path.is_file():
             return str(path)
-    raise UserError(
-        f"pycocoevalcap's {'/'.join(parts)} is missing; "
-        "mend it by `pip install --force-reinstall pycocoevalcap`."
-    )
+    mend = "mend it by `pip install --force-reinstall pycocoevalcap`."
+    raise UserError(f"pycocoevalcap's {'/'.join(parts)} is missing; {mend}")
 
 
 class Tokenizer(Program):
@@ -188,10 +186,8 @@ class Tokenizer(Program):
         if not any(self.lines[len(found) :]):  # it drops empty lines at the end
             found += [""] * (len(self.lines) - len(found))
         if len(found) != len(self.lines):
-            raise UserError(
-                f"The PTB tokenizer returned {len(found)} lines for {len(self.lines)} captions; "
-                "please report this."
-            )
+            counts = f"{len(found)} lines for {len(self.lines)} captions"
+            raise UserError(f"The PTB tokenizer returned {counts}; please report this.")
         words = (line.rstrip().split(" ") for line in found)
         return [" ".join(word for word in line if word not in PUNCTUATION) for line in words]
 
