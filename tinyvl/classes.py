@@ -61,19 +61,13 @@ def class_embeddings(
 def names(
     labels: list[str], file: Path | None = None, *, all_classes: bool = False
 ) -> dict[str, str]:
-    """The name of each class: label -> words.
+    """The name of each of the data's classes: label -> words.
 
     Without a file labels are names themselves, and synsets have the names of timm's ImageNet list.
-
-    Args:
-        labels: the data's classes: names, folders, numbers, or ImageNet's synsets.
-        file: class names. Either JSON or text with a label and a name each (``n01440764 tench``,
-            tab-separated, ``imagenet_class_index.json``); or names alone: then labels are such
-            names, or count them from 0, or have their order when sorted.
-        all_classes: add the file's classes that the data has no picture of. (ImageNet-A has 200 of
-            ImageNet's 1,000 and is usually evaluated among these.)
-
-    Raises UserError if the file cannot be read or has no name for a label.
+    A file is as for `data.read_names`; if it has names alone, labels are such names, or count them
+    from 0, or have their order when sorted. ``all_classes`` adds the file's classes that the data
+    has no picture of. (ImageNet-A has 200 of ImageNet's 1,000 and is usually evaluated among
+    these.) Raises UserError if the file cannot be read or has no name for a label.
     """
     labels = sorted(set(labels))
     if file is None:

@@ -64,15 +64,11 @@ def read(
     images: str | Path | None = None, lang: str | None = None, files: bool = True,
     blank: bool = False,
 ) -> list[Record]:  # fmt: skip
-    """Read a data set.
-
-    To take several splits of a file, read it once without ``split`` and then use `select_split`.
+    """Read a data set: a file or folder in one of the formats of `READERS`.
 
     Args:
-        path: a file or folder in one of the formats of `READERS`, or a folder that
-            has one such file in it.
         format: a name in `READERS`. Default: recognised from the content.
-        split: keep this split (see `select_split`).
+        split: see `select_split`, which also takes several splits of what was read once.
         images: the folder of the pictures (videos, sounds). Default: JSON Lines name paths relative
             to the file, and `data_files.locate` looks for those of published formats.
         lang: keep the records in this language, and those that name none.

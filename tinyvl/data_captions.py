@@ -191,9 +191,6 @@ def read_xtd10(path: Path) -> Iterator[Record]:
             yield Record(name, [caption.strip()], name, "test", lang)
 
 
-# ------------------------------------------------------------------------------ videos
-
-
 def read_msrvtt(path: Path) -> Iterator[Record]:
     """MSR-VTT's ``*videodatainfo*.json``: 20 captions a video, split train, val or test."""
     document = json_object(path)
@@ -254,9 +251,6 @@ def youtube_mapping(path: Path) -> dict[str, int]:
         clip, number = matched(MAPPED, line, where, "mv89psg6zh4_33_46 vid1").groups()
         numbers[clip] = int(number)
     return numbers
-
-
-# ------------------------------------------------------------------------------ sounds
 
 
 def read_audiocaps(path: Path) -> Iterator[Record]:

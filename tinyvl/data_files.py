@@ -59,16 +59,10 @@ def locate(
     """Find the files of a published data set, and make their paths absolute.
 
     A file is looked for under each name it may have (`OR`), with any suffix of its kind, in each of
-    the usual folders. Folders are listed once, and no file is opened.
-
-    Args:
-        records: changed in place.
-        path: the annotations' file, or folder.
-        images: look here instead of in the annotations' folder and its parent.
-        drop: leave out records whose file is missing. Otherwise they get the path that it would
-            have beside the first file that is found, or in the first of the places.
-
-    Raises UserError if files are ``required`` and none is found.
+    the usual folders: below ``images``, or else below the annotations' folder and its parent.
+    Folders are listed once, and no file is opened. Records whose file is missing are left out if
+    ``drop``; otherwise they get the path that it would have beside the first file that is found, or
+    in the first of the places. Raises UserError if files are ``required`` and none is found.
     """
     home = path if path.is_dir() else path.parent
     bases = [home.absolute(), home.absolute().parent] if images is None else [images.absolute()]

@@ -135,8 +135,8 @@ def read_names(file: Path, label: str = SYNSET) -> tuple[list[dict[str, str]], l
             *labels, words = [key, *name] if isinstance(name, list) else [key, name]
             if not labels or not isinstance(words, str):
                 raise odd
-            for table, label in zip(tables, labels, strict=False):
-                table[str(label)] = words
+            for table, one in zip(tables, labels, strict=False):
+                table[str(one)] = words
         return [table for table in tables if table], []
     lines = [line for _, line in text_lines(file)]
     pairs = [re.fullmatch(rf"([^\t]+)\t\s*(.+)|({label})[ ,]\s*(.+)", line) for line in lines]
@@ -157,9 +157,6 @@ def first_synonyms(known: dict[str, str]) -> dict[str, str]:
     names = {label: name if times[name] == 1 else whole[label] for label, name in names.items()}
     times = Counter(names.values())
     return {key: name if times[name] == 1 else f"{name} ({key})" for key, name in names.items()}
-
-
-# ------------------------------------------------------------------------------ WebDataset
 
 
 def read_webdataset(path: Path) -> Iterator[Record]:

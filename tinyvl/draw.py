@@ -1,10 +1,9 @@
 """The drawn set: pictures of shapes with captions in English and German.
 
-A scene is one object at a place ("a small red circle on the left of a grey picture") or two
-objects side by side or above one another ("a big black star above a small red ring in a pink
-picture"). A caption is a function of its scene, and everything it says can be seen at 64 x 64
-pixels, so a model that has learnt the set captions new renders exactly. Each picture also has a
-question with a short answer ("what colour is the star?", "black").
+A scene is one object at a place ("a small red circle on the left of a grey picture") or two ("a big
+black star above a small red ring in a pink picture"). A caption is a function of its scene, and
+everything it says can be seen at 64 x 64 pixels, so a model that has learnt the set captions new
+renders exactly. Each picture also has a question ("what colour is the star?") with a short answer.
 
 Training never shows the `WITHHELD` pairs of shape and colour. The held-out part has new renders of
 scenes that training shows (``"combination": "seen"``) and, one in five, scenes with a withheld pair

@@ -65,13 +65,9 @@ def score_files(
 ) -> dict[str, Any]:  # fmt: skip
     """Scores predictions made elsewhere; of several files (seeds), see `average_runs`.
 
-    Args:
-        paths: files or run folders, see `evaluate_predictions.read`.
-        scoring: options of `metrics_captions.plan_captions`.
-        allow_missing: score the records that have a prediction; else each must have one.
-        results: also write a results file for the evaluation servers.
-
-    Raises UserError if there is nothing to score against, or a prediction is missing.
+    ``scoring`` has options of `metrics_captions.plan_captions`; ``results`` is also written, for
+    the evaluation servers. Raises UserError if there is nothing to score against, or, without
+    ``allow_missing``, a record has no prediction.
     """
     reports = []
     for head, texts, scores in scored(kind, paths, source, scoring, allow_missing, together=False):
@@ -101,7 +97,7 @@ def compare_files(
     kind: str, baseline: Path, path: Path, source: Source, *,
     scoring: dict[str, Any] | None = None, allow_missing: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Predictions against a baseline's, as `compared`; see `score_files` for the arguments."""
+    """Predictions less a baseline's, as in `compared`; see `score_files`."""
     both = scored(kind, [baseline, path], source, scoring, allow_missing, together=True)
     (about, _, base), (head, texts, scores) = both
     report = predictions.report(head, len(texts), scores, None)

@@ -93,15 +93,11 @@ def run_retrieval(
 ) -> dict[str, Any]:  # fmt: skip
     """Finds captions by picture (TR) and pictures by caption (IR), in each language apart.
 
-    A picture that cannot be read is left out, with its captions.
-
-    Args:
-        langs: languages; None: all that the data has. The report's metrics are their mean.
-        protocol: ``"lilt"`` keeps the 200 pictures of XTD10 of the paper's Table 2 (those of COCO's
-            val2014: its models saw the other 800 in training).
-
-    Raises UserError if there are no captions, or none in a language, as `Run`, or if no picture can
-    be read.
+    A picture that cannot be read is left out, with its captions. The report's metrics are the mean
+    of those of ``langs`` (None: all that the data has). ``protocol`` "lilt" keeps the 200 pictures
+    of XTD10 of the paper's Table 2 (those of COCO's val2014: its models saw the other 800 in
+    training). Raises UserError as `Run` does, or if there are no captions, or none in a language,
+    or no picture can be read.
     """
     records, langs, split = captioned(source, langs, protocol, files=place.features is None)
     pictures = limited(list({record.path: record for record in records}.values()), source.limit)
@@ -206,13 +202,8 @@ def run_zeroshot(
     """Classifies pictures by the names of their classes: top-1 and top-5, and of each class.
 
     The candidates are the classes of all the data, also where only a part or a limit is evaluated.
-
-    Args:
-        prompts: see `classes.templates`.
-        class_names, all_classes: see `classes.names`.
-
-    Raises UserError as `classes.names` and `Run`, or if no record has a class or no picture can be
-    read.
+    See `classes.templates` for ``prompts``, and `classes.names` for ``class_names``. Raises
+    UserError as these and `Run` do, or if no record has a class or no picture can be read.
     """
     source = replace(source, lang=None)
     known, split = read(source, opened=place.features is None)

@@ -43,14 +43,11 @@ class Plan:
 def plan_captions(
     metrics: Sequence[str] | None = None, java: str | None = None, spice_jars: Path | None = None
 ) -> Plan:
-    """Finds Java and the jars. Call it before a long run.
+    """Finds Java (a program or its home; None: anywhere) and the jars, before a long run.
 
-    Args:
-        metrics: names; None: all, and what cannot be computed here is None with a reason.
-        java: the program or its home; None: looked for.
-        spice_jars: a folder with CoreNLP's jars, without which there is no SPICE.
-
-    Raises UserError if one of ``metrics`` is unknown or cannot be computed here.
+    ``metrics`` None: all, and what cannot be computed here is None with a reason. ``spice_jars`` is
+    a folder with CoreNLP's jars, without which there is no SPICE. Raises UserError if one of
+    ``metrics`` is unknown or cannot be computed here.
     """
     names = tuple(CAPTION_METRICS if metrics is None else metrics)
     if unknown := [name for name in names if name not in CAPTION_METRICS]:
@@ -290,10 +287,8 @@ class Cider:
     """CIDEr-D x 10 against known references, whose n-gram weights are counted once.
 
     Vedantam et al., https://arxiv.org/abs/1411.5726, with pycocoevalcap's numbers in about half of
-    its time. As there, the number of bigrams counts as a caption's length.
-
-    Args:
-        references: each picture's captions, each as words joined by spaces.
+    its time. As there, the number of bigrams counts as a caption's length. The references are each
+    picture's captions, each as words joined by spaces.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]):

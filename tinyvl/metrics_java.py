@@ -252,10 +252,7 @@ def spice(
 
     SPICE prints only the mean, to three decimals. It writes the items through a JavaScript engine,
     which Java has up to version 14. From 15 on put one (Rhino: Debian's ``librhino-java``) beside
-    the jars in ``folder``.
-
-    Args:
-        keep: a folder for parsed captions: parsing them is what takes the time.
+    the jars in ``folder``. ``keep`` is a folder for parsed captions: parsing takes the time.
     """
     class_path = spice_class_path(folder)
     items = [
