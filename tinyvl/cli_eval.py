@@ -20,15 +20,11 @@ tasks = group(
 )
 app.add_typer(tasks, name="eval")
 
-ModelData = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODEL] DATA",
-        show_default=False,
-        help="A checkpoint folder, hf://owner/name or default; then the data: what `tinyvl train` "
-        "reads. One argument is the data.",
-    ),
-]
+ModelData = Annotated[list[str] | None, typer.Argument(
+    metavar="[MODEL] DATA", show_default=False,
+    help="A checkpoint folder, hf://owner/name or default; then the data: what `tinyvl train` "
+    "reads. One argument is the data.",
+)]  # fmt: skip
 RESUME = option("Output", False, "With -o: keep the predictions that are there.")
 
 

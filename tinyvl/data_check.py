@@ -60,26 +60,24 @@ def check(
     }
 
 
-def _problem(kind: str, path: str, error: str, record: Record | None = None) -> dict[str, str]:
-    name = {} if record is None else {"record": record.question_id or record.id}
-    return {"problem": kind, "path": path, **name, "error": error}
+def _problem(kind: str, of: Record | str, error: str) -> dict[str, str]:
+    """A problem of a record, or of a file."""
+    about = {"path": of}
+    if isinstance(of, Record):
+        about = {"path": of.path, "record": of.question_id or of.id}
+    return {"problem": kind, **about, "error": error}
 
 
 def summary(records: list[Record]) -> dict[str, Any]:
     """Counts by split and language, and the distributions of the texts."""
-    splits: dict[str, list[Record]] = defaultdict(list)
+    splits: dict[str, Counter] = defaultdict(Counter)
+    files: dict[str, set[str]] = defaultdict(set)
     for record in records:
-        splits[record.split or "(none)"].append(record)
+        name, asks = record.split or "(none)", record.question is not None
+        splits[name].update(records=1, captions=len(record.captions), questions=asks)
+        files[name].add(record.path)
     report: dict[str, Any] = {
-        "splits": {
-            name: {
-                "files": len({record.path for record in part}),
-                "records": len(part),
-                "captions": sum(len(record.captions) for record in part),
-                "questions": sum(record.question is not None for record in part),
-            }
-            for name, part in splits.items()
-        },
+        "splits": {name: {"files": len(files[name]), **n} for name, n in splits.items()},
         "langs": _counts(record.lang for record in records),
         "domains": _counts(record.domain for record in records),
         "classes": _counts(record.label for record in records),
@@ -121,26 +119,23 @@ def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
     answered = {record.split for record in records if any(map(str.strip, record.answers))}
     ids: set[tuple[str | None, str]] = set()
     for record in records:
-
-        def found(kind: str, error: str, record: Record = record) -> dict[str, str]:
-            return _problem(kind, record.path, error, record)
-
-        for i, caption in enumerate(record.captions):
+        for i, caption in enumerate(record.captions, 1):
             if not caption.strip():
-                yield found("blank caption", f"caption {i + 1} of {len(record.captions)} is blank")
+                error = f"caption {i} of {len(record.captions)} is blank"
+                yield _problem("blank caption", record, error)
         if record.question is None:
             bare = not record.captions and record.label is None
             if bare and (record.modality, record.split) in captioned:
-                yield found("no caption", "has no caption, and others have")
+                yield _problem("no caption", record, "has no caption, and others have")
             continue
         if not record.question.strip():
-            yield found("blank question", "the question is blank")
+            yield _problem("blank question", record, "the question is blank")
         if record.split in answered and not any(map(str.strip, record.answers)):
-            yield found("no answer", "the question has no answer, and others have")
+            yield _problem("no answer", record, "the question has no answer, and others have")
         if record.question_id is not None:
             key = record.split, record.question_id
             if key in ids:
-                yield found("repeated question", "another question has this id")
+                yield _problem("repeated question", record, "another question has this id")
             ids.add(key)
 
 

@@ -167,9 +167,8 @@ def _video_questions(path: Path) -> Iterator[tuple[Record, int]]:
         answer = get(entry, "answer", str, where, default=None)
         number = get(entry, "id", (int, str), where, default=None)
         record = Record(
-            split=split_in(path.name),
-            question=get(entry, "question", str, where),
+            split=split_in(path.name), question=get(entry, "question", str, where),
             answers=[] if answer is None else [answer],
             question_id=None if number is None else str(number),
-        )
+        )  # fmt: skip
         yield record, get(entry, "video_id", int, where)

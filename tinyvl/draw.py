@@ -61,21 +61,15 @@ GERMAN = {
 }  # fmt: skip
 GERMAN_ALONE = {"grey": "grau", "beige": "beige", "pink": "rosa"}
 ENGLISH_QUESTIONS = {
-    "colour": "what colour is {the} {shape}?",
-    "shape": "what shape is {colour}?",
-    "size": "how big is {the} {shape}?",
-    "background": "what colour is the background?",
-    "place": "where is {the} {shape}?",
-    "relation": "what is {place} the {shape}?",
-}
+    "colour": "what colour is {the} {shape}?", "shape": "what shape is {colour}?",
+    "size": "how big is {the} {shape}?", "background": "what colour is the background?",
+    "place": "where is {the} {shape}?", "relation": "what is {place} the {shape}?",
+}  # fmt: skip
 GERMAN_QUESTIONS = {
-    "colour": "welche Farbe hat {the} {shape}?",
-    "shape": "welche Form ist {colour}?",
-    "size": "wie groß ist {the} {shape}?",
-    "background": "welche Farbe hat der Grund?",
-    "place": "wo ist {the} {shape}?",
-    "relation": "was ist {place} dem {shape}?",
-}
+    "colour": "welche Farbe hat {the} {shape}?", "shape": "welche Form ist {colour}?",
+    "size": "wie groß ist {the} {shape}?", "background": "welche Farbe hat der Grund?",
+    "place": "wo ist {the} {shape}?", "relation": "was ist {place} dem {shape}?",
+}  # fmt: skip
 MASCULINE = {"circle", "star", "ring"}  # in German; the other shapes are neuter
 
 
@@ -197,20 +191,12 @@ def write_set(
         raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
     if listing.exists() and not files.is_dir():
         raise UserError(f"{listing} lists no files in {files}; name an empty folder", 2)
-    records = [
-        {
-            modality: f"{name}/{index:04d}.{suffix}",
-            "captions": [shown.caption(lang)],
-            "question": question,
-            "answers": [answer],
-            "id": f"{index:04d}",
-            "split": split,
-            "lang": lang,
-            **shown.fields(),
-        }
-        for index, (shown, split, asked) in enumerate(parts)
-        for lang, (question, answer) in zip(LANGUAGES, asked, strict=False)
-    ]
+    records = []
+    for index, (shown, split, asked) in enumerate(parts):
+        for lang, (question, answer) in zip(LANGUAGES, asked, strict=False):
+            record = {modality: f"{name}/{index:04d}.{suffix}", "captions": [shown.caption(lang)]}
+            record |= {"question": question, "answers": [answer], "id": f"{index:04d}"}
+            records.append(record | {"split": split, "lang": lang, **shown.fields()})
     files.mkdir(parents=True, exist_ok=True)
     for old in files.glob(f"[0-9]*.{suffix}"):
         old.unlink()

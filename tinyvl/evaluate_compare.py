@@ -41,7 +41,7 @@ def scored(
         raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
     files = []
     for path in paths:
-        texts = predictions.match(predictions.read(path, task.field), everything, task.field)
+        texts = predictions.read(path, everything, task.field)
         done = [record for record in records if record.id in texts]
         if len(done) < len(records) and not (allow_missing and done):
             first = next(record.id for record in records if record.id not in texts)

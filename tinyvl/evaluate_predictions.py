@@ -84,13 +84,10 @@ class Log:
         done = [record for record in records if record.id in self.lines]
         if not done:
             raise UserError(f"{self.run['data']}: none of its pictures could be read.")
-        return done, {
-            "failed": failed,
-            "kept": kept,  # made by earlier, interrupted runs
-            "seconds": round(seconds, 2),
-            "items_per_second": round((len(todo) - failed) / seconds, 3) if todo else None,
-            "device": str(place.device),
-        }
+        pace = round((len(todo) - failed) / seconds, 3) if todo else None
+        went = {"failed": failed, "kept": kept}  # kept: made by earlier, interrupted runs
+        went |= {"seconds": round(seconds, 2), "items_per_second": pace}
+        return done, went | {"device": str(place.device)}
 
 
 def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
@@ -160,12 +157,12 @@ def export(file: Path, texts: dict[str, str], field: str) -> None:
     write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
 
 
-def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
-    """The predictions of a file or of a run's folder, each with the place where it stands.
+def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
+    """The ``field`` of the predictions of a file or of a run's folder, by the record's id.
 
-    The file is JSON Lines, or a JSON array. Lines that have an ``error`` instead of the ``field``,
-    as `tinyvl caption --json` writes for a file it cannot read, are left out. Raises UserError if
-    there is no such file, or a line is no prediction.
+    The file is JSON Lines, or a JSON array. Lines that have an ``error`` instead, as `tinyvl
+    caption --json` writes for a file it cannot read, are left out. Raises UserError if there is no
+    such file, or a line is no prediction of one record, the only one.
     """
     path = path.expanduser()
     file = path / FILE if path.is_dir() else path
@@ -178,27 +175,27 @@ def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
     else:
         lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
         entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
-    found = []
+    find, texts = finder(records), {}
     for where, entry in entries:
         if isinstance(entry, dict) and "error" in entry and field not in entry:
             continue
         get(entry, field, str, where)
         if not any(entry.get(key) is not None for key in IDS + PATHS):
             raise UserError(f"{where}: nothing names the record; give an {', '.join(IDS)} or path")
-        found.append((where, entry))
-    if not found:
+        key = find(where, entry)
+        if key in texts:
+            raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
+        texts[key] = entry[field]
+    if not texts:
         raise UserError(f"{file} holds no predictions")
-    return found
+    return texts
 
 
-def match(
-    entries: list[tuple[str, dict[str, Any]]], records: list[Record], field: str
-) -> dict[str, str]:
-    """The text predicted for each record, by the record's id.
+def finder(records: list[Record]) -> Callable[[str, dict[str, Any]], str]:
+    """``find(where, entry)`` is the id of the record that an entry names; UserError without one.
 
-    An entry names its record by id or by path: the same path, or the same file name where only one
-    record has it; among several questions about a picture, by ``question`` too. Raises UserError if
-    an entry names no record, or several, or a record that another one named.
+    It is named by id or by path: the same path, or the same file name where only one record has it;
+    among several questions about a picture, by ``question`` too.
     """
     ids = {record.id for record in records}
     named: dict[str, list[Record]] = {}  # by path and by file name
@@ -224,10 +221,4 @@ def match(
                 raise UserError(f"{where}: {many}; name one by its id")
         raise UserError(f"{where}: {(names + paths)[0]!r} is not in the data")
 
-    texts: dict[str, str] = {}
-    for where, entry in entries:
-        key = find(where, entry)
-        if key in texts:
-            raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
-        texts[key] = entry[field]
-    return texts
+    return find

@@ -58,8 +58,7 @@ def mean_scores(
     return Scores(whole, resample, groups, extra)
 
 
-# Answers
-
+# Of answers.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
@@ -134,9 +133,6 @@ def strict_accuracy(answer: str, answers: Sequence[str]) -> float:
         raise UserError(f"The question answered by {answer!r} has no answers to compare with.")
     truth = Counter(a.strip() for a in answers).most_common(1)[0][0]
     return float(answer.strip() == truth)
-
-
-# Retrieval
 
 
 def ranks(
@@ -226,9 +222,6 @@ def chance(captions: Sequence[int]) -> dict[str, float]:
     found["TR-mean"] = sum(found.values()) / len(KS)
     of_text = {f"IR@{k}": min(1.0, k / images) for k in KS}
     return found | of_text | {"IR-mean": sum(of_text.values()) / len(KS)}
-
-
-# Zero-shot classification
 
 
 def label_ranks(scores: Tensor, labels: Sequence[int] | Tensor) -> Tensor:

@@ -18,11 +18,10 @@ import threading
 import time
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -91,7 +90,7 @@ def probe(path: str) -> Java | None:
     return Java(path, int(said[1])) if said and done.returncode == 0 else None
 
 
-class Program:
+class Program(AbstractContextManager):
     """A Java program beside ours: `send` gives it its input, `result` waits for its output.
 
     It ends when its ``with`` block is left, however that happens. Its outputs and its working
@@ -137,9 +136,6 @@ class Program:
             about = f"{self.java.path}, status {status}"
             raise UserError(f"{self.name} failed ({about}): {reason.strip()}")
         return self.out.read_text("utf-8", "replace")
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:  # with what it may have started

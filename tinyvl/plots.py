@@ -88,13 +88,14 @@ def series(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[int], l
 
 def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Pearson's r of depth and shift, or None where one does not vary: {tower: {parameter: r}}."""
-    return {
-        tower: {
-            parameter: statistics.correlation(x, y) if len({*x}) > 1 and len({*y}) > 1 else None
-            for parameter, (x, y) in curves.items()
-        }
-        for tower, curves in series(rows).items()
-    }
+    found: dict[str, dict[str, float | None]] = {}
+    for tower, curves in series(rows).items():
+        for parameter, (x, y) in curves.items():
+            varies = len({*x}) > 1 and len({*y}) > 1
+            found.setdefault(tower, {})[parameter] = (
+                statistics.correlation(x, y) if varies else None
+            )
+    return found
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
@@ -107,17 +108,13 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError(
-            "Drawing needs matplotlib: pip install 'tinyvl[plot]', or leave out --png.", 2
-        ) from None
+        advice = "pip install 'tinyvl[plot]', or leave out --png."
+        raise UserError(f"Drawing needs matplotlib: {advice}", 2) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves, r, colours = (
-        series(rows),
-        correlations(rows),
-        {"scale": "tab:blue", "bias": "tab:orange"},
-    )
+    curves, r = series(rows), correlations(rows)
+    colours = {"scale": "tab:blue", "bias": "tab:orange"}
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
     for axis, tower in zip(axes[0], sorted(curves), strict=True):
         for parameter in sorted(curves[tower], reverse=True):
