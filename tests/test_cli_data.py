@@ -13,7 +13,7 @@ from PIL import Image
 from published import PUBLISHED, coco, vqa, write, write_json, write_tar, xtd10
 from typer.testing import CliRunner
 
-from tinyvl import UserError, cli, cli_data, data, data_check, data_formats
+from tinyvl import UserError, cli, cli_data, data, data_check
 from tinyvl.data import Record
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -60,7 +60,7 @@ def good(tmp_path) -> Path:
 
 
 def test_formats_in_the_help_are_those_there_are():
-    assert list(cli_data.FORMATS) == list(data_formats.READERS)
+    assert list(cli_data.FORMATS) == list(data.READERS)
 
 
 def test_every_option_has_help():

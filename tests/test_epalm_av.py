@@ -1,6 +1,7 @@
 """eP-ALM on videos and sounds, with random tiny backbones: train, save, load, ask, evaluate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,12 +173,14 @@ def test_features_of_videos_are_read_by_models_of_the_same_frames(world, tmp_pat
     assert json.loads(result.stdout)["extracted"] == 9
     trained(world, tmp_path / "a", "video")
     source = evaluate.Source(str(world["video"]))
-    run = {"style": GREEDY, "place": PLACE, "scoring": evaluate.Scoring(["BLEU-4"])}
-    one = evaluate.run("caption", str(tmp_path / "a"), source, out=tmp_path / "one", **run)
-    two = evaluate.run(
-        "caption", str(tmp_path / "a"), source, out=tmp_path / "two", features=tmp_path / "kept",
-        **run,
-    )  # fmt: skip
+    places = [
+        replace(PLACE, out=tmp_path / "one"),
+        replace(PLACE, out=tmp_path / "two", features=tmp_path / "kept"),
+    ]
+    run = {"style": GREEDY, "scoring": {"metrics": ["BLEU-4"]}}
+    one, two = (
+        evaluate.run("caption", str(tmp_path / "a"), source, place=place, **run) for place in places
+    )
     assert one["items"] == two["items"] == 3
     vision = models.read_config(tmp_path / "a")["vision"]
     with pytest.raises(UserError, match="frames 4"):

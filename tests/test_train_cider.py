@@ -9,8 +9,7 @@ from test_train import files, job, run, world  # noqa: F401  (a fixture)
 from test_train import losses_of as losses
 
 from tinyvl import models, train, train_cider, train_run
-from tinyvl.metrics_captions import cider
-from tinyvl.metrics_cider import Cider
+from tinyvl.metrics_captions import Cider, cider
 from tinyvl.train_cider import SelfCritical
 
 WORDS = "a the dog cat runs sleeps on grass red two of with man ball"
