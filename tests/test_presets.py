@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from tinyvl import UserError, media_av, models, presets, presets_options
+from tinyvl import UserError, media_av, models_build, presets, presets_options
 from tinyvl.cli_options import PANELS
 from tinyvl.presets_options import METHODS, EPalm, LilT, declared, options_of
 
@@ -15,7 +15,7 @@ from tinyvl.presets_options import METHODS, EPalm, LilT, declared, options_of
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_the_constructors(method):
     """The help shows them; a model gets what was given alone."""
-    own = inspect.signature(models.METHODS[method].__init__).parameters
+    own = inspect.signature(models_build.class_of(method)).parameters
     kept = {
         field.name: field.default
         for field in fields(METHODS[method])
@@ -26,13 +26,6 @@ def test_defaults_are_the_constructors(method):
     assert {n: d for n, d in kept.items() if n not in sides} == {
         name: own[name].default for name in kept if name not in sides
     }
-
-
-def test_a_towers_defaults_are_those_of_its_tuning():
-    from tinyvl.lilt_towers import Tuning
-
-    own = declared(presets_options.ImageTower)
-    assert {name: of.default for name, of in own.items()} == vars(Tuning())
 
 
 def test_masks_are_those_of_sounds():

@@ -11,7 +11,7 @@ from typing import Any
 from tinyvl import UserError
 from tinyvl.files import local
 from tinyvl.hub_table import AST, CONFIGS, TIMESFORMER, architecture
-from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, options_of
+from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, flat, options_of
 from tinyvl.presets_table import AV_RECIPES, FRAMES, PRESETS, RECIPES, SMALL, Preset
 
 __all__ = ["AST", "CONFIGS", "PRESETS", "RECIPES", "SMALL", "TIMESFORMER", "Job", "Preset"]
@@ -31,9 +31,7 @@ def preset(name: str | None, method: str, modality: str | None = None) -> Preset
 def small_defaults(method: str) -> dict[str, Any]:
     """What the small recipe sets, by the options' names: what --help gives as defaults."""
     row = SMALL[method]
-    own = vars(row.recipe) | row.options | row.job | row.job.get("media", {})
-    for side in ("text", "image"):
-        own |= {f"{side}_{name}": value for name, value in row.options.get(side, {}).items()}
+    own = vars(row.recipe) | flat(row.options) | row.job | row.job.get("media", {})
     return own | {"language": row.language, "vision": row.vision, "fit": row.fit}
 
 
@@ -87,7 +85,7 @@ def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = No
 
     Args:
         asked: the given options, by their names in `options_of`.
-        start: with --init, the checkpoint's parts (`models.parts_of`), which stay as they are.
+        start: with --init, the checkpoint's parts (`models.start_of`), which stay as they are.
 
     Raises:
         UserError: options that do not go together, or would do nothing.

@@ -53,11 +53,11 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     val_records = val_records[:1000]  # enough to choose by
     if not resumed:
         config = starting_config(job)
-        dtype = cache_dtype(job, models.reads(config))
+    about = models.Checkpoint(run.out, config)
+    if not resumed:
+        dtype = cache_dtype(job, about.reads)
         config["training"] = settings | {"tinyvl": __version__, "cache_dtype": dtype}
-    store = None
-    if run.features:
-        store = open_store(run.features, models.image_side(config), models.reads(config))
+    store = open_store(run.features, about.image, about.reads) if run.features else None
     if not resumed:
         models.save_config(run.out, config)
     precision = choose_precision(job.precision, run.device)
