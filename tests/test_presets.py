@@ -9,7 +9,7 @@ import pytest
 
 from tinyvl import UserError, media_av, models_build, presets, presets_options
 from tinyvl.cli_options import PANELS
-from tinyvl.presets_options import METHODS, EPalm, LilT, declared, options_of
+from tinyvl.presets_options import METHODS, EPalm, LilT, options_of
 
 
 @pytest.mark.parametrize("method", METHODS)

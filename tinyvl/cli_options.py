@@ -239,8 +239,7 @@ class Search:
     def style(self) -> "Style":
         """The search as `write` takes it.
 
-        Raises:
-            UserError: values out of range; sampling's without --sample, the search's with it.
+        UserError: values out of range; sampling's without --sample, the search's with it.
         """
         searched = ("beams", "length_penalty", "late_stopping")
         for name in searched if self.sample else DRAWN:

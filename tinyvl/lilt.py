@@ -10,8 +10,8 @@ texts of a batch, divided by a learned temperature (section 2.1):
 The towers are locked but for what a `presets_options.Tuning` adds (2.2) or unlocks (2.3).
 Layerwise adapters stand where the authors' code has them: on a ViT block's branch, before norm1
 and norm2; in BERT after the dense layer and its dropout, before the LayerNorm that adds the
-residual. A deep adapter is one more layer on top of a stack. The pretrained models, and what training asks of them, are in
-``lilt_towers.py``.
+residual. A deep adapter is one more layer on top of a stack. The pretrained models, and what
+training asks of them, are in ``lilt_towers.py``.
 
 What differs from the authors' code: the loss sees the whole batch, not each GPU's part; the
 temperature has no weight decay; pictures are normalised as the encoder was trained; two captions

@@ -53,8 +53,7 @@ def encoder_of(
         asked: of modality, frames, lower and larger those that were given.
         summaries: no tokens are kept.
 
-    Raises:
-        UserError: no such preset, or options that would do nothing.
+    UserError: no such preset, or options that would do nothing.
     """
     modality = asked.get("modality")
     row = PRESETS.get(name or "") or preset(
@@ -87,8 +86,7 @@ def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = No
         asked: the given options, by their names in `options_of`.
         start: with --init, the checkpoint's parts (`models.start_of`), which stay as they are.
 
-    Raises:
-        UserError: options that do not go together, or would do nothing.
+    UserError: options that do not go together, or would do nothing.
     """
     row = preset(asked.get("preset"), method, asked.get("modality"))
     parts = new_parts(method, row, asked) if start is None else kept_parts(method, start, asked)
@@ -150,8 +148,7 @@ def new_parts(method: str, row: Preset, asked: dict[str, Any]) -> dict[str, Any]
 def kept_parts(method: str, start: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The parts of a checkpoint that a run starts from, with the options that it leaves free.
 
-    Raises:
-        UserError: an option was given that the checkpoint decides.
+    UserError: an option was given that the checkpoint decides.
     """
     own, ours = options_of(method), declared(Job, Recipe, Run)
     model = {"language", "vision", "fit", "prompt"}

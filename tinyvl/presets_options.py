@@ -349,10 +349,8 @@ def options_of(method: str) -> dict[str, Field]:
 
 def flat(options: dict[str, Any]) -> dict[str, Any]:
     """A method's options by name, a tower's as in `declared`: "text_adapter"."""
-    inner = {n: own for n, own in options.items() if isinstance(own, dict)}
-    return options | {
-        f"{n}_{name}": value for n, own in inner.items() for name, value in own.items()
-    }
+    towers = [(side, own) for side, own in options.items() if isinstance(own, dict)]
+    return options | {f"{side}_{name}": own[name] for side, own in towers for name in own}
 
 
 def check_choice(name: str, of: Field, value: Any) -> None:
