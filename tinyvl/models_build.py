@@ -16,7 +16,15 @@ import torch
 from torch import nn
 
 from tinyvl import UserError, hub
-from tinyvl.presets_options import METHODS, ImageTuning, Tuning, check_choice, declared, flat
+from tinyvl.presets_options import (
+    METHODS,
+    ImageTuning,
+    TextTuning,
+    Tuning,
+    check_choice,
+    declared,
+    flat,
+)
 from tinyvl.text import Questions, Text, read_text
 
 if TYPE_CHECKING:
@@ -252,7 +260,7 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
 
     check_choices("lilt", config["options"])
     options = dict(config["options"])
-    tuned, read = ImageTuning(**options.pop("image", {})), Tuning(**options.pop("text", {}))
+    tuned, read = ImageTuning(**options.pop("image", {})), TextTuning(**options.pop("text", {}))
     size, clean = options.pop("size", None), options.pop("clean", False)
     random = options.pop("random_init", False)
     check_lilt((tuned, read), random)
@@ -262,7 +270,8 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
         image = image_tower(config["image"], tuned, folder, size, random)
     if folders is None or "text" in folders:
         folder = folders and folders["text"]
-        plain = image is not None or random  # transformers' model, not the one for queries
+        locked = (read.adapter, read.unlock) == ("none", "none")  # without dropout
+        plain = random or not (locked or image is None)  # transformers' model, not our own
         text = text_tower(config["text"], read, folder, clean, random, plain)
     dropout = (tuned.dropout, read.dropout)
     return LilT(image, text, map_width=tuned.width, dropout=dropout, **options)
@@ -316,7 +325,7 @@ def image_tower(
 
 
 def text_tower(
-    text: dict, tuning: Tuning, folder: Path | None, clean: bool, random: bool, plain: bool
+    text: dict, tuning: TextTuning, folder: Path | None, clean: bool, random: bool, plain: bool
 ) -> "TextTower":
     """The text tower, tuned; a UserError where it lacks what the tuning asks for.
 
@@ -342,7 +351,8 @@ def text_tower(
     if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
         raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
     tuned = tuned_names(model, tuning, model.config.num_hidden_layers - grow, where)
-    return TextTower(model, tokenizer, clean=clean, pool=tuning.pool or "token", tuned=tuned)
+    pool = tuning.pool or "token"
+    return TextTower(model, tokenizer, clean=clean, prefix=tuning.prefix, pool=pool, tuned=tuned)
 
 
 def tuned_names(model: nn.Module, tuning: Tuning, depth: int, where: str) -> frozenset[str]:
