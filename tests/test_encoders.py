@@ -1,5 +1,6 @@
 """Encoders against timm's own forward passes."""
 
+import json
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from PIL import Image
 from tiny import VIT, write_vision
 
 from tinyvl import UserError
-from tinyvl.encoders import build_image_encoder, load_image_encoder
+from tinyvl.encoders import ImageEncoder, build_image_encoder
 
 
 def encoder_of(architecture, args=None, **kwargs):
@@ -22,6 +23,10 @@ def encoder_of(architecture, args=None, **kwargs):
     for p in encoder.model.parameters():
         p.data += 0.02 * torch.randn_like(p)
     return encoder
+
+
+def loaded(folder) -> ImageEncoder:
+    return build_image_encoder(json.loads((folder / "config.json").read_text()), folder)
 
 
 def pixels(side, n=2):
@@ -254,14 +259,14 @@ def test_jpeg_makes_large_pictures_small_jpegs():
 
 
 def test_it_is_frozen_and_stays_in_eval_mode(tmp_path):
-    encoder = load_image_encoder(write_vision(tmp_path / "v"))
+    encoder = loaded(write_vision(tmp_path / "v"))
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.train().model.training
 
 
 def test_folders_load(tmp_path):
     folder = write_vision(tmp_path / "v", "test_resnet", {})
-    encoder = load_image_encoder(folder)
+    encoder = loaded(folder)
     peer = timm.create_model("test_resnet")
     from safetensors.torch import load_file
 
@@ -278,7 +283,7 @@ def test_unknown_models_and_missing_weights_are_named(tmp_path):
         build_image_encoder({"architecture": "no_such_model"})
     folder = write_vision(tmp_path / "v", state={"cls_token": torch.zeros(1, 1, 32)})
     with pytest.raises(UserError, match="missing"):
-        load_image_encoder(folder)
+        loaded(folder)
 
 
 def test_a_picture_imports_no_code_for_videos_and_sounds(tmp_path):

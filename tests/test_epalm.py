@@ -352,11 +352,11 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
     eyes, text = Eyes([8, 16, 20]), Text(Words(), 0, 0)
     with pytest.raises(UserError, match="differ in width"):
         models.with_options("epalm", eyes, decoder, text, "", {"shared": True})
-    with pytest.raises(UserError, match="--tokens is one of cls, all, not 'patch'"):
+    with pytest.raises(UserError, match="--tokens is cls or all, not 'patch'"):
         models.with_options("epalm", eyes, decoder, text, "", {"tokens": "patch"})
-    with pytest.raises(UserError, match="--task is one of caption, vqa, not 'gqa'"):
+    with pytest.raises(UserError, match="--task is caption or vqa, not 'gqa'"):
         models.with_options("epalm", eyes, decoder, text, "", {"task": "gqa"})
-    model = EPalm(eyes, decoder, text, vision_width=20)  # a connection each
+    model = EPalm(eyes, decoder, text)  # a connection each
     assert [layer.in_features for layer in model.connector] == [16, 20]
 
 

@@ -71,8 +71,7 @@ GREEDY = write.Style(beams=1, max_tokens=6)
 @pytest.mark.parametrize("modality", ["video", "audio"])
 def test_trained_saved_asked_and_measured(modality, world, tmp_path):
     trained(world, tmp_path / "a", modality, "vqa", views=2)
-    config = models.read_config(tmp_path / "a")
-    assert models.modality_of(config) == modality
+    assert models.open_checkpoint(str(tmp_path / "a")).modality == modality
     model = models.load(str(tmp_path / "a"), task="vqa", device=CPU)
     assert model.encoder.modality == modality
     assert {n.partition(".")[0] for n, _ in model.named_parameters() if model.kept(n)} == {

@@ -7,7 +7,6 @@ import torch
 from tiny import VIT, write_decoder, write_vision
 
 from tinyvl import UserError, itune, models, presets
-from tinyvl.captioner import collate
 from tinyvl.decoder import Cache
 from tinyvl.encoders import Percept
 from tinyvl.itune import ITune, ITuneModule
@@ -61,7 +60,8 @@ def pictures(n: int) -> torch.Tensor:
 
 def batch_of(model: ITune, captions: list[str], rows: list[int]):
     ids = model.text.encode(captions)
-    return collate(ids, rows, pictures(max(rows) + 1), model.text, model.prompt)
+    images = max(rows) + 1
+    return model.collate(ids, rows, pictures(images), list(range(images)))
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -90,7 +90,7 @@ def test_gradients_equal_those_of_the_equations():
 
 
 def test_new_modules_leave_the_language_model_as_it_is(model):
-    fresh = ITune(model.encoder, model.decoder, model.text, vision_width=D)
+    fresh = ITune(model.encoder, model.decoder, model.text)
     ids = torch.tensor([[0, 3, 4, 5]])
     with torch.no_grad():
         visual = fresh.see(Percept(torch.randn(1, 9, D), []))

@@ -114,7 +114,7 @@ def pictures(count: int, side: int = 32) -> Tensor:
 
 def pairs_of(model: LilT, rows: list[int], keys: list[int], side: int = 32) -> Pairs:
     ids, mask = model.text.pad(model.text.encode([CAPTIONS[i % 5] for i in range(len(rows))], 25))
-    return Pairs(pictures(len(keys), side), torch.tensor(rows), ids, mask, torch.tensor(keys))
+    return Pairs(pictures(len(keys), side), torch.tensor(rows), ids, torch.tensor(keys), mask)
 
 
 def test_without_additions_the_towers_are_timms_and_transformers(folders):

@@ -9,14 +9,14 @@ import pytest
 
 from tinyvl import UserError, media_av, models_build, presets, presets_options
 from tinyvl.cli_options import PANELS
-from tinyvl.presets_options import METHODS, EPalm, LilT, declared, options_of
+from tinyvl.presets_options import METHODS, EPalm, LilT, options_of
 from tinyvl.text import Questions
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_the_constructors(method):
     """The help shows them; a model gets what was given alone."""
-    own = dict(inspect.signature(models_build.class_of(method).__init__).parameters)
+    own = dict(inspect.signature(models_build.class_of(method)).parameters)
     if method == "epalm":  # what it is asked is the business of another class
         own |= inspect.signature(Questions.__init__).parameters
     kept = {
@@ -29,13 +29,6 @@ def test_defaults_are_the_constructors(method):
     assert {n: d for n, d in kept.items() if n not in sides} == {
         name: own[name].default for name in kept if name not in sides
     }
-
-
-def test_a_towers_defaults_are_those_of_its_tuning():
-    from tinyvl.lilt import Tuning
-
-    own = declared(presets_options.ImageTower) | declared(presets_options.TextTower)
-    assert {name: of.default for name, of in own.items()} == vars(Tuning())
 
 
 def test_masks_are_those_of_sounds():

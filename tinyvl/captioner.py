@@ -5,7 +5,7 @@ an encoder's percept into what the method's modules read, once for each picture,
 pass of the decoder with that added. "Picture" stands for video and sound too.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tinyvl import UserError, decode
 from tinyvl.decode import Style
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
-from tinyvl.method import MicroBatch, pad
+from tinyvl.method import Method, MicroBatch, pad
 from tinyvl.text import Questions, Text, tidy
 
 
@@ -34,38 +34,14 @@ class Batch(MicroBatch):
 
     targets: Tensor  # (B, T) True where the token is predicted by the one before it
     states: Tensor | None = None  # (B, T - 1, d) ids[:, :-1] after the `text_layers`
-    keys: Tensor | None = None  # (I,) equal where pictures are the same
 
 
-def collate(
-    captions: list[list[int]],
-    rows: list[int],
-    pictures: Tensor,
-    text: Text,
-    prompt: list[int],
-    states: list[Tensor] | None = None,
-    keys: Tensor | None = None,
-) -> Batch:
-    """Bare caption ids to a `Batch`, with the captions' states (each (1 + P + t, d)) if known.
-
-    Padding is on the right: with a causal decoder no real token sees it, so no mask is needed (a
-    test compares it with left padding).
-    """
-    ids, targets = pad([[text.bos, *prompt, *c, text.eos] for c in captions], text.eos)
-    targets[:, : 1 + len(prompt)] = False
-    padded = None if states is None else nn.utils.rnn.pad_sequence(states, batch_first=True)
-    return Batch(pictures, torch.tensor(rows), ids, targets, padded, keys)
-
-
-class Captioner(nn.Module, ABC):
+class Captioner(Method):
     """A frozen encoder and a frozen decoder with trainable modules between them."""
 
-    reads = "tokens"  # the part of a percept that the method reads: "tokens" or "summaries"
     levels: int | None = 1  # how many of the encoder's summaries the method reads; None: all
     text_layers: int = 0  # how many of the first layers the picture does not reach
-    crop_area = 0.5  # the least share of a picture's area that a random crop keeps
-    fixed_pictures = True  # the encoder is frozen: a picture gives the same in every epoch
-    whole_steps = False  # the loss is a sum over captions: order in a step does not change it
+    crop_area = 0.5
     questions: Questions | None = None  # set where the model answers questions
 
     def __init__(
@@ -75,7 +51,6 @@ class Captioner(nn.Module, ABC):
         super().__init__()
         self.encoder, self.decoder, self.text, self.length = encoder, decoder, text, length
         self.prompt = text.encode([prompt])[0] if prompt else []
-        self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
 
     # ------------------------------------------------------------------------ what a method says
 
@@ -83,11 +58,14 @@ class Captioner(nn.Module, ABC):
     def see(self, percept: Percept) -> Any:
         """An encoder's percept (I pictures) to what the method's modules read, a row a picture."""
 
-    @abstractmethod
     def pick(self, visual: Any, rows: Tensor) -> Any:
         """These rows of what `see` gave."""
+        return {layer: (k[rows], v[rows]) for layer, (k, v) in visual.items()}
 
     @abstractmethod
+    def added(self, visual: Any) -> dict[str, Any]:
+        """What the picture adds to the decoder, as arguments of `Decoder.forward`."""
+
     def run(
         self,
         x: Tensor,
@@ -101,24 +79,16 @@ class Captioner(nn.Module, ABC):
         Rows are grouped by picture, the same number for each row of ``visual``. With first > 0,
         x has the states (B, T, d) that this layer reads.
         """
+        return self.decoder(x, mask, cache=cache, first=first, **self.added(visual))
 
     # ------------------------------------------------------------- what is trained, and how it runs
 
     def trainable(self, name: str) -> bool:
-        """Which parameters are trained, saved and counted."""
         return not name.startswith(("encoder.", "decoder."))
 
-    def kept(self, name: str) -> bool:
-        """Which parameters a checkpoint holds."""
-        return self.trainable(name)
-
-    def holds(self, name: str) -> bool:
-        """Which parameters of a checkpoint this model has: all."""
-        return True
-
-    def decays(self, parameter: nn.Parameter) -> bool:
-        """Which parameters have weight decay: all."""
-        return True
+    @property
+    def fixed_pictures(self) -> bool:
+        return not self.encoder.learns
 
     def train(self, mode: bool = True) -> "Captioner":
         """As in PyTorch, but the encoder's batch statistics and dropout stay frozen."""
@@ -127,7 +97,6 @@ class Captioner(nn.Module, ABC):
         return self
 
     def checkpoint(self, on: bool) -> None:
-        """Recompute the decoder's layers in the backward pass."""
         self.decoder.checkpointing = on
 
     def halve(self, dtype: torch.dtype) -> None:
@@ -139,17 +108,9 @@ class Captioner(nn.Module, ABC):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
-    def autocast(self) -> AbstractContextManager:
-        """Mixed precision where the model was placed with it."""
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
-
     def attention(self) -> AbstractContextManager:
         """On a CPU the plain kernel: the fused one is slow backward over short texts."""
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.embed.weight.device
 
     # ------------------------------------------------------------------------- text and pictures
 
@@ -159,24 +120,23 @@ class Captioner(nn.Module, ABC):
         return self.decoder.config.max_positions - self.length - 1 - len(self.prompt)
 
     def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
-        """Bare ids of captions, as training reads them."""
+        """Bare ids: without begin, prompt and end."""
         lead = " " if self.prompt else ""  # a prompt ends in a word
         longest = min(max_tokens, self.room - 1)
         return [ids[:longest] for ids in self.text.encode([lead + tidy(c) for c in captions])]
 
     def encode_answers(self, pairs: list[tuple[str, str]], max_tokens: int) -> list[list[int]]:
-        """Bare ids of (question, answer), as training reads them."""
+        """As `encode`, of (question, answer)."""
         assert self.questions is not None
         max_tokens = min(max_tokens, self.room // 2)
         return self.questions.encode(pairs, self.room - max_tokens, max_tokens - 1)
 
     @property
     def fixed_text(self) -> bool:
-        """Whether some states of a caption are the same in every epoch: those of `states`."""
         return self.text_layers > 0
 
     def state_rows(self, caption: Sequence[int]) -> int:
-        """How many states `states` makes of a caption's ids: one for each but the end."""
+        """One for each token but the end."""
         return 1 + len(self.prompt) + len(caption)
 
     @torch.no_grad()
@@ -196,14 +156,19 @@ class Captioner(nn.Module, ABC):
         keys: list[int],
         states: list[Tensor] | None = None,
     ) -> Batch:
-        """A `Batch` of caption ids; ``keys`` are equal where pictures are the same."""
-        same = torch.tensor(keys)
-        batch = collate(captions, rows, pictures, self.text, self.prompt, states, same)
+        """A `Batch` of bare ids.
+
+        Padding is on the right: with a causal decoder no real token sees it, so no mask is needed
+        (a test compares it with left padding).
+        """
+        lead = [self.text.bos, *self.prompt]
+        ids, targets = pad([[*lead, *c, self.text.eos] for c in captions], self.text.eos)
+        targets[:, : len(lead)] = False
         if self.questions is not None and self.questions.answer_only:
-            for row, ids in enumerate(captions):
-                start = 1 + len(self.prompt) + self.questions.answer_at(ids)
-                batch.targets[row, :start] = False
-        return batch
+            for row, caption in enumerate(captions):
+                targets[row, : len(lead) + self.questions.answer_at(caption)] = False
+        padded = None if states is None else nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return Batch(pictures, torch.tensor(rows), ids, torch.tensor(keys), targets, padded)
 
     def percept(self, pictures: Tensor) -> Percept:
         """A batch's pictures through the encoder; those of a feature cache as they are."""
@@ -243,10 +208,7 @@ class Captioner(nn.Module, ABC):
     def accumulate(
         self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None
     ) -> dict[str, float]:
-        """Adds the gradients of one optimizer step: the mean over all its real tokens.
-
-        -> {"loss": nats per token, "tokens": how many, "captions": how many}.
-        """
+        """As `Method.accumulate`: the loss is the mean over the step's tokens, in nats."""
         self.train()
         tokens = sum(int(batch.targets[:, 1:].sum()) for batch in batches)
         total = torch.zeros((), device=self.device)
@@ -275,10 +237,7 @@ class Captioner(nn.Module, ABC):
     def caption(self, pictures: Tensor, **search: Any) -> list[tuple[str, float]]:
         """Captions of a batch of pictures (I, 3, H, W), each with its mean log-probability.
 
-        ``search``: the fields of `Style`.
-
-        Raises:
-            UserError: this model answers questions.
+        ``search``: the fields of `Style`. UserError: this model answers questions.
         """
         if self.questions is not None:
             raise UserError("This model answers questions (tinyvl ask); name one for captions.", 2)
@@ -291,10 +250,7 @@ class Captioner(nn.Module, ABC):
         """Answers to a question about each picture (I, 3, H, W), with mean log-probabilities.
 
         An answer depends neither on the other questions nor on the batch. ``search``: the fields
-        of `Style`; 3 beams and 20 tokens unless given.
-
-        Raises:
-            UserError: this model writes captions.
+        of `Style`; 3 beams and 20 tokens unless given. UserError: this model writes captions.
         """
         if self.questions is None:
             raise UserError("This model makes captions; name one trained with --task vqa.", 2)
@@ -324,15 +280,8 @@ class Captioner(nn.Module, ABC):
         elif style.beams == 1:
             found = decode.greedy(step, prompt, **common)
         else:
-            searched = decode.beam(
-                step,
-                prompt,
-                beams=style.beams,
-                length_penalty=style.length_penalty,
-                early_stopping=style.early_stopping,
-                **common,
-            )
-            found = [best[0] for best in searched]
+            how: Any = {n: getattr(style, n) for n in ("beams", "length_penalty", "early_stopping")}
+            found = [best[0] for best in decode.beam(step, prompt, **common, **how)]
         return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]
 
     def stepper(self, visual: Any, images: int, mask: Tensor | None = None) -> decode.Step:

@@ -12,7 +12,7 @@ import typer.core
 
 from tinyvl import UserError
 from tinyvl.presets import small_defaults
-from tinyvl.presets_options import Job, Run, declared, flag, option, options_of
+from tinyvl.presets_options import Job, Run, check_choice, declared, flag, option, options_of
 
 if TYPE_CHECKING:
     from tinyvl.decode import Style
@@ -156,20 +156,14 @@ def default_text(of: Field, shown: Any) -> str:
 
 
 def value_of(name: str, of: Field, value: Any) -> Any:
-    """The value of what was given.
-
-    Raises:
-        UserError: it is none of the option's values.
-    """
+    """The value of what was given, or a UserError that says what it has to be."""
     told, typed = of.metadata, flag(name, of)
     if told["parse"]:
         try:
             value = told["parse"](value)
         except ValueError as error:
             raise UserError(f"{typed} {error}, not {value!r}.", 2) from None
-    if told["choices"] and value not in told["choices"]:
-        *others, last = told["choices"]
-        raise UserError(f"{typed} is {', '.join(others)} or {last}, not {value!r}.", 2)
+    check_choice(name, of, value)
     for word, bound, sign in (("least", told.get("min"), 1), ("most", told.get("max"), -1)):
         if bound is not None and not value * sign >= bound * sign:
             raise UserError(f"{typed} is at {word} {bound:g}, not {value:g}.", 2)
@@ -245,8 +239,7 @@ class Search:
     def style(self) -> "Style":
         """The search as `write` takes it.
 
-        Raises:
-            UserError: values out of range; sampling's without --sample, the search's with it.
+        UserError: values out of range; sampling's without --sample, the search's with it.
         """
         searched = ("beams", "length_penalty", "late_stopping")
         for name in searched if self.sample else DRAWN:

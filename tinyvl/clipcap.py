@@ -11,16 +11,16 @@ The language model stays frozen with both mappings (the paper's MLP goes with a 
 transformer's 42,728,448 parameters over 640 numbers and GPT-2 are the 43 M of both papers.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl.captioner import Captioner
-from tinyvl.decoder import Cache, Decoder, Prefix
+from tinyvl.decoder import Decoder, Prefix
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.text import Text
-
-MAPPINGS = ("mlp", "transformer")
 
 
 class Layer(nn.Module):
@@ -79,7 +79,6 @@ class ClipCap(Captioner):
         decoder: Decoder,
         text: Text,
         *,
-        vision_width: int,
         prompt: str = "",
         mapping: str = "mlp",
         length: int = 10,
@@ -106,15 +105,5 @@ class ClipCap(Captioner):
         prefix = self.mapping(percept.summaries[-1]).unflatten(-1, (self.length, -1))
         return self.decoder.read(self.decoder.widen(prefix), start=0)[1]
 
-    def pick(self, visual: Prefix, rows: Tensor) -> Prefix:
-        return {layer: (k[rows], v[rows]) for layer, (k, v) in visual.items()}
-
-    def run(
-        self,
-        x: Tensor,
-        visual: Prefix,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-        first: int = 0,
-    ) -> Tensor:
-        return self.decoder(x, mask, cache=cache, prefix=visual, first=first, start=self.length)
+    def added(self, visual: Prefix) -> dict[str, Any]:
+        return {"prefix": visual, "start": self.length}

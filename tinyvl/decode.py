@@ -76,11 +76,8 @@ def greedy(
         max_new_tokens: the length of a text at most, its end token included.
         forbid: tokens that are never produced: their logits become -inf before the softmax.
 
-    Returns:
-        One hypothesis per prompt.
-
-    Raises:
-        ValueError: an option is out of its range. So do the other searches.
+    -> one hypothesis per prompt. ValueError here and in the other searches: an option is out of its
+    range.
     """
     best = lambda logits, live, t: logits.argmax(-1)  # noqa: E731
     return _single(step, prompt, best, eos, max_new_tokens, forbid)
@@ -110,9 +107,8 @@ def sample(
         indices: each prompt's index among all inputs (default 0 to B-1). With it a prompt gets the
             same text in every batch.
 
-    Returns:
-        One hypothesis per prompt. Its log-probability is the model's own, before temperature,
-        top-k and top-p, so it compares with those of the other searches.
+    -> one hypothesis per prompt. Its log-probability is the model's own, before temperature, top-k
+    and top-p, so it compares with those of the other searches.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0 (or use greedy)")

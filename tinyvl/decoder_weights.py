@@ -15,10 +15,9 @@ FAMILIES = "GPT-2, OPT, Llama, SmolLM2, TinyLlama or Qwen2/2.5"
 
 
 def decoder_config(config: dict) -> DecoderConfig:
-    """Reads transformers' ``config.json`` (a dict).
+    """Reads transformers' ``config.json``.
 
-    Raises:
-        UserError: the checkpoint is of another family, or needs something that we do not compute.
+    UserError: the checkpoint is of another family, or needs something that we do not compute.
     """
     kind = config.get("model_type")
     readers = {"gpt2": gpt2_config, "opt": opt_config, "llama": llama_config, "qwen2": llama_config}
@@ -180,9 +179,7 @@ def convert_state(kind: str, state: dict[str, Tensor], config: DecoderConfig) ->
     return out
 
 
-def load_decoder(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Decoder:
+def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
     """A frozen `Decoder` from a transformers checkpoint folder (safetensors, sharded or not)."""
     from safetensors.torch import load_file
 
@@ -193,8 +190,8 @@ def load_decoder(
         raise UserError(f"{folder}: no .safetensors weights in this folder.")
     state: dict[str, Tensor] = {}
     for file in files:
-        state.update(load_file(file, device=str(device)))
-    return build_decoder(raw["model_type"], state, config, dtype, str(folder)).to(device)
+        state.update(load_file(file))
+    return build_decoder(raw["model_type"], state, config, dtype, str(folder))
 
 
 def build_decoder(

@@ -14,11 +14,7 @@ T = TypeVar("T")
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device asked for, else CUDA, else Apple's MPS, else the CPU.
-
-    Raises:
-        UserError: the device asked for cannot be used here.
-    """
+    """The device asked for (UserError: it cannot be used here), else CUDA, Apple's MPS, the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and torch.backends.mps.is_available():
@@ -34,10 +30,9 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_precision(name: str | None, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16. ``name`` forces one.
+    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16.
 
-    Raises:
-        UserError: it is no name of a precision.
+    ``name`` forces one. UserError: it is no name of a precision.
     """
     if name is not None:
         if name not in PRECISIONS:
@@ -58,8 +53,6 @@ def keep_memory() -> None:
     A step's tensors are large, so malloc maps and unmaps each of them: on a CPU, page faults took
     a third of the training time. Does nothing with another C library.
     """
-    if sys.platform != "linux":
-        return
     import ctypes
 
     try:
@@ -102,10 +95,7 @@ class Pieces:
 
         Args:
             attempt: does the whole work from the start, in that many pieces.
-            most: into how many pieces the batch can be cut.
-
-        Raises:
-            UserError: ``most`` pieces do not fit either.
+            most: into how many pieces the batch can be cut; a UserError where these do not fit.
         """
         while True:
             try:

@@ -8,7 +8,6 @@ final norm. An encoder without [CLS] gives the mean of each stage's feature map 
 without parameters; for the last stage that is the mean of its final features, after a CNN's head.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,9 +39,7 @@ class Percept:
     def join(parts: "list[Percept]") -> "Percept":
         """One percept of several batches."""
         levels = zip(*(part.summaries for part in parts), strict=True)
-        return Percept(
-            torch.cat([part.tokens for part in parts]), [torch.cat(level) for level in levels]
-        )
+        return Percept(torch.cat([part.tokens for part in parts]), [*map(torch.cat, levels)])
 
 
 class Encoder(nn.Module):
@@ -98,8 +95,7 @@ class ImageEncoder(Encoder):
             larger: a side in pixels. The tokens of the picture enlarged to it follow the
                 picture's own, so that a CNN's filters see smaller parts. 0: none.
 
-        Raises:
-            UserError: ``fit`` is unknown, or the model has no maps for ``lower`` or ``larger``.
+        UserError: ``fit`` is unknown, or the model has no maps for ``lower`` or ``larger``.
         """
         super().__init__()
         from timm.data import resolve_data_config
@@ -117,26 +113,26 @@ class ImageEncoder(Encoder):
         if lower and (not self.maps or lower > len(below)):
             has = f"{len(below)} stages below its last map" if self.maps else "no maps"
             raise UserError(f"--lower {lower}: this image encoder has {has}.", 2)
-        self.larger = self.enlarged(larger)
+        self.larger = larger
+        if larger:
+            self.check_larger()
         self.below = below[::-1][:lower]
         self.last_is_map = below is not stages  # the last stage is the last map
         if self.maps and stages:
             stages = [*stages[:-1], self.width]
         self.widths = stages[-(levels or 0) :]
 
-    def enlarged(self, side: int) -> int:
-        """The side of larger pictures, if the model can read them."""
-        if not side:
-            return 0
+    def check_larger(self) -> None:
+        """Raises a UserError where the model cannot read larger pictures of this side."""
+        why = ""
         if not self.maps:
-            raise UserError(f"--larger {side}: this image encoder has no maps.", 2)
-        if self.model.pretrained_cfg.get("fixed_input_size"):
-            raise UserError(f"--larger {side}: this image encoder reads one size only.", 2)
-        if side <= self.size:
-            raise UserError(
-                f"--larger {side}: give more than this image encoder's own {self.size} pixels.", 2
-            )
-        return side
+            why = "this image encoder has no maps"
+        elif self.model.pretrained_cfg.get("fixed_input_size"):
+            why = "this image encoder reads one size only"
+        elif self.larger <= self.size:
+            why = f"give more than this image encoder's own {self.size} pixels"
+        if why:
+            raise UserError(f"--larger {self.larger}: {why}.", 2)
 
     def prepare(self, data_config: dict[str, Any], fit: str) -> None:
         """Sets how a picture becomes the model's input."""
@@ -268,34 +264,19 @@ def norm_types() -> tuple[type, ...]:
     return (nn.LayerNorm, nn.RMSNorm, *([layers.LayerNorm, layers.RmsNorm] if layers else []))
 
 
-def load_image_encoder(folder: Path, **options: Any) -> ImageEncoder:
-    """An encoder from a timm checkpoint folder: ``config.json`` and ``model.safetensors``.
-
-    Raises:
-        UserError: weights are missing, or what `build_image_encoder` raises.
-    """
-    from safetensors.torch import load_file
-
-    encoder = build_image_encoder(json.loads((folder / "config.json").read_text()), **options)
-    state = load_file(folder / "model.safetensors")
-    missing, _ = encoder.model.load_state_dict(state, strict=False)  # a classifier may be extra
-    refuse_missing(missing, folder)
-    return encoder
-
-
 def refuse_missing(names: Sequence[str], folder: Path) -> None:
     """Raises a UserError that names the first of the missing weights, if there are any."""
     if names:
         raise UserError(f"{folder}: the weights of {names[0]} (and maybe more) are missing.")
 
 
-def build_image_encoder(config: dict[str, Any], **options: Any) -> ImageEncoder:
-    """The encoder a timm ``config.json`` describes, with random weights, without classifier.
+def build_image_encoder(
+    config: dict[str, Any], folder: Path | None = None, **options: Any
+) -> ImageEncoder:
+    """The encoder a timm ``config.json`` describes, without classifier; ``options``: its own.
 
-    ``options`` are those of `ImageEncoder`.
-
-    Raises:
-        UserError: timm has no such model, or the tokens of this one cannot be read.
+    It has the weights of the folder's ``model.safetensors``, or random ones. UserError: timm has no
+    such model, the tokens of this one cannot be read, or weights are missing.
     """
     model = build_timm(config)
     if not hasattr(model, "forward_intermediates"):
@@ -304,16 +285,20 @@ def build_image_encoder(config: dict[str, Any], **options: Any) -> ImageEncoder:
             "be read; choose another image encoder.",
             2,
         )
+    if folder is not None:
+        from safetensors.torch import load_file
+
+        state = load_file(folder / "model.safetensors")
+        missing, _ = model.load_state_dict(state, strict=False)  # a classifier may be extra
+        refuse_missing(missing, folder)
     return ImageEncoder(model, **options)
 
 
 def build_timm(config: dict[str, Any], **changes: Any) -> nn.Module:
     """The timm model a ``config.json`` describes, random, without classifier.
 
-    ``changes`` are further arguments of timm's constructor.
-
-    Raises:
-        UserError: it is not a model of timm, or timm has none of this name.
+    ``changes`` are further arguments of timm's constructor. UserError: it is not a model of timm,
+    or timm has none of this name.
     """
     import timm
 

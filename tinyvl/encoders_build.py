@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvl import UserError
-from tinyvl.encoders import FRAMES, Encoder, build_image_encoder, load_image_encoder
+from tinyvl.encoders import FRAMES, Encoder, build_image_encoder
 
 SOUNDS = ("audio-spectrogram-transformer", "whisper")  # model_type in transformers
 
@@ -19,8 +19,7 @@ def build_encoder(
             ``larger`` pictures, the ``modality``, the ``frames`` of a video, and the widest
             ``masks`` of a sound (mel bins, frames).
 
-    Raises:
-        UserError: it does not read this modality, or has no maps for ``lower`` or ``larger``.
+    UserError: it does not read this modality, or has no maps for ``lower`` or ``larger``.
     """
     modality, kind = vision.get("modality", "image"), vision["config"].get("model_type")
     if (modality == "audio") != (kind in SOUNDS):
@@ -31,17 +30,15 @@ def build_encoder(
             2,
         )
     maps = {key: vision[key] for key in ("lower", "larger") if vision.get(key)}
-    options = {"fit": vision["fit"], "levels": levels, **maps}
     if kind in (*SOUNDS, "timesformer"):
         from tinyvl import encoders_av
 
         for key, value in maps.items():
             raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
         encoder = encoders_av.build(vision, folder, levels)
-    elif folder is None:
-        encoder = build_image_encoder(vision["config"], **options)
     else:
-        encoder = load_image_encoder(folder, **options)
+        config, fit = vision["config"], vision["fit"]
+        encoder = build_image_encoder(config, folder, fit=fit, levels=levels, **maps)
     if modality != "audio":
         encoder.modality, encoder.frames = modality, vision.get("frames", FRAMES)
     return encoder

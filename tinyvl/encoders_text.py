@@ -24,17 +24,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tinyvl import UserError
 from tinyvl.text import clean_caption, tidy
 
-POOLS = ("token", "mean")
-
 
 class TextEncoder(nn.Module):
     """A transformers text encoder: ids (B, T) and mask (B, T) -> final hidden states (B, T, D)."""
 
     def __init__(self, model: Any, tokenizer: Any = None, *, clean: bool = False, prefix: str = ""):
-        """Args:
-        tokenizer: transformers' own; None where only parameters are counted.
-        clean: texts go through `clean_caption` first.
-        prefix: every text then begins with this.
+        """``tokenizer``: transformers' own, or None. ``prefix``: every text begins with this.
+
+        ``clean``: texts go through `clean_caption` first.
         """
         super().__init__()
         self.model, self.tokenizer, self.clean, self.prefix = model, tokenizer, clean, prefix
@@ -95,10 +92,7 @@ def refuse_missing(names: Iterable[str], folder: Path, depth: int) -> None:
 def build_text_model(config: dict[str, Any], *, grow: int = 0) -> Any:
     """The encoder that a transformers ``config.json`` describes, with random weights, no pooler.
 
-    ``grow`` more layers come on top.
-
-    Raises:
-        UserError: it is not of the BERT family.
+    ``grow`` more layers come on top. UserError: it is not of the BERT family.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -124,8 +118,7 @@ def load_tokenizer(folder: Path) -> Any:
 def load_text_model(folder: Path, *, grow: int = 0) -> nn.Module:
     """The encoder of a transformers checkpoint folder; ``grow`` random layers come on top.
 
-    Raises:
-        UserError: it is not of the BERT family, or weights are missing.
+    UserError: it is not of the BERT family, or weights are missing.
     """
     from transformers.utils import logging
 
@@ -250,8 +243,7 @@ def readable(folder: Path) -> bool:
 def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
     """A `readable` folder's model and tokenizer; ``grow`` empty layers come on top.
 
-    Raises:
-        UserError: weights are missing.
+    UserError: weights are missing.
     """
     from safetensors.torch import load_file
 

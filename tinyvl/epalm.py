@@ -25,11 +25,13 @@ PromptFuse, LimBER, MAGMA and FrozenBiLM are options: the last [CLS] token (MAGM
 tokens), at the input ([0, 1)), with a prompt, alone, or with adapters.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tinyvl.captioner import Captioner
-from tinyvl.decoder import Adapters, Cache, Decoder, Prefix
+from tinyvl.decoder import Adapters, Decoder, Prefix
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.text import Text
 
@@ -100,7 +102,6 @@ class EPalm(Captioner):
         decoder: Decoder,
         text: Text,
         *,
-        vision_width: int,
         prompt: str = "",
         shared: bool = False,
         soft: int = 10,
@@ -128,7 +129,7 @@ class EPalm(Captioner):
         self.extract, self.inject = ranges(extract, inject, levels, c.layers)
         widths = [encoder.widths[level] for level in self.extract]
         if tokens == "all":
-            self.reads, widths = "tokens", [vision_width]
+            self.reads, widths = "tokens", [encoder.width]
         self.connector = nn.ModuleList(
             nn.Linear(width, c.hidden_size) for width in (widths[:1] if shared else widths)
         )
@@ -143,7 +144,6 @@ class EPalm(Captioner):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trainable(name))
         self.encoder.learns = "encoder" in self.unfrozen
-        self.fixed_pictures = not self.encoder.learns
         touched = self.soft or self.deep or self.adapters or "decoder" in self.unfrozen
         self.text_layers = 0 if touched else self.inject.start
 
@@ -160,9 +160,9 @@ class EPalm(Captioner):
             prompt = decoder.widen(self.soft())[None]  # (1, P, d)
             below: Prefix = {}
             if start:  # the same for all images
-                prompt, below = decoder.read(prompt, adapters=self.added, last=start)
+                prompt, below = decoder.read(prompt, adapters=self.pairs, last=start)
             prompt = prompt.expand(images, -1, -1)
-            prefix = decoder.read(prompt, adapters=self.added, prefix=prefix, first=start)[1]
+            prefix = decoder.read(prompt, adapters=self.pairs, prefix=prefix, first=start)[1]
             prefix |= below
         if self.deep is not None:
             prompts = self.deep().unflatten(0, (decoder.config.layers, 1, -1))
@@ -191,13 +191,13 @@ class EPalm(Captioner):
             prefix[layer] = self.decoder.prefix(layer, states[level])
         if end < self.decoder.config.layers:  # the last one goes on by itself
             alone = self.decoder(
-                states[-1], adapters=self.added, first=end - 1, last=end, start=None
+                states[-1], adapters=self.pairs, first=end - 1, last=end, start=None
             )  # (I, 1 or S, d)
-            prefix |= self.decoder.read(alone, adapters=self.added, first=end)[1]
+            prefix |= self.decoder.read(alone, adapters=self.pairs, first=end)[1]
         return prefix
 
     @property
-    def added(self) -> Adapters:
+    def pairs(self) -> Adapters:
         pairs = {int(i): tuple(pair.children()) for i, pair in self.adapters.items()}
         return {i: (first, second) for i, (first, second) in pairs.items()}
 
@@ -206,12 +206,5 @@ class EPalm(Captioner):
             layer: (k, v) if len(k) == 1 else (k[rows], v[rows]) for layer, (k, v) in visual.items()
         }
 
-    def run(
-        self,
-        x: Tensor,
-        visual: Prefix,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-        first: int = 0,
-    ) -> Tensor:
-        return self.decoder(x, mask, cache=cache, adapters=self.added, prefix=visual, first=first)
+    def added(self, visual: Prefix) -> dict[str, Any]:
+        return {"prefix": visual, "adapters": self.pairs}

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl.captioner import Captioner
-from tinyvl.decoder import Cache, Decoder
+from tinyvl.decoder import Decoder
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.text import Text
 
@@ -102,7 +102,6 @@ class ITune(Captioner):
         decoder: Decoder,
         text: Text,
         *,
-        vision_width: int,
         prompt: str = "",
         bottleneck: int | None = None,
         drop: int = 0,
@@ -111,7 +110,6 @@ class ITune(Captioner):
         rank: int = 128,
     ):
         """Args:
-        vision_width: D, the width of the image tokens.
         bottleneck: r; None: half of the decoder's width.
         drop: layers without a module, from the first one on (section 3, "dropping").
         scale: λ.
@@ -122,14 +120,13 @@ class ITune(Captioner):
         self.text_layers = drop
         c = decoder.config
         r = bottleneck or c.hidden_size // 2
-        self.itune = nn.ModuleDict(
-            {
-                str(i): ITuneModule(c.hidden_size, vision_width, r, scale, dropout)
-                for i in range(drop, c.layers)
-            }
-        )
+        modules = {
+            str(i): ITuneModule(c.hidden_size, encoder.width, r, scale, dropout)
+            for i in range(drop, c.layers)
+        }
+        self.itune = nn.ModuleDict(modules)
         below = sum(encoder.below)
-        self.lower = Lower(below, vision_width, rank) if below else None
+        self.lower = Lower(below, encoder.width, rank) if below else None
 
     def see(self, percept: Percept) -> dict[int, KeysValues]:
         tokens = percept.tokens if self.lower is None else self.lower(percept.tokens)
@@ -137,16 +134,6 @@ class ITune(Captioner):
         modules: dict[str, Any] = dict(self.itune.items())
         return {int(i): module.see(tokens) for i, module in modules.items()}
 
-    def pick(self, visual: dict[int, KeysValues], rows: Tensor) -> dict[int, KeysValues]:
-        return {i: (k[rows], v[rows]) for i, (k, v) in visual.items()}
-
-    def run(
-        self,
-        x: Tensor,
-        visual: dict[int, KeysValues],
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-        first: int = 0,
-    ) -> Tensor:
+    def added(self, visual: dict[int, KeysValues]) -> dict[str, Any]:
         branches = {i: lambda x, i=i, kv=kv: self.itune[str(i)](x, kv) for i, kv in visual.items()}
-        return self.decoder(x, mask, cache=cache, branches=branches, first=first)
+        return {"branches": branches}

@@ -7,11 +7,11 @@ texts of a batch, divided by a learned temperature (section 2.1):
 
     L = ½ (cross-entropy of each text among the images + of each image among the texts)   (1)
 
-The towers are locked but for what a `Tuning` adds (2.2) or unlocks (2.3). Layerwise adapters
-stand where the authors' code has them: on a ViT block's branch, before norm1 and norm2; in BERT
-after the dense layer and its dropout, before the LayerNorm that adds the residual. A deep adapter
-is one more layer on top of a stack. The pretrained models, and what training asks of them, are in
-``lilt_towers.py``.
+The towers are locked but for what a `presets_options.Tuning` adds (2.2) or unlocks (2.3).
+Layerwise adapters stand where the authors' code has them: on a ViT block's branch, before norm1
+and norm2; in BERT after the dense layer and its dropout, before the LayerNorm that adds the
+residual. A deep adapter is one more layer on top of a stack. The pretrained models, and what
+training asks of them, are in ``lilt_towers.py``.
 
 What differs from the authors' code: the loss sees the whole batch, not each GPU's part; the
 temperature has no weight decay; pictures are normalised as the encoder was trained; two captions
@@ -27,7 +27,6 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,23 +36,7 @@ from torch import Tensor, nn
 
 from tinyvl.encoders import norm_types
 from tinyvl.lilt_towers import DualEncoder, ImageTower, Pairs, TextTower
-
-ADAPTERS = ("none", "layerwise", "deep")
-UNLOCKS = ("none", "layernorm", "bitfit", "all")
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What is trained in a tower, and how its vector is read."""
-
-    adapter: str = "none"  # one of ADAPTERS
-    unlock: str = "none"  # which pretrained parameters: one of UNLOCKS
-    layers: tuple[int, int] | None = None  # unlock only in first..last; -1 is the deepest (Fig. 5)
-    pool: str | None = None  # "token", "mean"; None: the paper's token 0 where there is one
-    width: int = 384  # of the block over a feature map
-    dropout: float = 0.0  # before the projection, in training; the paper has none
-    prefix: str = ""  # every text begins with this: e5 was trained with "query: "
-
+from tinyvl.presets_options import Tuning
 
 # ---------------------------------------------------------------------------------- what is added
 
@@ -219,7 +202,6 @@ class LilT(DualEncoder):
             parameter.requires_grad_(self.trainable(name))
 
     def trainable(self, name: str) -> bool:
-        """Which parameters are trained, saved and counted."""
         part, _, rest = name.partition(".")
         if part in ("encoder", "text"):
             return rest.removeprefix("model.") in getattr(self, part).tuned

@@ -6,7 +6,6 @@ still the same batch.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from tinyvl import UserError
 from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, normal
 from tinyvl.encoders_text import TextEncoder, pool_tokens
-from tinyvl.method import MicroBatch
+from tinyvl.method import Method, MicroBatch
 
 
 def image_model(
@@ -27,10 +26,8 @@ def image_model(
     Args:
         size: of its pictures, in pixels; None: its own.
         grow: put one more block on top; it is random.
-        state: pretrained weights; a ViT's position embeddings are interpolated (bicubic).
-
-    Raises:
-        UserError: a weight is missing.
+        state: pretrained weights, or a UserError where one is missing; a ViT's position embeddings
+            are interpolated (bicubic).
     """
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
@@ -68,10 +65,9 @@ class ImageTower(ImageEncoder):
     def __init__(
         self, model: nn.Module, *, fit: str, pool: str, tuned: frozenset[str], map_adapter: bool
     ):
-        """Args:
-        pool: "token" or "mean".
-        tuned: names of the model's trainable parameters.
-        map_adapter: all tokens are read, by a `lilt.MapAdapter`.
+        """``pool``: "token" or "mean". ``tuned``: names of the model's trainable parameters.
+
+        ``map_adapter``: all tokens are read, by a `lilt.MapAdapter`.
         """
         super().__init__(model, fit=fit)
         self.pool, self.tuned, self.map_adapter = pool, tuned, map_adapter
@@ -135,83 +131,61 @@ class Pairs(MicroBatch):
     cache; ``ids`` are (B, T), or a locked tower's vectors (B, D)."""
 
     mask: Tensor  # (B, T) 1 where there is a token
-    keys: Tensor  # (I,) a number for each picture: equal where pictures are the same
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(Method):
     """Two towers, and what training and loading ask of them; `lilt.LilT` is what is learnt."""
 
-    crop_area = 0.2  # the least share of a picture's area that a random crop keeps
-    reads = "tokens"
-    whole_steps = True  # the loss compares all the pairs of a step: they are drawn at random
+    crop_area = 0.2
+    whole_steps = True
     width: int  # of the common space
-    temperature: nn.Parameter
 
     def __init__(self, encoder: ImageTower | None, text: TextTower | None):
         """None where only the other tower is wanted, as by `tinyvl retrieve`."""
         super().__init__()
-        self.encoder: Any = encoder
-        self.text: Any = text
-        self.amp: torch.dtype | None = None  # autocast type, set by `models.place`
-
-    def trainable(self, name: str) -> bool:
-        """Which parameters are trained, saved and counted."""
-        raise NotImplementedError
+        self.encoder, self.text = encoder, text
 
     def kept(self, name: str) -> bool:
-        """Which parameters a checkpoint holds: untrained random projections too."""
+        """Untrained random projections, too."""
         return self.trainable(name) or name.partition(".")[0].endswith("projection")
 
     def holds(self, name: str) -> bool:
-        """Which parameters of a checkpoint this model has; it may lack a tower."""
         side = self.text if name.startswith("text") else self.encoder
         return side is not None or name == "temperature"
 
     @property
-    def device(self) -> torch.device:
-        return self.temperature.device
-
-    @property
     def fixed_pictures(self) -> bool:
-        """Whether the image tower is locked: a picture gives the same in every epoch."""
         return not self.encoder.tuned
 
     @property
     def fixed_text(self) -> bool:
-        """Whether the text tower is locked: a text gives the same in every epoch."""
         return not self.text.tuned
 
     def decays(self, parameter: nn.Parameter) -> bool:
-        """Which parameters have weight decay: matrices, and not the temperature, as in theirs."""
+        """Matrices only, as in theirs."""
         return parameter.ndim > 1
 
     def checkpoint(self, on: bool) -> None:
-        """Recompute the towers' layers in the backward pass."""
         for tower in (self.encoder, self.text):
             if on and tower.tuned:
                 tower.checkpoint()
 
-    def autocast(self) -> AbstractContextManager:
-        """Mixed precision where the model was placed with it."""
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
-
     def halve(self, dtype: torch.dtype) -> None:
-        """Puts locked matrices and filters into half precision; autocast needs the rest whole."""
+        """Locked matrices and filters; autocast needs the rest whole."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
 
     def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
-        """Ids of captions, [CLS] and [SEP] included, as training reads them."""
+        """With [CLS] and [SEP]."""
         return self.text.encode(captions, max_tokens)
 
     def state_rows(self, caption: Sequence[int]) -> int:
-        """How many rows `states` has for a caption."""
         return 1
 
     @torch.no_grad()
     def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """The locked text tower's vectors (B, D) of captions' ids."""
+        """The locked text tower's vectors (B, D)."""
         ids, mask = self.text.pad(captions)
         with self.autocast():
             return self.eval().text(ids.to(self.device), mask.to(self.device)).float()
@@ -224,8 +198,7 @@ class DualEncoder(nn.Module):
         keys: list[int],
         states: list[Tensor] | None = None,
     ) -> Pairs:
-        """A micro-batch of caption ids, or of the locked text tower's vectors in their place."""
         ids, mask = self.text.pad(captions)
         if states is not None:
             ids = torch.cat(states)
-        return Pairs(pictures, torch.tensor(rows), ids, mask, torch.tensor(keys))
+        return Pairs(pictures, torch.tensor(rows), ids, torch.tensor(keys), mask)

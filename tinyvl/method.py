@@ -1,9 +1,10 @@
 """What training and loading ask of any method, and the micro-batches that they hand to it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,12 @@ class MicroBatch:
     pictures: Tensor  # (I, ...)
     rows: Tensor  # (B,) which picture each caption belongs to
     ids: Tensor  # (B, T)
+    keys: Tensor  # (I,) a number for each picture: equal where pictures are the same
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        moved: dict[str, Any] = {
-            name: x if x is None else x.to(device, non_blocking=True)
-            for name, x in vars(self).items()
-        }
-        return replace(self, **moved)
+        here = {n: x.to(device, non_blocking=True) for n, x in vars(self).items() if x is not None}
+        return replace(self, **here)
 
     def split(self, pieces: int) -> list[Self]:
         """The same captions in this many smaller batches."""
@@ -36,9 +35,10 @@ class MicroBatch:
         for i in range(0, len(self.ids), size):
             part = slice(i, i + size)
             used, rows = self.rows[part].unique(return_inverse=True)
-            own: dict[str, Any] = {
-                name: x if x is None else x[used if name in PER_PICTURE else part]
+            own = {
+                name: x[used if name in PER_PICTURE else part]
                 for name, x in vars(self).items()
+                if x is not None
             }
             out.append(replace(self, **own | {"rows": rows}))
         return out
@@ -59,43 +59,81 @@ def pad(lines: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tup
     return ids, real
 
 
-@runtime_checkable
-class Method(Protocol):
-    """What training, extraction, evaluation and loading may ask of a model, besides `nn.Module`.
+class Method(nn.Module, ABC):
+    """What training, extraction, evaluation and loading may ask of a model.
 
-    `Captioner` and `LilT` have all of it. To write, a captioner has `caption` and `answer`; to
-    retrieve, LilT has `embed_images` and `embed_texts`.
+    To write, a captioner has `caption` and `answer`, too; to retrieve, LilT has `embed_images` and
+    `embed_texts`.
     """
 
     encoder: Any  # reads pictures: size, view, crop, modality, ...
     text: Any  # reads texts
-    amp: torch.dtype | None  # autocast's type, set by `place`
+    amp: torch.dtype | None = None  # autocast's type, set by `models.place`
     crop_area: float  # the least share of a picture's area that a random crop keeps
-    reads: str  # the part of a percept that the method reads: "tokens" or "summaries"
-    whole_steps: bool  # the loss compares all pairs of a step with each other
+    reads: str = "tokens"  # the part of a percept that the method reads, or "summaries"
+    whole_steps = False  # the loss compares all pairs of a step, which are drawn at random
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     @property
-    def fixed_pictures(self) -> bool: ...  # a picture gives the same in every epoch
+    @abstractmethod
+    def fixed_pictures(self) -> bool:
+        """Whether the encoder is frozen: a picture gives the same in every epoch."""
+
     @property
-    def fixed_text(self) -> bool: ...  # `states` of a text are the same in every epoch
+    @abstractmethod
+    def fixed_text(self) -> bool:
+        """Whether the `states` of a text are the same in every epoch."""
 
-    # Which parameters are trained; are in a checkpoint; are here, of a checkpoint's; decay.
-    def trainable(self, name: str) -> bool: ...
-    def kept(self, name: str) -> bool: ...
-    def holds(self, name: str) -> bool: ...
-    def decays(self, parameter: nn.Parameter) -> bool: ...
+    # ---------------------------------------------------------------------------- parameters
 
-    # How it runs: recompute layers in the backward pass, frozen parts in half precision.
-    def checkpoint(self, on: bool) -> None: ...
-    def halve(self, dtype: torch.dtype) -> None: ...
-    def autocast(self) -> AbstractContextManager: ...
+    @abstractmethod
+    def trainable(self, name: str) -> bool:
+        """Which parameters are trained, saved and counted."""
 
-    # Captions to ids, to states that may be kept on disk, to a micro-batch.
-    def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]: ...
-    def state_rows(self, caption: Sequence[int]) -> int: ...
-    def states(self, captions: Sequence[Sequence[int]]) -> Tensor: ...
+    def kept(self, name: str) -> bool:
+        """Which parameters a checkpoint holds."""
+        return self.trainable(name)
+
+    def holds(self, name: str) -> bool:
+        """Which parameters of a checkpoint this model has: all, unless it lacks a part."""
+        return True
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        """Which parameters have weight decay."""
+        return True
+
+    # --------------------------------------------------------------------------- how it runs
+
+    @abstractmethod
+    def checkpoint(self, on: bool) -> None:
+        """Recompute layers in the backward pass."""
+
+    @abstractmethod
+    def halve(self, dtype: torch.dtype) -> None:
+        """Puts what is frozen into half precision."""
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision where the model was placed with it."""
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    # ------------------------------------------------------------------------------ training
+
+    @abstractmethod
+    def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
+        """Ids of captions, as training reads them."""
+
+    @abstractmethod
+    def state_rows(self, caption: Sequence[int]) -> int:
+        """How many rows `states` has for a caption's ids."""
+
+    @abstractmethod
+    def states(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """What frozen layers that no picture reaches make of captions' ids: (rows, d)."""
+
+    @abstractmethod
     def collate(
         self,
         captions: list[list[int]],
@@ -103,19 +141,18 @@ class Method(Protocol):
         pictures: Tensor,
         keys: list[int],
         states: list[Tensor] | None = None,
-    ) -> MicroBatch: ...
+    ) -> MicroBatch:
+        """A micro-batch of captions' ids; the arguments are as in `MicroBatch`.
 
-    # A step's gradients and figures; the loss on validation data.
+        ``keys`` are equal where pictures are the same; ``states``: each caption's, if kept.
+        """
+
+    @abstractmethod
     def accumulate(
         self, batches: list[Any], scaler: torch.amp.GradScaler | None = None
-    ) -> dict[str, float]: ...
-    def validate(self, batches: Iterable[Any]) -> float: ...
+    ) -> dict[str, float]:
+        """Adds the gradients of one optimizer step; -> {"loss", "captions": how many}."""
 
-    # Of `nn.Module`.
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
-    def parameters(self) -> Iterable[nn.Parameter]: ...
-    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
-    def to(self, device: torch.device) -> Any: ...
-    def train(self, mode: bool = True) -> Any: ...
-    def eval(self) -> Any: ...
+    @abstractmethod
+    def validate(self, batches: Iterable[Any]) -> float:
+        """The loss on validation data; NaN where there is none."""

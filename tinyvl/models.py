@@ -69,75 +69,40 @@ class Checkpoint:
         return "retrieve" if self.config.get("method") == "lilt" else written
 
     @property
-    def modality(self) -> str:
-        """What it perceives: "image", "video" or "audio"."""
-        return modality_of(self.config)
-
-    @property
     def image(self) -> dict[str, Any]:
         """The image encoder's part of the config: name, sha256, config, fit."""
-        return image_side(self.config)
+        return self.config[towers(self.method)[1]]
+
+    @property
+    def media(self) -> dict[str, Any]:
+        """Extra encoder options: of videos, of sounds, of a CNN's maps."""
+        keys = ("modality", "frames", "masks", "lower", "larger")
+        return {key: self.image[key] for key in keys if key in self.image}
+
+    @property
+    def modality(self) -> str:
+        """What it perceives: "image", "video" or "audio"."""
+        return self.image.get("modality", "image")
 
     @cached_property
     def reads(self) -> str:
         """The part of a percept that its method reads: "tokens" or "summaries"."""
-        return reads(self.config)
+        every = self.config.get("options", {}).get("tokens") == "all"
+        return "tokens" if every else class_of(self.method).reads
 
 
 def open_checkpoint(name: str, task: str = "caption") -> Checkpoint:
     """The checkpoint of a name, as in `checkpoint_folder`; its config is read here and only here.
 
-    Raises:
-        UserError: there is none, or its config cannot be read.
+    UserError: there is none, or its config cannot be read.
     """
     folder = checkpoint_folder(name, task)
     return Checkpoint(folder, read_config(folder), name)
 
 
-def image_side(config: dict) -> dict:
-    """The image encoder's part of a ``config.json``: name, sha256, config, fit."""
-    return config[towers(config["method"])[1]]
-
-
 def task_of(method: str) -> str:
     """The task whose default model a method's ``default`` is."""
     return "retrieve" if method == "lilt" else "caption"
-
-
-def reads(config: dict) -> str:
-    """The part of a percept that the model of a config reads: "tokens" or "summaries"."""
-    every = config.get("options", {}).get("tokens") == "all"
-    return "tokens" if every else class_of(config["method"]).reads
-
-
-def parts_of(config: dict) -> dict[str, Any]:
-    """The job fields that a run with --init inherits from a checkpoint."""
-    language, vision = (config[side] for side in towers(config["method"]))
-    return {
-        "language": language["name"],
-        "vision": vision["name"],
-        "fit": vision["fit"],
-        "prompt": config.get("prompt", ""),
-        "options": config["options"],
-        "media": media_of(config),
-    }
-
-
-def media_of(config: dict) -> dict[str, Any]:
-    """Extra encoder options: of videos, of sounds, of a CNN's maps."""
-    vision = image_side(config)
-    keys = ("modality", "frames", "masks", "lower", "larger")
-    return {key: vision[key] for key in keys if key in vision}
-
-
-def modality_in(media: dict[str, Any]) -> str:
-    """The modality in these encoder options: "image", "video" or "audio"."""
-    return media.get("modality", "image")
-
-
-def modality_of(config: dict) -> str:
-    """What a model of a ``config.json`` perceives."""
-    return modality_in(media_of(config))
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -146,21 +111,6 @@ def modality_of(config: dict) -> str:
 def trainable_state(model: Method) -> dict[str, Tensor]:
     """What a checkpoint keeps: what is trained, and untrained random projections."""
     return {n: p.detach() for n, p in model.named_parameters() if model.kept(n)}
-
-
-def load_trainable(model: Method, state: dict[str, Tensor], where: str) -> None:
-    """Fills in the trainable tensors.
-
-    Raises:
-        UserError: a name is missing or unknown, or a shape differs.
-    """
-    own = trainable_state(model)
-    odd = sorted(own.keys() ^ state.keys())
-    if odd := odd or [name for name in own if own[name].shape != state[name].shape]:
-        raise UserError(f"{where}: these weights do not fit the model ({odd[0]}).", 2)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
 
 
 def save_config(folder: Path, config: dict) -> None:
@@ -177,8 +127,7 @@ def save(model: Method, folder: Path, file: str = "model.safetensors") -> None:
 def load_weights(model: Method, folder: Path) -> None:
     """Fills a built model with a checkpoint folder's trainable tensors.
 
-    Raises:
-        UserError: they cannot be read, or do not fit.
+    UserError: they cannot be read, a name is missing or unknown, or a shape differs.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -187,25 +136,24 @@ def load_weights(model: Method, folder: Path) -> None:
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: model.safetensors cannot be read ({error}).") from error
-    here = {name: tensor for name, tensor in state.items() if model.holds(name)}
-    load_trainable(model, here, str(folder))
-
-
-def tag_of(config: dict) -> str:
-    """What a model does, as a model card's tag."""
-    if config["method"] == "lilt":
-        return "image-text-retrieval"
-    what = "question-answering" if config["options"].get("task") == "vqa" else "captioning"
-    return f"{modality_of(config)}-{what}"
+    state = {name: tensor for name, tensor in state.items() if model.holds(name)}
+    own = trainable_state(model)
+    odd = sorted(own.keys() ^ state.keys())
+    if odd := odd or [name for name in own if own[name].shape != state[name].shape]:
+        raise UserError(f"{folder}: these weights do not fit the model ({odd[0]}).", 2)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
 
 def write_card(folder: Path, config: dict, summary: dict) -> None:
     """The model card: data, metrics, licences, the settings."""
-    parts = backbones(config)
+    parts, found = backbones(config), Checkpoint(folder, config)
+    tags = {"caption": "captioning", "vqa": "question-answering", "retrieve": "text-retrieval"}
     lines = [
         "---",
         "library_name: tinyvl",
-        f"tags: [{tag_of(config)}]",
+        f"tags: [{found.modality}-{tags[found.task]}]",
         "---",
         f"# {config['method']} on {' with '.join(part['name'] for part in parts.values())}",
         "",
@@ -226,8 +174,7 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
 def checkpoint_folder(name: str, task: str = "caption") -> Path:
     """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``.
 
-    Raises:
-        UserError: there is no checkpoint, or no default for this task.
+    UserError: there is no checkpoint, or no default for this task.
     """
     if name == "default":
         if task not in DEFAULT:
@@ -287,8 +234,7 @@ def load(
         sides: of a LilT's towers, "text" and "image", those to load. A text alone needs no timm,
             a picture alone no transformers, and each takes seconds to import.
 
-    Raises:
-        UserError: the model is for another task, or cannot be loaded.
+    UserError: the model is for another task, or cannot be loaded.
     """
     found = name if isinstance(name, Checkpoint) else open_checkpoint(name, task)
     config = found.config
@@ -307,11 +253,7 @@ def load(
 
 
 def take_frames(model: Method, frames: int | None) -> None:
-    """Another number of frames of a video than the model was trained with.
-
-    Raises:
-        UserError: the model reads sounds.
-    """
+    """Another number of frames of a video than in training. UserError: the model reads sounds."""
     if frames is None:
         return
     if model.encoder.modality == "audio":
@@ -322,8 +264,7 @@ def take_frames(model: Method, frames: int | None) -> None:
 def inspect(name: str) -> dict[str, Any]:
     """Parameter counts of a preset or a checkpoint, on the meta device: no weights, no network.
 
-    Raises:
-        UserError: the name is neither.
+    UserError: the name is neither.
     """
     extra: dict[str, Any] = {}
     if name in PRESETS or name in (*SMALL, "small"):
@@ -359,18 +300,24 @@ def inspect(name: str) -> dict[str, Any]:
         "trainable_percent": round(100 * trainable / total, 3),
         **{side: part["name"] for side, part in backbones(config).items()},
         "options": config["options"],
-        "vision_options": media_of(config),
+        "vision_options": Checkpoint(Path(name), config).media,
         **extra,
     }
 
 
 def start_of(name: str, method: str) -> dict[str, Any]:
-    """The parts of the checkpoint that a training run starts from, as in `parts_of`.
+    """The job fields that a run with --init inherits from a checkpoint.
 
-    Raises:
-        UserError: there is none of that name, or it is of another method.
+    UserError: there is none of that name, or it is of another method.
     """
-    config = read_config(checkpoint_folder(name, task_of(method)))
-    if config.get("method") != method:
+    found = open_checkpoint(name, task_of(method))
+    if found.config.get("method") != method:
         raise UserError(f"{name}: a model of another method than {method}.", 2)
-    return parts_of(config)
+    return {
+        "language": found.config[towers(method)[0]]["name"],
+        "vision": found.image["name"],
+        "fit": found.image["fit"],
+        "prompt": found.config.get("prompt", ""),
+        "options": found.config["options"],
+        "media": found.media,
+    }

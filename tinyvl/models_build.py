@@ -16,25 +16,33 @@ import torch
 from torch import nn
 
 from tinyvl import UserError, hub
+from tinyvl.presets_options import (
+    METHODS,
+    ImageTuning,
+    TextTuning,
+    Tuning,
+    check_choice,
+    declared,
+    flat,
+)
 from tinyvl.text import Questions, Text, read_text
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
     from tinyvl.decoder import DecoderConfig
     from tinyvl.encoders import ImageEncoder
-    from tinyvl.lilt import LilT, Tuning
+    from tinyvl.lilt import LilT
     from tinyvl.lilt_towers import ImageTower, TextTower
     from tinyvl.method import Method
 
-METHODS = {"itune": "ITune", "epalm": "EPalm", "clipcap": "ClipCap", "lilt": "LilT"}  # classes
 # A configuration's backbones and the role in which `hub` fetches each.
 ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
 QUESTIONS = ("task", "separator", "answer_only")  # options of `text.Questions`
 
 
 def class_of(method: str) -> Any:
-    """A method's class; imports its module and no other method's."""
-    return getattr(import_module(f"tinyvl.{method}"), METHODS[method])
+    """A method's class, which is named as its options; imports no other method's module."""
+    return getattr(import_module(f"tinyvl.{method}"), METHODS[method].__name__)
 
 
 def towers(method: str) -> tuple[str, str]:
@@ -64,10 +72,8 @@ def new_config(
 ) -> dict:
     """The ``config.json`` of a model to be trained; fetches its backbones.
 
-    ``media``: extra encoder options, as in `encoders_build.build_encoder`.
-
-    Raises:
-        UserError: a backbone is not known, or cannot be fetched.
+    ``media``: extra encoder options, as in `encoders_build.build_encoder`. UserError: a backbone is
+    not known, or cannot be fetched.
     """
     config: dict[str, Any] = {"format": 1, "method": method}
     for side, name in zip(towers(method), (language, vision), strict=True):
@@ -99,9 +105,8 @@ def build(
         weights: False: on the meta device.
         sides: of a LilT's "text" and "image" those that are wanted.
 
-    Raises:
-        UserError: the method or an option is refused, or a backbone's weights are not those that
-            the model was trained with.
+    UserError: the method or an option is refused, or a backbone's weights are not those that the
+    model was trained with.
     """
     if config.get("format") != 1 or config.get("method") not in METHODS:
         raise UserError(
@@ -134,17 +139,10 @@ def place(model: "Method", device: torch.device, precision: torch.dtype) -> "Met
     return model.to(device)
 
 
-def settings(kind: type, options: dict[str, Any]) -> SimpleNamespace:
-    """A method's options, with its own defaults for those that are not given."""
-    known = signature(kind).parameters.values()
-    return SimpleNamespace(**{p.name: p.default for p in known} | options)
-
-
-def one_of(known: Iterable[str], **given: str) -> None:
-    """Raises a UserError for an option whose value is not one of these."""
-    for name, value in given.items():
-        if value not in known:
-            raise UserError(f"--{name} is one of {', '.join(known)}, not {value!r}.", 2)
+def check_choices(method: str, options: dict[str, Any]) -> None:
+    """Raises a UserError for an option that is none of its choices, as the command line does."""
+    for name, of in declared(METHODS[method]).items():
+        check_choice(name, of, flat(options).get(name))
 
 
 # -------------------------------------------------------------------------------------- captioners
@@ -160,12 +158,10 @@ def build_captioner(
 
     kind = class_of(config["method"])
     lm, vision = config["decoder"], config["vision"]
-    encoder: Any
+    encoder = build_encoder(vision, folders and folders["vision"], levels=kind.levels)
     if folders is None:
-        encoder = build_encoder(vision, levels=kind.levels)
         decoder, text = Decoder(decoder_config(lm["config"])), Text(None, 0, 0)
     else:
-        encoder = build_encoder(vision, folders["vision"], levels=kind.levels)
         decoder = load_decoder(folders["decoder"], dtype=precision)
         text = read_text(folders["decoder"], lm["config"])
     prompt = config.get("prompt", "") if folders else ""
@@ -177,13 +173,11 @@ def with_options(
 ) -> "Captioner":
     """A captioner with the options of a ``config.json``.
 
-    Raises:
-        UserError: an option is refused, or prompt and prefix leave no room for text.
+    UserError: an option is refused, or prompt and prefix leave no room for text.
     """
     own = {name: value for name, value in options.items() if name not in QUESTIONS}
     check_options(method, options, decoder.config, encoder)
-    wide = encoder.width
-    model = class_of(method)(encoder, decoder, text, vision_width=wide, prompt=prompt, **own)
+    model = class_of(method)(encoder, decoder, text, prompt=prompt, **own)
     if model.room < 2:
         before = f"a prefix of {model.length} and " if model.length else ""
         raise UserError(
@@ -206,28 +200,20 @@ def check_options(
     method: str, options: dict[str, Any], c: "DecoderConfig", encoder: "ImageEncoder"
 ) -> None:
     """Raises a UserError for a captioner's option that does not fit its decoder or encoder."""
-    check = {"itune": check_itune, "epalm": check_epalm, "clipcap": check_clipcap}[method]
-    check(settings(class_of(method), options), c, encoder)
-
-
-def check_itune(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder") -> None:
-    if not 0 <= o.drop < c.layers:
+    check_choices(method, options)
+    known = signature(class_of(method)).parameters.values()
+    o = SimpleNamespace(**{p.name: p.default for p in known} | options)
+    if method == "itune" and not 0 <= o.drop < c.layers:
         raise UserError(f"--drop {o.drop} leaves no module in a decoder of {c.layers} layers.", 2)
-
-
-def check_clipcap(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder") -> None:
-    from tinyvl.clipcap import MAPPINGS
-
-    one_of(MAPPINGS, mapping=o.mapping)
-    if o.mapping == "transformer" and c.embed_size % o.heads:
+    if method == "clipcap" and o.mapping == "transformer" and c.embed_size % o.heads:
         raise UserError(f"--heads {o.heads} does not divide the decoder's width {c.embed_size}.", 2)
+    if method == "epalm":
+        check_epalm(o, c, encoder)
 
 
 def check_epalm(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder") -> None:
     from tinyvl.epalm import TOWERS, ranges
 
-    one_of(("caption", "vqa"), task=vars(o).get("task", "caption"))
-    one_of(("cls", "all"), tokens=o.tokens)
     within("inject", o.inject, c.layers)
     if o.tokens == "all":
         if o.extract is not None:
@@ -270,34 +256,30 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
 
     The tower of a side that is not in ``folders`` is left out, and its projection.
     """
-    from tinyvl.lilt import LilT, Tuning
+    from tinyvl.lilt import LilT
 
+    check_choices("lilt", config["options"])
     options = dict(config["options"])
-    tunings = [Tuning(**options.pop(side, {})) for side in ("image", "text")]
+    tuned, read = ImageTuning(**options.pop("image", {})), TextTuning(**options.pop("text", {}))
     size, clean = options.pop("size", None), options.pop("clean", False)
     random = options.pop("random_init", False)
-    check_lilt(tunings, random)
+    check_lilt((tuned, read), random)
     image = text = None
     if folders is None or "image" in folders:
-        folder = folders["image"] if folders else None
-        image = image_tower(config["image"], tunings[0], folder, size, random)
+        folder = folders and folders["image"]
+        image = image_tower(config["image"], tuned, folder, size, random)
     if folders is None or "text" in folders:
-        folder = folders["text"] if folders else None
-        locked = (tunings[1].adapter, tunings[1].unlock) == ("none", "none")  # without dropout
+        folder = folders and folders["text"]
+        locked = (read.adapter, read.unlock) == ("none", "none")  # without dropout
         plain = random or not (locked or image is None)  # transformers' model, not our own
-        text = text_tower(config["text"], tunings[1], folder, clean, random, plain)
-    dropout = (tunings[0].dropout, tunings[1].dropout)
-    return LilT(image, text, map_width=tunings[0].width, dropout=dropout, **options)
+        text = text_tower(config["text"], read, folder, clean, random, plain)
+    dropout = (tuned.dropout, read.dropout)
+    return LilT(image, text, map_width=tuned.width, dropout=dropout, **options)
 
 
-def check_lilt(tunings: "list[Tuning]", random: bool) -> None:
+def check_lilt(tunings: tuple[Tuning, Tuning], random: bool) -> None:
     """Raises a UserError for tunings that contradict themselves, or random towers."""
-    from tinyvl.lilt import ADAPTERS, UNLOCKS
-
     for tuning in tunings:
-        for name, known in (("adapter", ADAPTERS), ("unlock", UNLOCKS)):
-            if getattr(tuning, name) not in known:
-                raise UserError(f"{name} is one of {', '.join(known)}.", 2)
         if tuning.layers and tuning.unlock == "none":
             raise UserError(
                 "Layers are chosen of what is unlocked: name that too, as by --text-unlock "
@@ -313,7 +295,7 @@ def check_lilt(tunings: "list[Tuning]", random: bool) -> None:
 
 
 def image_tower(
-    image: dict, tuning: "Tuning", folder: Path | None, size: int | None, random: bool
+    image: dict, tuning: Tuning, folder: Path | None, size: int | None, random: bool
 ) -> "ImageTower":
     """The image tower, tuned; a UserError where it lacks what the tuning asks for."""
     from safetensors.torch import load_file
@@ -343,7 +325,7 @@ def image_tower(
 
 
 def text_tower(
-    text: dict, tuning: "Tuning", folder: Path | None, clean: bool, random: bool, plain: bool
+    text: dict, tuning: TextTuning, folder: Path | None, clean: bool, random: bool, plain: bool
 ) -> "TextTower":
     """The text tower, tuned; a UserError where it lacks what the tuning asks for.
 
@@ -373,7 +355,7 @@ def text_tower(
     return TextTower(model, tokenizer, clean=clean, prefix=tuning.prefix, pool=pool, tuned=tuned)
 
 
-def tuned_names(model: nn.Module, tuning: "Tuning", depth: int, where: str) -> frozenset[str]:
+def tuned_names(model: nn.Module, tuning: Tuning, depth: int, where: str) -> frozenset[str]:
     """`lilt.unlocked`; a UserError where the model has nothing of that kind."""
     from tinyvl.lilt import unlocked
 

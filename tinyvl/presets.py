@@ -11,7 +11,7 @@ from typing import Any
 from tinyvl import UserError
 from tinyvl.files import local
 from tinyvl.hub_table import AST, CONFIGS, TIMESFORMER, architecture, prefix_of
-from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, options_of
+from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, flat, options_of
 from tinyvl.presets_table import AV_RECIPES, FRAMES, PRESETS, RECIPES, SMALL, Preset
 
 __all__ = ["AST", "CONFIGS", "PRESETS", "RECIPES", "SMALL", "TIMESFORMER", "Job", "Preset"]
@@ -31,9 +31,7 @@ def preset(name: str | None, method: str, modality: str | None = None) -> Preset
 def small_defaults(method: str) -> dict[str, Any]:
     """What the small recipe sets, by the options' names: what --help gives as defaults."""
     row = SMALL[method]
-    own = vars(row.recipe) | row.options | row.job | row.job.get("media", {})
-    for side in ("text", "image"):
-        own |= {f"{side}_{name}": value for name, value in row.options.get(side, {}).items()}
+    own = vars(row.recipe) | flat(row.options) | row.job | row.job.get("media", {})
     return own | {"language": row.language, "vision": row.vision, "fit": row.fit}
 
 
@@ -55,8 +53,7 @@ def encoder_of(
         asked: of modality, frames, lower and larger those that were given.
         summaries: no tokens are kept.
 
-    Raises:
-        UserError: no such preset, or options that would do nothing.
+    UserError: no such preset, or options that would do nothing.
     """
     modality = asked.get("modality")
     row = PRESETS.get(name or "") or preset(
@@ -87,10 +84,9 @@ def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = No
 
     Args:
         asked: the given options, by their names in `options_of`.
-        start: with --init, the checkpoint's parts (`models.parts_of`), which stay as they are.
+        start: with --init, the checkpoint's parts (`models.start_of`), which stay as they are.
 
-    Raises:
-        UserError: options that do not go together, or would do nothing.
+    UserError: options that do not go together, or would do nothing.
     """
     row = preset(asked.get("preset"), method, asked.get("modality"))
     parts = new_parts(method, row, asked) if start is None else kept_parts(method, start, asked)
@@ -156,8 +152,7 @@ def new_parts(method: str, row: Preset, asked: dict[str, Any]) -> dict[str, Any]
 def kept_parts(method: str, start: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The parts of a checkpoint that a run starts from, with the options that it leaves free.
 
-    Raises:
-        UserError: an option was given that the checkpoint decides.
+    UserError: an option was given that the checkpoint decides.
     """
     own, ours = options_of(method), declared(Job, Recipe, Run)
     model = {"language", "vision", "fit", "prompt"}

@@ -10,6 +10,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyvl import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -278,8 +280,8 @@ class ClipCap:
 
 
 @dataclass
-class Tower:
-    """What is trained of a tower of LilT."""
+class Tuning:
+    """What is trained in a tower of LilT, and how its vector is read."""
 
     adapter: str = option("Model", "none", "none, layerwise (in every layer) or deep (one more "
         "layer).", choices=("none", "layerwise", "deep"))
@@ -293,20 +295,20 @@ class Tower:
 
 
 @dataclass
-class TextTower(Tower):
+class TextTuning(Tuning):
     prefix: str = option("Advanced", "", "Every text begins with this.",
         shown="'query: ' for e5, else nothing")
 
 
 @dataclass
-class ImageTower(Tower):
+class ImageTuning(Tuning):
     width: int = option("Advanced", 384, "Width of a deep adapter on a CNN's feature map.", min=64)
 
 
 @dataclass(kw_only=True)
 class LilT:
-    text: TextTower  # --text-adapter and so on
-    image: ImageTower
+    text: TextTuning  # --text-adapter and so on
+    image: ImageTuning
     preset: str | None = option("Model", None, "A paper's row, e.g. lilt-lwa-base (`tinyvl models` "
         "lists them); other options override it.", into="")
     language: str = option("Model", MISSING, "Text encoder of the BERT family: a name or folder.",
@@ -338,7 +340,7 @@ def declared(*classes: type) -> dict[str, Field]:
     """The options of dataclasses by name, a tower's as "text_adapter"; later classes count more."""
     found: dict[str, Field] = {}
     for own in (own for cls in classes for own in fields(cls)):
-        if own.type in (TextTower, ImageTower):
+        if own.type in (TextTuning, ImageTuning):
             found |= {f"{own.name}_{name}": of for name, of in declared(own.type).items()}
         elif "help" in own.metadata:
             found[own.name] = own
@@ -350,6 +352,21 @@ def options_of(method: str) -> dict[str, Field]:
     own = declared(Job, Recipe, Run, METHODS[method])
     own = {"preset": own.pop("preset")} | own
     return {name: of for name, of in own.items() if method in of.metadata.get("of", (method,))}
+
+
+def flat(options: dict[str, Any]) -> dict[str, Any]:
+    """A method's options by name, a tower's as in `declared`: "text_adapter"."""
+    towers = [(side, own) for side, own in options.items() if isinstance(own, dict)]
+    return options | {f"{side}_{name}": own[name] for side, own in towers for name in own}
+
+
+def check_choice(name: str, of: Field, value: Any) -> None:
+    """Raises a UserError for a value that is none of an option's choices."""
+    choices = of.metadata["choices"]
+    if choices and value not in (None, *choices):
+        raise UserError(
+            f"{flag(name, of)} is {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}.", 2
+        )
 
 
 def flag(name: str, of: Field) -> str:

@@ -36,13 +36,8 @@ def read_text(folder: Path, config: dict) -> Text:
     """The tokenizer of a decoder's folder, with the ids that begin and end a sequence.
 
     A tokenizer.json is read as it is, because importing transformers takes longer than a caption.
-    Where there is none (OPT), transformers reads the older files.
-
-    Args:
-        config: the decoder's ``config.json``, which may name these ids.
-
-    Raises:
-        UserError: no token ends a text.
+    Where there is none (OPT), transformers reads the older files. ``config``, the decoder's
+    ``config.json``, may name these ids. UserError: no token ends a text.
     """
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
@@ -99,8 +94,7 @@ class Questions:
             separator: words between question and answer, in place of ``</a>``.
             answer_only: the loss is on the answer, not on question and answer as in the paper.
 
-        Raises:
-            UserError: the separator has no word that the tokenizer knows.
+        UserError: the separator has no word that the tokenizer knows.
         """
         self.text, self.lead, self.answer_only = text, lead, answer_only
         spare = text.spare(rows)

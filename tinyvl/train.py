@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +38,8 @@ def lr_at(step: int, steps: int, recipe: Recipe) -> float:
 def train(job: Job, run: Run) -> dict[str, Any]:
     """Trains a captioner or LilT, -> a summary. Leaves a checkpoint folder in ``run.out``.
 
-    Raises:
-        UserError: options contradict each other, the data cannot be read, or the run is stopped
-            (`Interrupted`).
+    UserError: options contradict each other, the data cannot be read, or the run is stopped
+    (`Interrupted`).
     """
     keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
@@ -51,20 +49,21 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     train_run.open_run(run, settings, config["training"] if resumed else None)
     train_records, val_records = load_records(job)
     val_records = val_records[:1000]  # enough to choose by
+    source = models.open_checkpoint(job.init, models.task_of(job.method)) if job.init else None
     if not resumed:
-        config = starting_config(job)
-        dtype = cache_dtype(job, models.reads(config))
+        config = starting_config(job, source)
+    about = models.Checkpoint(run.out, config)
+    if not resumed:
+        dtype = cache_dtype(job, about.reads)
         config["training"] = settings | {"tinyvl": __version__, "cache_dtype": dtype}
-    store = None
-    if run.features:
-        store = open_store(run.features, models.image_side(config), models.reads(config))
+    store = open_store(run.features, about.image, about.reads) if run.features else None
     if not resumed:
         models.save_config(run.out, config)
     precision = choose_precision(job.precision, run.device)
     torch.manual_seed(job.seed)
     model = models.build(config, device=run.device, precision=precision)
-    if job.init:
-        models.load_weights(model, source_of(job))
+    if source:
+        models.load_weights(model, source.folder)
     model.checkpoint(run.checkpointing)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
@@ -161,15 +160,10 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     return summary | {"model": str(run.out)}
 
 
-def source_of(job: Job) -> Path:
-    """The checkpoint that a run with ``job.init`` starts from."""
-    return models.checkpoint_folder(str(job.init), models.task_of(job.method))
-
-
-def starting_config(job: Job) -> dict[str, Any]:
+def starting_config(job: Job, source: models.Checkpoint | None) -> dict[str, Any]:
     """The ``config.json`` of a new run; fetches its backbones."""
-    if job.init:  # the options may be for another task
-        return models.read_config(source_of(job)) | {"options": job.options}
+    if source:  # the options may be for another task
+        return source.config | {"options": job.options}
     return models.new_config(
         job.method, job.language, job.vision, fit=job.fit, prompt=job.prompt, options=job.options,
         media=job.media,
@@ -184,11 +178,9 @@ def accumulate(
     pieces: Pieces,
     quiet: bool = False,
 ) -> dict[str, float]:
-    """One step's gradients, -> the objective's metrics.
+    """One step's gradients, -> the metrics of the objective: the model or a `SelfCritical`.
 
-    Args:
-        objective: the model, or `train_cider.SelfCritical`.
-        taken: the step's micro-batches (`Batch` or `Pairs`), cut up where they do not fit.
+    ``taken``: the step's micro-batches, cut up where they do not fit.
     """
 
     def attempt(number: int) -> dict[str, float]:

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
     """Records to train on and to validate on, by the data's own split or a held-out 2 %.
 
-    Raises:
-        UserError: there is nothing to train on, or `data.read` cannot read a file.
+    UserError: there is nothing to train on, or `data.read` cannot read a file.
     """
     files = {
         path: data.read(path, format=job.format, images=job.images, lang=job.lang)
@@ -276,7 +275,7 @@ class Feed:
         store: FeatureStore | None = None,
         dtype: str = "fp16",
     ):
-        """Args: see `Pictures`. Raises UserError where none of the pictures can be read."""
+        """As `Pictures`. UserError: none of the pictures can be read."""
         self.model, self.job = model, job
         self.pictures = Pictures(
             train, model, run, "train", job.views, job.seed, store, job.crops, dtype

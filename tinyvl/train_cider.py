@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinyvl import decode
-from tinyvl.captioner import Batch, Captioner, collate
+from tinyvl.captioner import Batch, Captioner
 from tinyvl.data import Record
 from tinyvl.metrics_captions import Cider, tokenise
 
@@ -74,13 +74,11 @@ class SelfCritical:
         rows = torch.arange(pictures).repeat_interleave(self.samples)
         found = self.write(batch, rows, sampling=torch.initial_seed())
         captions = [h.tokens for h in found]
-        new = collate(
-            captions, rows.tolist(), batch.pictures, model.text, model.prompt, keys=batch.keys
-        )
+        new = model.collate(captions, rows.tolist(), batch.pictures, batch.keys.tolist())
         for row, hypothesis in enumerate(found):
             if not hypothesis.finished:  # its end was not sampled
                 new.targets[row, 1 + len(model.prompt) + len(hypothesis.tokens)] = False
-        keys = keys_of(batch)[rows].tolist()
+        keys = batch.keys[rows].tolist()
         rewards = [
             self.cider.score(self.number[key], words(model.text.decode(h.tokens), h.finished))
             for key, h in zip(keys, found, strict=True)
@@ -106,7 +104,7 @@ class SelfCritical:
         if sampling is None:
             return decode.greedy(step, prompt, **common)
         nth = torch.arange(len(rows)) % self.samples
-        indices = (keys_of(batch)[rows.cpu()] * self.samples + nth).tolist()
+        indices = (batch.keys[rows.cpu()] * self.samples + nth).tolist()
         return decode.sample(step, prompt, seed=sampling, indices=indices, **common)
 
     @torch.no_grad()
@@ -115,16 +113,10 @@ class SelfCritical:
         model, scores = self.model.eval(), []
         for batch in batches:
             found = self.write(batch, torch.arange(len(batch.pictures)))
-            for key, h in zip(keys_of(batch).tolist(), found, strict=True):
+            for key, h in zip(batch.keys.tolist(), found, strict=True):
                 caption = words(model.text.decode(h.tokens), h.finished)
                 scores.append(self.val_cider.score(self.val_number[key], caption))
         return -sum(scores) / len(scores) if scores else math.nan
-
-
-def keys_of(batch: Batch) -> Tensor:
-    """(I,) the numbers of a batch's pictures, which name their references."""
-    assert batch.keys is not None
-    return batch.keys
 
 
 def captions_of(keys: Sequence[int], records: Sequence[Record]) -> dict[int, list[str]]:

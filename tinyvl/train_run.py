@@ -67,12 +67,8 @@ def check_features(job: Job, run: Run) -> None:
 def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None) -> None:
     """Makes the folder of a new run, or checks that a run may be resumed.
 
-    Args:
-        settings: what decides the result.
-        started: the settings the run was started with; None: it is new.
-
-    Raises:
-        UserError: a new run would overwrite another, or the settings differ.
+    ``settings`` decide the result; ``started``: those that the run was started with, None: it is
+    new. UserError: a new run would overwrite another, or the settings differ.
     """
     if started is None:
         if not run.resume and any(

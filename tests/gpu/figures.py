@@ -13,7 +13,6 @@ import torch
 from tiny import write_decoder, write_vision
 
 from tinyvl import models, presets
-from tinyvl.captioner import collate
 from tinyvl.decoder import Decoder
 from tinyvl.decoder_weights import decoder_config
 from tinyvl.device import precision_name
@@ -44,7 +43,8 @@ def batch_for(model: ITune, captions: int, length: int, side: int, vocabulary: i
     ids = torch.randint(2, vocabulary, (captions, length), generator=generator).tolist()
     size = (captions, 3, side, side)
     pictures = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-    return collate(ids, list(range(captions)), pictures, model.text, [])
+    each = list(range(captions))
+    return model.collate(ids, each, pictures, each)
 
 
 def agreement(root: Path) -> None:
@@ -94,9 +94,7 @@ def paper_model(preset: str, precision: torch.dtype) -> ITune:
         decoder = (
             Decoder(decoder_config(presets.CONFIGS[row.language])).requires_grad_(False).eval()
         )
-        model = ITune(
-            encoder, decoder, Text(None, 50256, 50256), vision_width=encoder.width, **row.options
-        )
+        model = ITune(encoder, decoder, Text(None, 50256, 50256), **row.options)
     return models.place(model, GPU, precision)
 
 
