@@ -5,44 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from PIL import Image
-from test_encoders_av import AST, TIMESFORMER
-from test_encoders_av import write as write_backbone
-from tiny import write_decoder, write_vision
+import worlds
 from typer.testing import CliRunner
+from worlds import CPU
 
-from tinyvl import UserError, cli, draw_av, evaluate, models, presets, train, train_batches, write
+from tinyvl import UserError, cli, evaluate, models, presets, train, train_batches, write
 from tinyvl.features import open_store
-
-CPU = torch.device("cpu")
-TINY_AST = AST | {"max_length": 100, "num_mel_bins": 32}
-
-
-def model_of(kind: type, config: dict):
-    settings = {k: v for k, v in config.items() if k != "model_type"}
-    return kind(kind.config_class(**settings))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("av")
-    texts = []
-    for name, make in (("video", draw_av.draw_videos), ("audio", draw_av.draw_sounds)):
-        for r in make(root / name, train=6, held_out=3):
-            texts += [r["captions"][0], f"{r['question']} Answer: {r['answers'][0]}"]
-    write_backbone(root / "timesformer", model_of(transformers.TimesformerModel, TIMESFORMER))
-    write_backbone(root / "ast", model_of(transformers.ASTModel, TINY_AST))
-    write_vision(root / "vit")
-    write_decoder(root / "lm", "opt", texts)
-    pictures = []
-    for i, colour in enumerate(("red", "green", "blue")):
-        Image.new("RGB", (64, 64), colour).save(root / f"{i}.png")
-        pictures.append({"image": f"{i}.png", "question": "what colour is the star?",
-                         "answers": [colour], "split": "train"})  # fmt: skip
-    lines = "".join(json.dumps(line) + "\n" for line in pictures)
-    (root / "pictures.jsonl").write_text(lines)
-    return {path.name: path for path in root.iterdir()} | {"root": root}
+    return worlds.clips(tmp_path_factory.mktemp("av"))
 
 
 ENCODERS = {"video": "timesformer", "audio": "ast", "image": "timesformer"}
@@ -52,13 +25,11 @@ def trained(world, out: Path, modality: str, task: str = "caption", vision=None,
     told = {"video": {"frames": 4}, "audio": {"masks": [8, 20]}, "image": {}}[modality]
     media = {} if modality == "image" else {"modality": modality, **told}
     data = world["pictures.jsonl"] if modality == "image" else world[modality]
-    job = presets.Job(
-        **{
-            "method": "epalm", "data": str(data), "language": str(world["lm"]),
-            "vision": str(world[vision or ENCODERS[modality]]), "fit": "squash",
-            "options": {"task": task}, "recipe": presets.Recipe(batch=4, epochs=3, rate=1e-3),
-            "media": media, **changes,
-        }
+    parts = {"data": data, "language": world["lm"], "vision": world[vision or ENCODERS[modality]]}
+    job = worlds.job(
+        {name: str(path) for name, path in parts.items()},
+        **{"method": "epalm", "fit": "squash", "options": {"task": task}, "media": media,
+           "per_image": 1, "batch": 4, "epochs": 3, "rate": 1e-3, **changes},
     )  # fmt: skip
     return train.train(job, presets.Run(out=out, device=CPU, quiet=True, workers=0))
 

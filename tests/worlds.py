@@ -34,7 +34,7 @@ from tiny import (
     write_vision,
 )
 
-from tinyvl import draw, draw_av, presets, train
+from tinyvl import draw, draw_av, features, presets, train
 from tinyvl.encoders_build import build_encoder
 from tinyvl.train_run import Interrupted
 
@@ -43,6 +43,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 PLACES = {"left": (4, 16), "right": (28, 16), "top": (16, 4)}
 ANIMALS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
 QUESTION = "what is this?"
+Pairs = list[tuple[str, str]]  # path and id of each picture
 TONE_AST = {
     "model_type": "audio-spectrogram-transformer", "hidden_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 4, "intermediate_size": 128, "max_length": 100, "num_mel_bins": 48,
@@ -84,8 +85,8 @@ def captions_of(lines: list[dict]) -> list[str]:
     return [caption for line in lines for caption in line["captions"]]
 
 
-def paint(folder: Path, count: int, first: int = 0) -> list[tuple[str, str]]:
-    """Pictures of noise, no two alike in size and content; -> path and id of each."""
+def paint(folder: Path, count: int, first: int = 0) -> Pairs:
+    """Pictures of noise, no two alike in size and content."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for i in range(first, first + count):
@@ -278,3 +279,22 @@ def kill(
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors
+
+
+# --------------------------------------------------------------------------------------- features
+
+
+def loaded(folder: Path, fit: str = "crop", precision: torch.dtype = torch.float32):
+    return features.load_encoder(str(folder), fit, device=CPU, precision=precision)
+
+
+def fill(out: Path, pictures: Pairs, vision: Path, stop: list | None = None, **changes) -> dict:
+    """`extract` with a tiny encoder, in this process."""
+    chosen = {k: changes.pop(k) for k in ("fit", "precision") if k in changes}
+    description, encoder = loaded(vision, **chosen)
+    kinds = {k: changes.pop(k) for k in ("what", "dtype") if k in changes}
+    head = features.contents(description, encoder, **kinds)
+    run = presets.Run(out, CPU, workers=0, quiet=True)
+    if stop is not None:
+        run.stop = stop
+    return features.extract(out, pictures, encoder, head, run, **changes)
