@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import files, job, kill, log, losses, run, steps, stopped
 
-from tinyvl import UserError, data, models, presets, train, train_batches
+from tinyvl import UserError, data, models, presets, train
 from tinyvl.data import Record
 
 
@@ -24,14 +24,6 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     assert rates[55] == pytest.approx(0.55)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0.1 < rates[-1] < 0.102
-
-
-def test_groups_hold_captions_of_one_picture_by_length():
-    tokens = [[[1] * 5, [2], [3] * 3], [], [[4]]]
-    groups = train_batches.groups_of(tokens, 2)
-    assert [(g.record, [len(c) for c in g.captions]) for g in groups] == [
-        (0, [1, 3]), (0, [5]), (2, [1]),
-    ]  # fmt: skip
 
 
 def test_training_lowers_the_loss_and_changes_nothing_frozen(world, tmp_path):
@@ -115,64 +107,6 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(world, tmp_pat
     with pytest.raises(UserError, match=r"with recipe.epochs = 1, not 2; resume"):
         train.train(job(world, epochs=2), run(tmp_path / "out", resume=True))
     assert files(tmp_path / "out") == before
-
-
-def test_cached_tokens_give_the_loss_of_uncached_ones(world, tmp_path):
-    for cache in (True, False):
-        train.train(job(world, epochs=2), run(tmp_path / str(cache), cache=cache))
-    cached, plain = (losses(tmp_path / str(cache)) for cache in (True, False))
-    assert cached == pytest.approx(plain, abs=2e-3)  # the cache keeps tokens in fp16
-
-
-SUMMARIES = {"method": "epalm", "options": {"soft": 2}, "epochs": 1}
-
-
-def test_cached_summaries_of_an_fp32_run_are_exact(world, tmp_path):
-    found = {}
-    for cache in (True, False):
-        train.train(job(world, **SUMMARIES), run(tmp_path / str(cache), cache=cache))
-        found[cache] = losses(tmp_path / str(cache))
-    assert len(found[True]) == 6
-    assert found[True] == pytest.approx(found[False], abs=1e-6)
-    half = job(world, precision="bf16", **SUMMARIES)
-    assert train_batches.cache_dtype(half, "summaries") == "fp16"
-
-
-def test_a_run_that_began_with_summaries_in_fp16_goes_on_with_them(world, tmp_path, monkeypatch):
-    """As runs did before ``cache_dtype`` was noted with their settings."""
-    monkeypatch.setattr(train, "cache_dtype", lambda job, reads: "fp16")
-    train.train(job(world, **SUMMARIES), run(tmp_path / "whole"))
-    stopped(job(world, **SUMMARIES), run(tmp_path / "parts"), 2)
-    monkeypatch.undo()
-    file = tmp_path / "parts/config.json"
-    config = json.loads(file.read_text())
-    assert config["training"].pop("cache_dtype") == "fp16"
-    file.write_text(json.dumps(config))
-    train.train(job(world, **SUMMARIES), run(tmp_path / "parts", resume=True))
-    assert files(tmp_path / "whole") == files(tmp_path / "parts")
-
-
-def test_captions_states_that_a_kill_cut_off_are_read_again(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_batches, "BLOCK", 4)
-    config = models.new_config(
-        "itune", world["language"], world["vision"], fit="crop", prompt="", options={"drop": 1}
-    )
-    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
-    tokens = [[[i, j] for j in range(i)] + [[i]] for i in range(5)]
-    file = tmp_path / "features/train.rows"
-    whole = train_batches.TextStates(tokens, model, run(tmp_path), "train")
-    kept = file.read_bytes()
-    captions = [c for lines in tokens for c in lines]
-    for caption, states in zip(captions, whole.of(captions), strict=True):
-        torch.testing.assert_close(states, model.states([caption]), rtol=0, atol=1e-5)
-    seen, real = [], model.states
-    monkeypatch.setattr(model, "states", lambda block: seen.append(len(block)) or real(block))
-    for left, read in ((0, [4, 4, 4, 3]), (len(kept) // 2 + 5, [4, 3]), (len(kept), [])):
-        file.write_bytes(kept[:left])
-        seen.clear()
-        train_batches.TextStates(tokens, model, run(tmp_path), "train")
-        assert seen[1:] == read  # the first tells how large a state is
-        assert file.read_bytes() == kept
 
 
 def test_accumulation_and_checkpointing_change_only_the_last_bits(world):
@@ -268,41 +202,6 @@ def test_validation_is_held_out_where_the_data_has_no_split(world):
     assert not {r.id for r in a} & {r.id for r in b}
 
 
-def test_nothing_to_train_on_is_said(world, tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text(
-        json.dumps({"image": str(Path(world["data"]).parent / "0.png"), "captions": []})
-    )
-    with pytest.raises(UserError, match="no picture with a caption"):
-        train.train(job(world | {"data": str(empty)}), run(tmp_path / "out"))
-
-
-def test_the_annotations_are_read_once(world, monkeypatch):
-    read, paths = data.read, []
-    monkeypatch.setattr(data, "read", lambda path, **more: paths.append(path) or read(path, **more))
-    train_batches.load_records(job(world))
-    assert paths == [world["data"]]
-    train_batches.load_records(job(world, val=world["data"]))
-    assert paths == [world["data"]] * 2
-
-
-def test_restval_is_training_data_and_val_is_not(world, tmp_path):
-    root = Path(world["data"]).parent
-    images = [
-        {"filename": f"{i}.png", "split": split, "sentences": [{"raw": "a dog"}], "imgid": i}
-        for i, split in enumerate(["train", "restval", "restval", "val", "test"])
-    ]
-    file = root / "karpathy.json"
-    file.write_text(json.dumps({"images": images}))
-    train_records, val = train_batches.load_records(job(world | {"data": str(file)}))
-    assert [r.id for r in train_records] == ["0", "1", "2"]
-    assert [r.id for r in val] == ["3"]
-    test = root / "test.json"  # a validation file of its own is taken whole
-    test.write_text(json.dumps({"images": images[4:]}))
-    _, val = train_batches.load_records(job(world | {"data": str(file), "val": str(test)}))
-    assert [r.id for r in val] == ["4"]
-
-
 def test_an_abandoned_start_leaves_no_stale_features(world, tmp_path):
     """Other settings in the same folder, where a first start never saved a state."""
     stopped(job(world, fit="crop"), run(tmp_path / "out"), 0)  # while encoding
@@ -319,19 +218,6 @@ def test_resuming_with_another_micro_batch_is_refused(world, tmp_path):
         train.train(job(world, epochs=1), run(tmp_path / "out", resume=True, micro=3))
 
 
-def test_one_caption_a_picture_fills_the_batches(world, tmp_path):
-    lines = [json.loads(line) for line in Path(world["data"]).read_text().splitlines()]
-    single = Path(world["data"]).parent / "single.jsonl"
-    single.write_text(
-        "".join(json.dumps(line | {"captions": line["captions"][:1]}) + "\n" for line in lines)
-    )
-    summary = train.train(
-        job(world | {"data": str(single)}, batch=12, epochs=1, per_image=5),
-        run(tmp_path / "out", micro=12),
-    )
-    assert summary["steps"] == 3  # 36 captions
-
-
 def test_nothing_readable_and_nothing_finite_are_said(world, tmp_path):
     root = tmp_path / "bad"
     root.mkdir()
@@ -346,18 +232,6 @@ def test_nothing_readable_and_nothing_finite_are_said(world, tmp_path):
         train.train(job(world, rate=1e30, epochs=1), run(tmp_path / "b"))
     for line in (tmp_path / "b/log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
-
-
-def test_captions_are_cut_to_the_decoders_positions(world, tmp_path):
-    config = models.new_config(
-        "itune", world["language"], world["vision"], fit="crop", prompt="a", options={}
-    )
-    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
-    long = Record("x.png", ["red " * 200], "x")
-    (ids,) = train_batches.prepare([long], model, job(world, max_tokens=500))[0]
-    assert len(ids) == 64 - 1 - 1 - 1  # positions, bos, prompt, eos
-    pictures = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    model.caption(pictures, beams=1, max_tokens=500)
 
 
 def test_a_job_survives_json():

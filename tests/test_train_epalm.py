@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -93,27 +92,12 @@ def job(world: dict[str, str], **changes) -> presets.Job:
     return worlds.job(world, **{**recipe, **common, **changes})
 
 
-def test_an_epoch_reads_one_answer_in_proportion_to_the_annotators():
-    group = train_batches.Group(3, [[1]] * 7 + [[2]] * 3, drawn=True)
-    drawn = [tuple(group.read(0, epoch)[0]) for epoch in range(4000)]
-    assert Counter(drawn)[(1,)] / 4000 == pytest.approx(0.7, abs=0.03)
-    assert drawn[:50] == [tuple(group.read(0, epoch)[0]) for epoch in range(50)]
-    assert drawn[:50] != [tuple(group.read(1, epoch)[0]) for epoch in range(50)]
-    other = train_batches.Group(4, group.captions, drawn=True)
-    assert drawn[:50] != [tuple(other.read(0, epoch)[0]) for epoch in range(50)]
-
-
 def test_each_question_has_its_answers_the_most_frequent_first(world):
     model = build(world, "epalm", {"task": "vqa"})
     record = Record("x.png", question=QUESTION, answers=["bee", "ant", "ant"])
     (lines,) = train_batches.prepare([record], model, job(world, options={"task": "vqa"}))
     said = [model.text.decode(line) for line in lines]
     assert said == [f"{QUESTION} Answer: {word}" for word in ("ant", "ant", "bee")]
-
-
-@pytest.mark.parametrize(("limit", "number"), [(512, 512), ("1%", 44), ("10%", 444), ("0.01%", 1)])
-def test_a_limit_is_a_number_or_a_share(limit, number):
-    assert train_batches.share(limit, 4437) == number
 
 
 def test_a_limited_run_reads_records_that_the_seed_draws(world):

@@ -14,7 +14,6 @@ from tiny import write_text, write_vision
 from worlds import files, kill, losses, run, steps, stopped
 
 from tinyvl import UserError, data, features, models, presets, train, train_batches
-from tinyvl.data import Record
 
 CLIP = {"image": {"unlock": "all"}, "text": {"unlock": "all"}}
 LWA = {"adapter": "layerwise", "unlock": "layernorm"}
@@ -186,21 +185,6 @@ def test_bf16_on_a_cpu_trains(world, tmp_path):
         vectors.append(model.embed_texts(["a red square", "blue left"]))
         assert vectors[-1].dtype == torch.float32
     assert (vectors[0] * vectors[1]).sum(-1).min() > 0.99
-
-
-def test_a_limit_counts_pairs():
-    records = [
-        Record(f"{i}.png", captions=[f"{i} {j}" for j in range(5)], id=str(i)) for i in range(40)
-    ]
-    for limit in (7, 150):
-        kept = train_batches.limit_pairs(records, limit, seed=3)
-        assert sum(len(r.captions) for r in kept) == limit
-        assert all(c.startswith(f"{r.id} ") for r in kept for c in r.captions)
-        assert kept == train_batches.limit_pairs(records, limit, seed=3)
-    assert sum(len(r.captions) for r in train_batches.limit_pairs(records, "10%", seed=3)) == round(
-        sum(len(r.captions) for r in records) / 10
-    )
-    assert len(train_batches.limit_pairs(records, 1000, seed=3)) == 40
 
 
 def test_locked_projections_are_kept_with_the_checkpoint(world, tmp_path):
