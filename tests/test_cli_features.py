@@ -7,15 +7,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import shell
 import torch
 import worlds
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_text, write_vision
-from typer.testing import CliRunner
 from worlds import content, kill, paint
 
-from tinyvl import UserError, cli, features
+from tinyvl import UserError, features
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +25,21 @@ def world(tmp_path_factory) -> dict[str, str]:
 
 def tinyvl(*args: object) -> tuple[int, list[dict], str]:
     """A command in this process: exit status, the JSON lines on stdout, what went to stderr."""
-    done = CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=True)
-    if isinstance(done.exception, UserError):
-        return done.exception.status, [], str(done.exception)
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
+    try:
+        done = shell.invoke(*args)
+    except UserError as error:
+        return error.status, [], str(error)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return done.exit_code, lines, done.stderr
 
 
 def encoder(world: dict[str, str], *more: object) -> list[object]:
     return ["--vision", world["vision"], "--fit", "crop", "--device", "cpu", "--workers", 0, *more]
+
+
+def trained(world: dict[str, str]) -> list[object]:
+    quick = ["--epochs", 1, "--quiet"]
+    return ["--data", world["data"], "--lm", world["language"], *encoder(world), *quick]
 
 
 def images(world: dict[str, str]) -> list[str]:
@@ -93,16 +97,7 @@ def test_mistakes_cost_one_sentence(world, tmp_path, more, said):
 def test_train_and_caption_read_features(world, tmp_path):
     store = tmp_path / "f"
     tinyvl("features", world["data"], *encoder(world), "--out", store)
-    common = [
-        "--data",
-        world["data"],
-        "--lm",
-        world["language"],
-        *encoder(world),
-        "--epochs",
-        1,
-        "--quiet",
-    ]
+    common = trained(world)
     status, lines, said = tinyvl(
         "train", "itune", *common, "--features", store, "--out", tmp_path / "m"
     )
@@ -172,27 +167,12 @@ def test_pictures_that_are_no_longer_there_are_captioned_from_features(world, tm
     folder.mkdir()
     Image.new("RGB", (40, 40), "red").save(folder / "a.png")
     tinyvl("features", folder, *encoder(world), "--out", tmp_path / "f")
-    common = [
-        "--data",
-        world["data"],
-        "--lm",
-        world["language"],
-        *encoder(world),
-        "--epochs",
-        1,
-        "--quiet",
-    ]
+    common = trained(world)
     tinyvl("train", "itune", *common, "--out", tmp_path / "m")
     (folder / "a.png").unlink()
     status, lines, _ = tinyvl(
-        "caption",
-        "--json",
-        "--model",
-        tmp_path / "m",
-        "--device",
-        "cpu",
-        "--features",
-        tmp_path / "f",
+        *("caption", "--json", "--model", tmp_path / "m", "--device", "cpu"),
+        *("--features", tmp_path / "f"),
     )
     assert status == 0
     assert [line["path"] for line in lines] == [str(folder / "a.png")]
