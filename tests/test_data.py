@@ -125,7 +125,8 @@ def test_lang_keeps_one_language_and_records_without(tmp_path):
     entries = [{"image": "1.jpg", "lang": lang, "id": str(lang)} for lang in ("en", "de", None)]
     path = write(tmp_path / "set.jsonl", "\n".join(map(json.dumps, entries)))
     assert [record.id for record in data.read(path, lang="en")] == ["en", "None"]
-    assert len(data.read(path)) == 3
+    assert len(data.read(path)) == len(data.read(path, lang="all")) == 3
+    assert [record.id for record in data.read(path, lang="fr, de")] == ["de", "None"]
     path = write(tmp_path / "german.jsonl", json.dumps(entries[1]))
     with pytest.raises(UserError, match="no records in 'fr', only in 'de'"):
         data.read(path, lang="fr")

@@ -314,8 +314,10 @@ def test_mistakes_cost_one_sentence(tmp_path, photos):
     with pytest.raises(UserError, match="no index there"):
         Index(home)
     refresh(home, photos)
-    with pytest.raises(UserError, match="made by another model"):
+    with pytest.raises(UserError, match=r"m has changed since .*; delete .* index again"):
         refresh(home, photos, Dual("two"))
+    with pytest.raises(UserError, match=r"made by another model \(m\)"):
+        index.check_model(home, index.read_about(home), Dual("two"), "n")
     with pytest.raises(UserError, match=f"is the index of {photos}"):
         refresh(home, photos / "a")
     with pytest.raises(UserError, match="is a file"):

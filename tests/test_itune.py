@@ -292,7 +292,7 @@ def test_dropping_everything_is_refused(model):
 def test_the_documentation_names_the_file_of_the_rates():
     """Of I-Tuning the rates are ours, and they stand in `presets.PAPER`."""
     assert presets.PRESETS["itune-base"].recipe.rate == presets.PAPER.rate
-    assert "rates are in ``presets.py``" in itune.__doc__
+    assert "rates are in ``presets_table.py``" in itune.__doc__
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert "`presets.py`" in readme
+    assert "`presets_table.py`" in readme
     assert "`itune.py` and `models.py`" not in readme

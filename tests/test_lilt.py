@@ -13,7 +13,7 @@ from tiny import write_text, write_vision
 from torch import Tensor
 from transformers import BertModel
 
-from tinyvl import UserError, hub, lilt, models, presets
+from tinyvl import UserError, hub, hub_table, lilt, models, presets
 from tinyvl.lilt import LilT, Pairs
 from tinyvl.text import clean_caption
 
@@ -290,6 +290,35 @@ def test_captions_are_cleaned_as_the_authors_do():
 
 
 # ------------------------------------------------------------------------------ loss and gradients
+
+
+def test_a_prefix_begins_every_text_and_takes_no_room(folders, tmp_path):
+    plain = build(folders, text={"pool": "mean"})
+    model = build(folders, text={"pool": "mean", "prefix": "red dog: "}, clean=True)
+    before = plain.text.encode(["red dog: A red dog runs".lower(), "red dog: sky"], 30)
+    assert model.text.encode(["A red, dog runs!", "sky"], 30) == before
+    colon = len(plain.text.encode(["red dog:"], 30)[0]) - 2  # the prefix's own tokens
+    (cut,) = model.text.encode(["a red dog runs " * 9], 6)
+    assert len(cut) == 6 + colon
+    assert cut[-1] == before[0][-1]
+    models.save_config(tmp_path, config := models.new_config(
+        "lilt", folders["text"], folders["vision"], fit="squash", prompt="",
+        options={"text": {"prefix": "red dog: "}},
+    ))  # fmt: skip
+    models.save(models.build(config, device=CPU, precision=torch.float32), tmp_path)
+    for sides in (["text"], ["text", "image"]):
+        loaded = models.load(str(tmp_path), task="retrieve", device=CPU, sides=sides)
+        assert loaded.text.prefix == "red dog: "
+    assert plain.text.prefix == ""
+
+
+def test_a_known_encoder_brings_its_prefix():
+    for name in ("multilingual-e5-small", "intfloat/multilingual-e5-small"):
+        assert hub_table.prefix_of(name) == "query: "
+        job = presets.job_of("lilt", {"language": name})
+        assert job.options["text"]["prefix"] == "query: "
+    assert hub_table.prefix_of("some/folder") == ""
+    assert "prefix" not in presets.job_of("lilt", {}).options["text"]
 
 
 def slow_loss(images: Tensor, texts: Tensor, rows: list[int], keys: list[int], t: float) -> float:

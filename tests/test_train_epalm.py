@@ -81,6 +81,8 @@ def test_each_variant_and_baseline_learns_eight_pictures(name, task, world):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if step % 10 == 9 and said() == WORDS:
+            break
     assert said() == WORDS
     for n, p in model.named_parameters():
         assert model.trainable(n) or torch.equal(p, frozen[n])

@@ -46,7 +46,8 @@ def read(
         split: keep this split (see `select_split`).
         images: the folder of the pictures (videos, sounds). Default: JSON Lines name paths relative
             to the file, and `data_files.locate` looks for those of published formats.
-        lang: keep the records in this language, and those that name none.
+        lang: keep the records in this language, and those that name none; "en,de" are two, and
+            "all" is every one.
         files: False keeps records whose file is missing (to score predictions, say).
         blank: keep captions that are blank, and images without captions in a list of captions.
 
@@ -70,9 +71,10 @@ def read(
         folder = None if images is None else Path(images).expanduser()
         drop = files and format in LINKS
         records = locate(records, path, images=folder, required=files, drop=drop)
-    if lang is not None:
+    if lang not in (None, "all"):
         found = {record.lang for record in records}
-        records = [record for record in records if record.lang in (lang, None)]
+        wanted = {None, *(name.strip() for name in lang.split(","))}
+        records = [record for record in records if record.lang in wanted]
         if not records:
             raise UserError(f"{path} has no records in {lang!r}, only in {_listed(found)}", 2)
     try:

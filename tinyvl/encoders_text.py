@@ -30,20 +30,32 @@ POOLS = ("token", "mean")
 class TextEncoder(nn.Module):
     """A transformers text encoder: ids (B, T) and mask (B, T) -> final hidden states (B, T, D)."""
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, clean: bool = False):
+    def __init__(self, model: Any, tokenizer: Any = None, *, clean: bool = False, prefix: str = ""):
         """Args:
         tokenizer: transformers' own; None where only parameters are counted.
         clean: texts go through `clean_caption` first.
+        prefix: every text then begins with this.
         """
         super().__init__()
-        self.model, self.tokenizer, self.clean = model, tokenizer, clean
+        self.model, self.tokenizer, self.clean, self.prefix = model, tokenizer, clean, prefix
         self.width: int = model.config.hidden_size
 
     def encode(self, texts: list[str], max_tokens: int) -> list[list[int]]:
-        """Ids of each text with the tokenizer's begin and end, cut to ``max_tokens`` in all."""
+        """Ids of each text with the tokenizer's begin and end, cut to ``max_tokens`` in all.
+
+        The prefix's tokens come on top of these.
+        """
         texts = [clean_caption(text) if self.clean else tidy(text) for text in texts]
-        longest = min(max_tokens, self.model.config.max_position_embeddings)
-        return self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        longest = self.model.config.max_position_embeddings
+
+        def ids(texts: list[str], length: int) -> list[list[int]]:
+            return self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+
+        if self.prefix:
+            texts = [self.prefix + text for text in texts]
+            own, nothing = ids([self.prefix.strip(), ""], longest)
+            max_tokens += len(own) - len(nothing)
+        return ids(texts, min(max_tokens, longest))
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T)."""
@@ -201,7 +213,7 @@ class Bert(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         table = self.embeddings
         positions = table["position_embeddings"].weight[: input_ids.shape[1]]
-        x = table["word_embeddings"](input_ids) + table["token_type_embeddings"].weight[0]
+        x = table["word_embeddings"](input_ids).float() + table["token_type_embeddings"].weight[0]
         x = table["LayerNorm"](x + positions)
         mask = attention_mask.bool()[:, None, None]
         for layer in self.encoder["layer"]:
@@ -253,7 +265,9 @@ def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
     for name, tensor in load_file(folder / "model.safetensors").items():
         name = name.removeprefix("bert.")  # so in Google's first checkpoints, and the next two
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        state[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
+        # The word embedding stays as the file has it, mapped: a text reads a few of its rows.
+        kept = tensor if name.endswith("word_embeddings.weight") else tensor.float()
+        state[name.replace("LayerNorm.beta", "LayerNorm.bias")] = kept
     missing, _ = model.load_state_dict(state, strict=False, assign=True)  # a pooler may be extra
     refuse_missing(missing, folder, depth)
     for layer in model.encoder["layer"][depth:]:

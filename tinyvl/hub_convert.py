@@ -8,7 +8,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from tinyvl import UserError
+from tinyvl import UserError, hub_e5
 from tinyvl.hub_table import write_json
 
 
@@ -284,6 +284,7 @@ def copy(source: Path, target: Path) -> None:
 CONVERT = {
     "SmolLM2-135M": smollm2,
     "EfficientNet-Lite2": efficientnet_lite2,
+    "multilingual-e5-small": hub_e5.convert,
     "all-MiniLM-L6-v2": copy,
     "Whisper-tiny.en": whisper,
 }

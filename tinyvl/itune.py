@@ -11,7 +11,7 @@ the image tokens (section 3):
 The paper leaves open the bottleneck width r, λ, the initialisation, the rate and the warm-up.
 r = d/2 reproduces its parameter counts; λ = 1; W_o and b_o start at zero, so that training starts
 from the untouched language model; W_q and b_q start 1/√r smaller than PyTorch would have them, so
-that the unscaled softmax starts as soft as a scaled one. The rates are in ``presets.py``.
+that the unscaled softmax starts as soft as a scaled one. The rates are in ``presets_table.py``.
 b_k changes nothing (a softmax does not see what all its scores share); it is there as the paper
 counts it.
 

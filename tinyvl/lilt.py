@@ -52,6 +52,7 @@ class Tuning:
     pool: str | None = None  # "token", "mean"; None: the paper's token 0 where there is one
     width: int = 384  # of the block over a feature map
     dropout: float = 0.0  # before the projection, in training; the paper has none
+    prefix: str = ""  # every text begins with this: e5 was trained with "query: "
 
 
 # ---------------------------------------------------------------------------------- what is added

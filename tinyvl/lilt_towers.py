@@ -109,10 +109,11 @@ class TextTower(TextEncoder):
     model: Any  # transformers', or `encoders_text.Bert`
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, clean: bool, pool: str, tuned: frozenset[str]
-    ):
-        """``pool`` and ``tuned`` as in `ImageTower`."""
-        super().__init__(model, tokenizer, clean=clean)
+        self, model: nn.Module, tokenizer: Any, *, clean: bool, prefix: str, pool: str,
+        tuned: frozenset[str],
+    ):  # fmt: skip
+        """``pool`` and ``tuned`` as in `ImageTower`, else as in `TextEncoder`."""
+        super().__init__(model, tokenizer, clean=clean, prefix=prefix)
         self.pool, self.tuned = pool, tuned
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -283,7 +283,8 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
         image = image_tower(config["image"], tunings[0], folder, size, random)
     if folders is None or "text" in folders:
         folder = folders["text"] if folders else None
-        plain = image is not None or random  # transformers' model, not the one for queries
+        locked = (tunings[1].adapter, tunings[1].unlock) == ("none", "none")  # without dropout
+        plain = random or not (locked or image is None)  # transformers' model, not our own
         text = text_tower(config["text"], tunings[1], folder, clean, random, plain)
     dropout = (tunings[0].dropout, tunings[1].dropout)
     return LilT(image, text, map_width=tunings[0].width, dropout=dropout, **options)
@@ -368,7 +369,8 @@ def text_tower(
     if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
         raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
     tuned = tuned_names(model, tuning, model.config.num_hidden_layers - grow, where)
-    return TextTower(model, tokenizer, clean=clean, pool=tuning.pool or "token", tuned=tuned)
+    pool = tuning.pool or "token"
+    return TextTower(model, tokenizer, clean=clean, prefix=tuning.prefix, pool=pool, tuned=tuned)
 
 
 def tuned_names(model: nn.Module, tuning: "Tuning", depth: int, where: str) -> frozenset[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyvl import UserError
 from tinyvl.files import local
-from tinyvl.hub_table import AST, CONFIGS, TIMESFORMER, architecture
+from tinyvl.hub_table import AST, CONFIGS, TIMESFORMER, architecture, prefix_of
 from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, options_of
 from tinyvl.presets_table import AV_RECIPES, FRAMES, PRESETS, RECIPES, SMALL, Preset
 
@@ -137,6 +137,10 @@ def new_parts(method: str, row: Preset, asked: dict[str, Any]) -> dict[str, Any]
             options.pop("rank", None)
     elif method == "lilt":
         own = towers(options, own, asked.get("lock"))
+        if "text_prefix" not in asked:  # the preset's is of its own encoder
+            prefix = prefix_of(asked.get("language", row.language))
+            own["text"] = {n: v for n, v in own["text"].items() if n != "prefix"}
+            own["text"] |= {"prefix": prefix} if prefix else {}
     elif asked.get("modality", media.get("modality", "image")) != media.get("modality", "image"):
         media = {} if asked["modality"] == "image" else {"modality": asked["modality"]}
     return {

@@ -125,7 +125,8 @@ class Job:
     val: str | None = option("Data", None, "Validation data.", shown="the data's own, or 2 % of it")
     images: str | None = option("Data", None, "Folder of the pictures, videos or sounds.",
         shown="beside the data")
-    lang: str | None = option("Data", "en", "Language of the captions, if records say.")
+    lang: str | None = option("Data", "en", "Languages of the captions, if records say: en, "
+        "or en,de, or all.")
     format: str | None = option("Advanced", None, "Read the data as this format.",
         shown="recognised")
     init: str | None = option("Model", None, "Checkpoint to start from.")
@@ -292,13 +293,19 @@ class Tower:
 
 
 @dataclass
+class TextTower(Tower):
+    prefix: str = option("Advanced", "", "Every text begins with this.",
+        shown="'query: ' for e5, else nothing")
+
+
+@dataclass
 class ImageTower(Tower):
     width: int = option("Advanced", 384, "Width of a deep adapter on a CNN's feature map.", min=64)
 
 
 @dataclass(kw_only=True)
 class LilT:
-    text: Tower  # --text-adapter and so on
+    text: TextTower  # --text-adapter and so on
     image: ImageTower
     preset: str | None = option("Model", None, "A paper's row, e.g. lilt-lwa-base (`tinyvl models` "
         "lists them); other options override it.", into="")
@@ -331,7 +338,7 @@ def declared(*classes: type) -> dict[str, Field]:
     """The options of dataclasses by name, a tower's as "text_adapter"; later classes count more."""
     found: dict[str, Field] = {}
     for own in (own for cls in classes for own in fields(cls)):
-        if own.type in (Tower, ImageTower):
+        if own.type in (TextTower, ImageTower):
             found |= {f"{own.name}_{name}": of for name, of in declared(own.type).items()}
         elif "help" in own.metadata:
             found[own.name] = own
