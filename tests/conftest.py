@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from offline import alone, index  # noqa: F401  (fixtures)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers: torch's threads would fight
     os.environ.setdefault("OMP_NUM_THREADS", "1")
