@@ -54,7 +54,7 @@ class Run:
 
         With features no picture is decoded: the encoder's output is read from there.
         """
-        model, place, pieces = self.model, self.place, Pieces(*SMALLEST)
+        model, place, pieces = self.model, self.place, Pieces()
 
         def vectors(good: list[tuple[str, Tensor]]) -> Tensor:
             return embed(model.embed_images, torch.stack([picture for _, picture in good]), pieces)
