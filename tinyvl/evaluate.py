@@ -249,7 +249,7 @@ class Checkpoint:
         if place.features is not None:  # before the model, which may take a while
             store = open_store(place.features, self.found.image, self.found.reads, pictures.items())
         model = models.load(self.found, task=task, device=place.device, precision=place.precision)
-        if store:
+        if store is not None:
             store.check(model)
         return model, store
 
