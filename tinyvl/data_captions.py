@@ -40,12 +40,9 @@ def read_karpathy(path: Path) -> Iterator[Record]:
         folder = get(entry, "filepath", str, where, default="")
         captions = [get(each, "raw", str, at) for at, each in entries(entry, "sentences", where)]
         number = get(entry, "imgid", (int, str), where, default=name)
-        yield Record(
-            f"{folder}/{name}{OR}{name}" if folder else name,
-            captions,
-            str(get(entry, "cocoid", (int, str), where, default=number)),
-            get(entry, "split", str, where),
-        )
+        number = str(get(entry, "cocoid", (int, str), where, default=number))
+        path_in = f"{folder}/{name}{OR}{name}" if folder else name
+        yield Record(path_in, captions, number, get(entry, "split", str, where))
 
 
 def read_coco(path: Path) -> Iterator[Record]:

@@ -96,9 +96,9 @@ def _media(path: Path) -> Iterator[Path]:
 
 
 LISTS = (
-    *("LOC_synset_mapping.txt", "synset_words.txt", "words.txt"),
-    *("imagenet_class_index.json", "Labels.json"),
-)
+    "LOC_synset_mapping.txt", "synset_words.txt", "words.txt", "imagenet_class_index.json",
+    "Labels.json",
+)  # fmt: skip
 
 
 def _class_names(path: Path, folders: set[str]) -> dict[str, str]:

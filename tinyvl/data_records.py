@@ -4,7 +4,6 @@ A record is one line of JSON, its path relative to the file:
 
     {"image": "images/1.jpg", "captions": ["a dog runs"], "id": "1", "split": "train", "lang": "en"}
     {"video": "clips/7.mp4", "question": "what runs?", "answers": ["dog"], "question_id": "70"}
-    {"audio": "audio/1.ogg", "label": "dog bark"}
 
 Only the path is required. Every function here raises `UserError` where a field is missing or
 malformed, and names the file and the record.

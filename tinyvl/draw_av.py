@@ -3,8 +3,7 @@
 A video is a shape of a colour that moves left, right, up or down, or stays, for a second: only the
 order of its frames tells left from right ("a red circle moves left"). A sound is a tone or a buzz
 of a pitch that holds, rises or falls, up to three times in a second ("a high buzz falls twice").
-Captions and questions are functions of what is drawn, and everything is a pure function of the
-seed. Held-out files are new renders of what training shows.
+Everything is a pure function of the seed. Held-out files are new renders of what training shows.
 """
 
 from __future__ import annotations

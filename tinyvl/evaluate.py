@@ -249,7 +249,7 @@ class Checkpoint:
         if place.features is not None:  # before the model, which may take a while
             store = open_store(place.features, self.found.image, self.found.reads, pictures.items())
         model = models.load(self.found, task=task, device=place.device, precision=place.precision)
-        if store:
+        if store is not None:
             store.check(model)
         return model, store
 
@@ -272,14 +272,10 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Captions (``kind`` "caption") or answers ("vqa") by a model, scored. -> the report.
 
-    Args:
-        name: a checkpoint.
-        scoring: options of `metrics_captions.plan_captions`.
-        shuffle: show another picture in each one's place: how much does the model look?
-        results: also write a results file for the evaluation servers.
-        frames: of a video, in place of the model's own number.
-
-    Raises UserError as its parts do, or if there is nothing to predict.
+    ``scoring`` has options of `metrics_captions.plan_captions`. ``shuffle`` shows another picture
+    in each one's place: how much does the model look? ``results`` is also written, for the
+    evaluation servers. ``frames`` of a video are in place of the model's own number. Raises
+    UserError as its parts do, or if there is nothing to predict.
     """
     task, asks = task_of(kind, scoring), kind == "vqa"
     everything, split = read(source, task, opened=place.features is None)

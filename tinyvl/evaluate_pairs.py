@@ -43,9 +43,6 @@ class Run:
         known = {record.path: record.id for record in records}
         self.model, self.store = checkpoint.load("retrieve", known)
 
-    def log(self) -> predictions.Log:
-        return predictions.Log(self.place.out, self.head, resume=self.place.resume)
-
     def look(
         self, log: predictions.Log, records: list[Record],
         answer: Callable[[Record, Tensor], dict[str, Any]],
@@ -111,7 +108,7 @@ def run_retrieval(
 
     asked = [Record(record.path, id=record.path) for record in pictures]
     done, went = run.look(predictions.Log(None, run.head), asked, see)
-    log = run.log()
+    log = predictions.Log(place.out, run.head, resume=None)
     for lang in langs:
         part = [r for r in records if r.lang in (lang, None) and r.path in seen]
         for line in search(run.model, part, seen, lang):
@@ -217,7 +214,8 @@ def run_zeroshot(
     templates = classes.templates(prompts)
     how = {"class_names": class_names and str(class_names), "classes": len(called)}
     run = Run("zeroshot", name, source, split, records, place, prompts=templates, **how)
-    log, embed_texts = run.log(), partial(embed, run.model.embed_texts)
+    log = predictions.Log(place.out, run.head, resume=place.resume)
+    embed_texts = partial(embed, run.model.embed_texts)
     vectors = classes.class_embeddings(embed_texts, words, templates)  # (C, d)
 
     def classify(record: Record, vector: Tensor) -> dict[str, Any]:

@@ -145,13 +145,9 @@ def ranks(
     that is not a number) counts against the model: a collapsed one finds nothing. Scores are dot
     products in double precision, rounded to single, so that ``block`` does not change which tie.
 
-    Args:
-        images, texts: embeddings (N, d) and (M, d).
-        image_of_text: (M,) the image of each caption; an image may have any number.
-        block: images and texts of the largest part of the scores in memory. On a CPU what its cache
-            holds is three times as fast as more.
-
-    Raises UserError if ``image_of_text`` does not fit.
+    ``images`` (N, d) and ``texts`` (M, d) are embeddings, ``image_of_text`` (M,) is the image of
+    each caption; UserError if it does not fit. ``block``: images and texts of the largest part of
+    the scores in memory; on a CPU what its cache holds is three times as fast as more.
     """
     if images.device.type == "mps":  # has no double precision
         images, texts = images.cpu(), texts.cpu()

@@ -1,9 +1,8 @@
 """What alignment changed: LilT's Figure 4, the shift of each LayerNorm against the pretrained one.
 
-For layer i of a tower and its two LayerNorms, the L1 norm of the difference between the trained
-and the pretrained scale γ, and between the shifts β (https://arxiv.org/abs/2301.04558, section
-3.4). Pearson's r says whether it grows with depth; the paper finds r > 0 in the image tower and
-r < 0 in the text tower.
+For layer i of a tower and its two LayerNorms, the L1 norm of the difference between the trained and
+the pretrained scale γ, and between the shifts β (https://arxiv.org/abs/2301.04558, section 3.4).
+Pearson's r says whether it grows with depth: in the paper r > 0 for images and r < 0 for text.
 """
 
 import re
