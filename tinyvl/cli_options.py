@@ -1,6 +1,7 @@
 """How the command line is made of dataclasses, and the options that several commands share."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, is_dataclass, replace
 from functools import wraps
@@ -214,6 +215,29 @@ class Lines:
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
             raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
+
+
+@dataclass
+class Reader(Place, Lines):
+    """A model that reads files and writes lines."""
+
+    model: str = MODEL
+    batch: int = batch_of()
+
+
+@dataclass
+class Teller(Reader):
+    """One that writes captions or answers."""
+
+    frames: int | None = FRAMES
+    features: Path | None = FEATURES
+
+
+def piped(inputs: list[str] | None, what: str = "pictures or folders") -> list[str]:
+    """The inputs, or - for a pipe. UserError: there is neither."""
+    if not inputs and sys.stdin.isatty():
+        raise UserError(f"Name {what}, or pipe their paths in.", 2)
+    return inputs or ["-"]
 
 
 DRAWN = ("temperature", "top_k", "top_p", "seed")  # options of sampling

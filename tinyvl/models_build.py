@@ -16,15 +16,7 @@ import torch
 from torch import nn
 
 from tinyvl import UserError, hub
-from tinyvl.presets_options import (
-    METHODS,
-    ImageTuning,
-    TextTuning,
-    Tuning,
-    check_choice,
-    declared,
-    flat,
-)
+from tinyvl.presets_options import METHODS, ImageTuning, TextTuning, Tuning, check_choices
 from tinyvl.text import Questions, Text, read_text
 
 if TYPE_CHECKING:
@@ -137,12 +129,6 @@ def place(model: "Method", device: torch.device, precision: torch.dtype) -> "Met
         model.halve(precision)
         model.amp = precision
     return model.to(device)
-
-
-def check_choices(method: str, options: dict[str, Any]) -> None:
-    """Raises a UserError for an option that is none of its choices, as the command line does."""
-    for name, of in declared(METHODS[method]).items():
-        check_choice(name, of, flat(options).get(name))
 
 
 # -------------------------------------------------------------------------------------- captioners
@@ -279,13 +265,12 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
 
 def check_lilt(tunings: tuple[Tuning, Tuning], random: bool) -> None:
     """Raises a UserError for tunings that contradict themselves, or random towers."""
-    for tuning in tunings:
-        if tuning.layers and tuning.unlock == "none":
-            raise UserError(
-                "Layers are chosen of what is unlocked: name that too, as by --text-unlock "
-                "layernorm or --image-unlock layernorm.",
-                2,
-            )
+    if any(tuning.layers and tuning.unlock == "none" for tuning in tunings):
+        raise UserError(
+            "Layers are chosen of what is unlocked: name that too, as by --text-unlock layernorm "
+            "or --image-unlock layernorm.",
+            2,
+        )
     if random and not all(tuning.unlock == "all" and not tuning.layers for tuning in tunings):
         raise UserError(
             "--random-init is for towers that are trained whole; add --preset clip-base, or "
@@ -298,14 +283,12 @@ def image_tower(
     image: dict, tuning: Tuning, folder: Path | None, size: int | None, random: bool
 ) -> "ImageTower":
     """The image tower, tuned; a UserError where it lacks what the tuning asks for."""
-    from safetensors.torch import load_file
-
     from tinyvl.lilt import add_layerwise_adapters
     from tinyvl.lilt_towers import ImageTower, image_model
 
     where, deep = image["name"], tuning.adapter == "deep"
-    state = load_file(folder / "model.safetensors") if folder and not random else None
-    model, depth = image_model(image["config"], size=size, grow=deep, state=state)
+    weights = None if random else folder
+    model, depth = image_model(image["config"], weights, size=size, grow=deep)
     if tuning.adapter == "layerwise" and not (depth and add_layerwise_adapters(model)):
         raise UserError(
             f"{where} has no transformer blocks to put layerwise adapters in; use a deep "
@@ -333,21 +316,23 @@ def text_tower(
     transformers takes longer than a query.
     """
     from tinyvl import encoders_text
-    from tinyvl.encoders_text import build_text_model, load_text_model, load_tokenizer
     from tinyvl.lilt import add_layerwise_adapters
     from tinyvl.lilt_towers import TextTower
 
     grow, where = tuning.adapter == "deep", text["name"]
     model: Any
-    tokenizer: Any
+    tokenizer: Any = None
     if folder and not plain and encoders_text.readable(folder):
         model, tokenizer = encoders_text.load(folder, grow=grow)
     else:
-        tokenizer = load_tokenizer(folder) if folder else None
         if folder and not random:
-            model = load_text_model(folder, grow=grow)
+            model = encoders_text.load_text_model(folder, grow=grow)
         else:
-            model = build_text_model(text["config"], grow=grow)
+            model = encoders_text.build_text_model(text["config"], grow=grow)
+        if folder:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
         raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
     tuned = tuned_names(model, tuning, model.config.num_hidden_layers - grow, where)

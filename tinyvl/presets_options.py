@@ -369,6 +369,13 @@ def check_choice(name: str, of: Field, value: Any) -> None:
         )
 
 
+def check_choices(method: str, options: dict[str, Any]) -> None:
+    """`check_choice` for a method's options as a checkpoint has them."""
+    own = flat(options)
+    for name, of in declared(METHODS[method]).items():
+        check_choice(name, of, own.get(name))
+
+
 def flag(name: str, of: Field) -> str:
     """An option as it is typed: "--max-tokens"."""
     typed = of.metadata["name"] or f"--{name.replace('_', '-')}"
