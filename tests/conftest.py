@@ -1,6 +1,51 @@
-"""Settings of the tests as a whole."""
+"""Settings of the tests as a whole, and what several modules share."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from offline import alone, index  # noqa: F401  (fixtures)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers: torch's threads would fight
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> dict[str, str]:
+    """Coloured squares: what most runs of the tests train on. A module may have another world."""
+    import worlds
+
+    return worlds.squares(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """The drawn set and a ViT fitted to it, made once for all workers of a session."""
+    import torch
+    import worlds
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "drawn"
+    root.mkdir(exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # waits while another worker makes it
+        if not (root / "done").exists():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # the same sums on any number of cores
+            worlds.scenes(root)
+            torch.set_num_threads(threads)
+            (root / "done").touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The same sums on any number of cores, as in the commands that `shell.apart` starts."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

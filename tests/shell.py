@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from tinyvl import cli
 
@@ -31,6 +32,14 @@ def run(*args: object, stdin: str = "", tty: bool = False) -> subprocess.Complet
         sys.stdout.flush()
     out, err = (os.fsdecode(stream.getvalue()) for stream in streams)
     return subprocess.CompletedProcess(arguments, exit.value.code or 0, out, err)
+
+
+def invoke(*args: object) -> Result:
+    """``tinyvl ARGS`` without `cli.main` around it: a `UserError` is raised as it is."""
+    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
 def apart(*args: str) -> str:

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import shell
-from typer.testing import CliRunner
 
 from tinyvl import __version__, cli, hub
 
@@ -47,11 +46,11 @@ def test_every_command_and_option_has_help():
 
 
 def test_version():
-    assert CliRunner().invoke(cli.app, ["--version"]).output.strip() == __version__
+    assert shell.invoke("--version").output.strip() == __version__
 
 
 def test_inspect_prints_the_papers_row_as_json():
-    result = CliRunner().invoke(cli.app, ["inspect", "itune-base", "--json"])
+    result = shell.invoke("inspect", "itune-base", "--json")
     found = json.loads(result.output)
     assert found["name"] == "itune-base"
     assert found["method"] == "itune"
@@ -60,16 +59,13 @@ def test_inspect_prints_the_papers_row_as_json():
 
 
 def test_models_lists_presets_and_backbones():
-    rows = [
-        json.loads(line)
-        for line in CliRunner().invoke(cli.app, ["models", "--json"]).output.splitlines()
-    ]
+    rows = list(map(json.loads, shell.invoke("models", "--json").output.splitlines()))
     names = {row["name"]: row for row in rows}
     assert {"itune-base", "gpt2", "SmolLM2-135M", "EfficientNet-Lite2"} <= set(names)
     backbone = names["SmolLM2-135M"]
     assert backbone["licence"] == "Apache-2.0"
     assert set(backbone) == {"name", "role", "parameters", "licence", "source", "here"}
-    assert "SmolLM2-135M" in CliRunner().invoke(cli.app, ["models"]).output
+    assert "SmolLM2-135M" in shell.invoke("models").output
 
 
 def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_path, monkeypatch):
@@ -107,8 +103,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_draw_writes_the_drawn_set(tmp_path):
-    args = ["draw", str(tmp_path / "d"), "--train", "4", "--held-out", "2"]
-    result = CliRunner().invoke(cli.app, args)
+    result = shell.invoke("draw", tmp_path / "d", "--train", "4", "--held-out", "2")
     assert result.exit_code == 0
     lines = (tmp_path / "d/drawn.jsonl").read_text().splitlines()
     assert len(lines) == 12  # two languages

@@ -5,26 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shell
 from PIL import Image
 from published import PUBLISHED, coco, vqa, write, write_json, write_tar, xtd10
-from typer.testing import CliRunner
 
-from tinyvl import UserError, cli, cli_data, data, data_check, data_formats
+from tinyvl import UserError, cli_data, data, data_check
 from tinyvl.data import Record
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
-def run(*args: object):
-    """The command in this process; a UserError is raised, as main would print it."""
-    result = CliRunner().invoke(cli.app, ["data", *map(str, args)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+run = partial(shell.invoke, "data")
 
 
 def report(*args: object) -> tuple[int, dict]:
@@ -60,7 +56,7 @@ def good(tmp_path) -> Path:
 
 
 def test_formats_in_the_help_are_those_there_are():
-    assert list(cli_data.FORMATS) == list(data_formats.READERS)
+    assert list(cli_data.FORMATS) == list(data.READERS)
 
 
 def test_every_option_has_help():

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import shell
 import torch
 from PIL import Image
 from tiny import write_captioner, write_text, write_vision
-from typer.testing import CliRunner
 
-from tinyvl import UserError, cli, models
+from tinyvl import UserError, models
 from tinyvl.evaluate_compare import draw
 
 TEXTS = ["a red dog runs", "two cats sleep", "the sky is blue", "a cat is red"]
@@ -58,9 +58,7 @@ def write_lilt(folder: Path, home: Path, **options: object) -> Path:
 
 def invoke(*args: object) -> dict:
     """The one JSON object on standard output."""
-    result = CliRunner().invoke(cli.app, ["eval", *map(str, args)])
-    if isinstance(result.exception, UserError):
-        raise result.exception
+    result = shell.invoke("eval", *args)
     assert result.exit_code == 0, result.output
     (line,) = result.stdout.splitlines()
     return json.loads(line)
@@ -99,7 +97,7 @@ def test_what_tinyvl_caption_writes_is_scored(home, tmp_path):
     made = tmp_path / "captions.jsonl"
     args = ["caption", str(home / "photos"), "--model", str(home / "captioner"), "--json"]
     args += ["-o", str(made), "--beams", "2", "--max-tokens", "6", "--device", "cpu"]
-    assert CliRunner().invoke(cli.app, args).exit_code == 0
+    assert shell.invoke(*args).exit_code == 0
     found = invoke("caption", "--predictions", made, home / "all.jsonl", "--metrics", "CIDEr")
     ran = invoke("caption", home / "captioner", home / "all.jsonl", *CAPTION)
     assert found["metrics"]["CIDEr"] == pytest.approx(ran["metrics"]["CIDEr"], abs=1e-12)
@@ -112,7 +110,7 @@ def test_features_stand_in_for_pictures_that_are_not_there(home, tmp_path):
     ran = invoke("caption", home / "captioner", data, "-o", tmp_path / "with", *CAPTION)
     args = ["features", data, "--vision", home / "captioner/vision", "--fit", "squash"]
     args += ["--what", "tokens", "-o", tmp_path / "features", *QUICK]
-    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    result = shell.invoke(*args)
     assert result.exit_code == 0, result.output
     shutil.rmtree(tmp_path / "photos")
     args = ("--features", tmp_path / "features", "-o", tmp_path / "without")
@@ -141,7 +139,7 @@ def test_features_stand_in_for_pictures_of_a_locked_tower(home, tmp_path, pool):
     model = write_lilt(tmp_path / "model", home, image={"pool": pool})
     store = tmp_path / "features"
     args = ["features", data, "--vision", home / "vision", "--fit", "squash", "-o", store, *QUICK]
-    assert CliRunner().invoke(cli.app, list(map(str, args))).exit_code == 0
+    assert shell.invoke(*args).exit_code == 0
 
     def ranks(task: str, name: str, *args: object) -> tuple[dict, list[int]]:
         found = invoke(task, model, data, "-o", tmp_path / task / name, *args, *QUICK)
@@ -161,7 +159,7 @@ def test_features_stand_in_for_pictures_of_a_locked_tower(home, tmp_path, pool):
 def test_features_are_refused_where_they_would_be_wrong(home, tmp_path):
     store = tmp_path / "features"
     args = ["features", home / "few.jsonl", "--vision", home / "vision", "--fit", "squash"]
-    done = CliRunner().invoke(cli.app, list(map(str, [*args, "-o", store, *QUICK])))
+    done = shell.invoke(*args, "-o", store, *QUICK)
     assert done.exit_code == 0
     trained = write_lilt(tmp_path / "trained", home, image={"unlock": "layernorm"})
     larger = write_lilt(tmp_path / "larger", home, size=48)
@@ -192,9 +190,8 @@ def test_features_are_refused_where_they_would_be_wrong(home, tmp_path):
     with pytest.raises(UserError, match="wholly frozen"):
         invoke("caption", tmp_path / "epalm", home / "few.jsonl", "--features", store, *CAPTION)
     args = ["caption", "--model", str(tmp_path / "epalm"), "--features", str(store)]
-    done = CliRunner().invoke(cli.app, args)
-    assert isinstance(done.exception, UserError)
-    assert "wholly frozen" in str(done.exception)
+    with pytest.raises(UserError, match="wholly frozen"):
+        shell.invoke(*args)
 
 
 def test_a_run_killed_by_kill_9_goes_on_to_the_same_result(home, tmp_path):
@@ -250,7 +247,7 @@ def test_a_broken_picture_leaves_status_1(home, tmp_path):
     lines = [{"image": str(path), "captions": ["a cat"]} for path in (good, tmp_path / "bad.png")]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = ["eval", "caption", home / "captioner", tmp_path / "d.jsonl", *CAPTION]
-    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    result = shell.invoke(*args)
     assert result.exit_code == 1
     assert json.loads(result.stdout)["failed"] == 1
     assert "bad.png" in result.stderr

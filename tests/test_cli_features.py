@@ -4,53 +4,46 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+import shell
 import torch
+import worlds
 from PIL import Image
 from safetensors.torch import load_file
-from test_features import content, paint
-from tiny import write_decoder, write_text, write_vision
-from typer.testing import CliRunner
+from tiny import write_text, write_vision
+from worlds import content, kill, paint
 
-from tinyvl import UserError, cli, features
+from tinyvl import UserError, features
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("world")
-    lines = []
-    for i, (path, id) in enumerate(paint(root / "images", 40)):
-        split = "val" if i > 30 else "train"
-        captions = ["a red square", "noise"]
-        lines.append({"image": path, "captions": captions, "id": id, "split": split})
-    (root / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_decoder(root / "lm", "llama", ["a red square noise"])
-    return {
-        "data": root / "data.jsonl",
-        "images": root / "images",
-        "lm": root / "lm",
-        "vision": write_vision(root / "vision"),
-    }
+def world(tmp_path_factory) -> dict[str, str]:
+    return worlds.noise(tmp_path_factory.mktemp("world"))
 
 
 def tinyvl(*args: object) -> tuple[int, list[dict], str]:
     """A command in this process: exit status, the JSON lines on stdout, what went to stderr."""
-    done = CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=True)
-    if isinstance(done.exception, UserError):
-        return done.exception.status, [], str(done.exception)
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
+    try:
+        done = shell.invoke(*args)
+    except UserError as error:
+        return error.status, [], str(error)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return done.exit_code, lines, done.stderr
 
 
-def encoder(world: dict[str, Path], *more: object) -> list[object]:
+def encoder(world: dict[str, str], *more: object) -> list[object]:
     return ["--vision", world["vision"], "--fit", "crop", "--device", "cpu", "--workers", 0, *more]
+
+
+def trained(world: dict[str, str]) -> list[object]:
+    quick = ["--epochs", 1, "--quiet"]
+    return ["--data", world["data"], "--lm", world["language"], *encoder(world), *quick]
+
+
+def images(world: dict[str, str]) -> list[str]:
+    return sorted(map(str, (Path(world["data"]).parent / "images").iterdir()))
 
 
 def test_a_data_set_and_then_another(world, tmp_path):
@@ -104,16 +97,7 @@ def test_mistakes_cost_one_sentence(world, tmp_path, more, said):
 def test_train_and_caption_read_features(world, tmp_path):
     store = tmp_path / "f"
     tinyvl("features", world["data"], *encoder(world), "--out", store)
-    common = [
-        "--data",
-        world["data"],
-        "--lm",
-        world["lm"],
-        *encoder(world),
-        "--epochs",
-        1,
-        "--quiet",
-    ]
+    common = trained(world)
     status, lines, said = tinyvl(
         "train", "itune", *common, "--features", store, "--out", tmp_path / "m"
     )
@@ -121,10 +105,12 @@ def test_train_and_caption_read_features(world, tmp_path):
     model = ["--model", tmp_path / "m", "--device", "cpu", "--max-tokens", 5, "--json"]
     status, found, said = tinyvl("caption", *model, "--features", store)
     assert (status, said) == (0, "")
-    assert [line["path"] for line in found] == sorted(map(str, world["images"].iterdir()))
-    status, plain, _ = tinyvl("caption", *model, "--workers", 0, world["images"])
+    assert [line["path"] for line in found] == images(world)
+    status, plain, _ = tinyvl(
+        "caption", *model, "--workers", 0, Path(world["data"]).parent / "images"
+    )
     assert [line["caption"] for line in found] == [line["caption"] for line in plain]
-    some = [str(world["images"] / "007.png"), str(tmp_path / "else.png")]
+    some = [images(world)[7], str(tmp_path / "else.png")]
     status, lines, said = tinyvl("caption", *model, "--features", store, *some)
     assert status == 1
     assert lines[0] == found[7]
@@ -148,26 +134,23 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(world, tmp_path, monke
     originals = sorted((tmp_path / "in").iterdir())
     for i in range(6, 1000):
         os.link(originals[i % 6], tmp_path / f"in/{i:04}.png")
-    program = "import sys; from tinyvl import features, cli; features.SHARD_ROWS = 64; cli.main()"
+    program = "from tinyvl import features; features.SHARD_ROWS = 64"
 
     def arguments(out: str) -> list[str]:
         folders = [tmp_path / "in", "--out", tmp_path / out]
         return [str(a) for a in ("features", *encoder(world, "--workers", 1), *folders)]
 
-    command = [sys.executable, "-c", program, *arguments("parts")]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums as here
-    chance = random.Random(os.getpid())
-    parts = tmp_path / "parts"
+    chance, parts = random.Random(8), tmp_path / "parts"
     for number in (signal.SIGKILL, signal.SIGINT):
         at = len(list(parts.glob("0*"))) + chance.randint(1, 5)
-        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-        while len(list(parts.glob("0*"))) < at and process.poll() is None:
-            time.sleep(chance.uniform(0, 0.02))
-        process.send_signal(number)
-        _, said = process.communicate(timeout=120)
-        if process.returncode == 0:
+
+        def ready(at: int = at) -> bool:
+            return len(list(parts.glob("0*"))) >= at
+
+        status, said = kill(arguments("parts"), number, ready, program)
+        if status == 0:
             break  # done before the signal came
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
+        assert status == (-9 if number == signal.SIGKILL else 130), said
         if number == signal.SIGINT:
             assert "goes on from here" in said
         assert not (parts / "manifest.json").exists()
@@ -184,27 +167,12 @@ def test_pictures_that_are_no_longer_there_are_captioned_from_features(world, tm
     folder.mkdir()
     Image.new("RGB", (40, 40), "red").save(folder / "a.png")
     tinyvl("features", folder, *encoder(world), "--out", tmp_path / "f")
-    common = [
-        "--data",
-        world["data"],
-        "--lm",
-        world["lm"],
-        *encoder(world),
-        "--epochs",
-        1,
-        "--quiet",
-    ]
+    common = trained(world)
     tinyvl("train", "itune", *common, "--out", tmp_path / "m")
     (folder / "a.png").unlink()
     status, lines, _ = tinyvl(
-        "caption",
-        "--json",
-        "--model",
-        tmp_path / "m",
-        "--device",
-        "cpu",
-        "--features",
-        tmp_path / "f",
+        *("caption", "--json", "--model", tmp_path / "m", "--device", "cpu"),
+        *("--features", tmp_path / "f"),
     )
     assert status == 0
     assert [line["path"] for line in lines] == [str(folder / "a.png")]
@@ -218,7 +186,17 @@ def test_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
     for name, more in (("with", both), ("without", [])):
         out = ["--out", tmp_path / name]
         assert tinyvl("features", world["data"], *place, *more, *out)[0] == 0
-    common = ["--data", world["data"], "--lm", world["lm"], *place, "--limit", 6, "--epochs", 1]
+    common = [
+        "--data",
+        world["data"],
+        "--lm",
+        world["language"],
+        *place,
+        "--limit",
+        6,
+        "--epochs",
+        1,
+    ]
     common += [*both, "--rank", 4, "--out", tmp_path / "m"]
     status, _, said = tinyvl("train", "itune", *common, "--features", tmp_path / "without")
     assert status == 2
@@ -231,7 +209,10 @@ def test_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
     status, plain, _ = tinyvl("caption", *model, "--workers", 0, *pictures)
     assert [line["caption"] for line in kept] == [line["caption"] for line in plain]
     common = ["--data", world["data"], *place[:2], "--fit", "crop", *place[4:], "--epochs", 1]
-    lm, text = ["--lm", world["lm"]], write_text(tmp_path / "text", ["a red ring", "a blue cross"])
+    lm, text = (
+        ["--lm", world["language"]],
+        write_text(tmp_path / "text", ["a red ring", "a blue cross"]),
+    )
     methods = {
         "itune": lm, "epalm": lm,
         "lilt": ["--text", text, "--views", 1, "--image-adapter", "deep"],
@@ -243,7 +224,7 @@ def test_maps_are_trained_on_kept_and_captioned_from(world, tmp_path):
             assert (status, said) == (0, ""), method
         one, other = (load_file(tmp_path / f"{method}-{n}" / "model.safetensors") for n in "ab")
         torch.testing.assert_close(one, other)
-    plain = ["--data", world["data"], "--lm", world["lm"], *place, "--out", tmp_path / "n"]
+    plain = ["--data", world["data"], "--lm", world["language"], *place, "--out", tmp_path / "n"]
     status, _, said = tinyvl("train", "itune", *plain, "--rank", 4)
     assert (status, said) == (2, "--rank goes with --lower.")
     more = ["--init", tmp_path / "m", "--data", world["data"], "--lower", 1]

@@ -23,8 +23,7 @@ from published import (
 )
 
 from tinyvl import UserError, data
-from tinyvl.data import Record, line_of
-from tinyvl.data_formats import READERS, recognise
+from tinyvl.data import READERS, Record, line_of, recognise
 
 # All formats
 

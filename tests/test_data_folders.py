@@ -11,8 +11,7 @@ import pytest
 from published import touch, write, write_json, write_tar
 
 from tinyvl import UserError, data, data_folders
-from tinyvl.data import Record
-from tinyvl.data_formats import recognise
+from tinyvl.data import Record, recognise
 
 # Folders
 

@@ -14,38 +14,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
+import worlds
 from shell import apart as tinyvl
-from tiny import DRAWN_VIT, fit_decoder, fit_drawn_vit, write_vision
+from tiny import fit_decoder
 
-from tinyvl import data, draw
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory) -> Iterator[dict]:
-    root = tmp_path_factory.mktemp("drawn")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # here and in the commands: the same sums on any number of cores
-    draw.draw_images(root / "data", train=6000, held_out=300, seed=0)
-    state, scenes, right = fit_drawn_vit(6000, 300, epochs=10)
-    unseen = torch.tensor([scene.unseen for scene in scenes])
-    assert right[~unseen].float().mean() >= 0.98  # the encoder can tell what captions say
-    records = data.read(root / "data", lang="en")
-    yield {
-        "data": str(root / "data"),
-        "vision": str(write_vision(root / "vision", model_args=DRAWN_VIT, state=state)),
-        "texts": [r.captions[0] for r in records if r.split == "train"],
-        "test": {r.image: r.captions[0] for r in records if r.split == "test"},
-        "unseen": [scene.unseen for scene in scenes],
-    }
-    torch.set_num_threads(threads)
-
+from tinyvl import data
 
 RECIPES = {"gpt2": ("18", "1.5e-3"), "opt": ("24", "1e-3"), "llama": ("18", "1.5e-3")}
 
 
 @pytest.fixture(scope="module")
-def training(drawn, request, tmp_path_factory) -> Iterator[dict[str, Future]]:
+def training(drawn, one_thread, request, tmp_path_factory) -> Iterator[dict[str, Future]]:
     """The families that are asked for, trained beside each other: folder and seconds of each."""
     asked = [
         item.callspec.params["family"]
@@ -53,15 +32,16 @@ def training(drawn, request, tmp_path_factory) -> Iterator[dict[str, Future]]:
         if item.fspath == request.fspath
     ]
     root = tmp_path_factory.mktemp("trained")
-    models = {f: fit_decoder(root / f / "lm", f, drawn["texts"], epochs=2) for f in asked}
+    texts = [r.captions[0] for r in data.read(drawn / "data", split="train", lang="en")]
+    models = {f: fit_decoder(root / f / "lm", f, texts, epochs=2) for f in asked}
 
     def train(family: str) -> tuple[Path, float]:
         epochs, rate = RECIPES[family]
         started = time.monotonic()
         tinyvl(
-            "train", "itune", "--data", drawn["data"], "--lm", str(models[family]), "--vision",
-            drawn["vision"], "--fit", "crop", "--out", str(root / family / "out"), "--epochs",
-            epochs, "--rate", rate, "--batch", "64", "--device", "cpu",
+            "train", "itune", "--data", str(drawn / "data"), "--lm", str(models[family]),
+            "--vision", str(drawn / "vision"), "--fit", "crop", "--out", str(root / family / "out"),
+            "--epochs", epochs, "--rate", rate, "--batch", "64", "--device", "cpu",
         )  # fmt: skip
         return root / family / "out", time.monotonic() - started
 
@@ -76,7 +56,8 @@ def training(drawn, request, tmp_path_factory) -> Iterator[dict[str, Future]]:
 )
 def test_itune_captions_new_renders_exactly(family, drawn, training, tmp_path):
     folder, seconds = training[family].result()
-    paths = list(drawn["test"])
+    records = data.read(drawn / "data", split="test", lang="en")
+    paths = [record.path for record in records]
     listing = tmp_path / "list"
     listing.write_text("".join(f"{path}\n" for path in paths))
     with listing.open() as stdin:
@@ -87,12 +68,13 @@ def test_itune_captions_new_renders_exactly(family, drawn, training, tmp_path):
         )  # fmt: skip
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["path"] for line in said] == paths
-    right = [line["caption"] == drawn["test"][line["path"]] for line in said]
-    seen = [r for r, unseen in zip(right, drawn["unseen"], strict=True) if not unseen]
-    new = [r for r, unseen in zip(right, drawn["unseen"], strict=True) if unseen]
+    unseen, found = worlds.unseen(drawn / "data"), {False: [], True: []}
+    for line, record in zip(said, records, strict=True):
+        found[record.path in unseen].append(line["caption"] == record.captions[0])
+    seen, new = (sum(right) / len(right) for right in found.values())
     print(
-        f"{family}: {sum(seen) / len(seen):.3f} of new renders exact, {sum(new) / len(new):.3f} "
-        f"of unseen combinations, trained in {seconds:.0f} s"
+        f"{family}: {seen:.3f} of new renders exact, {new:.3f} of unseen combinations, "
+        f"trained in {seconds:.0f} s"
     )
-    assert sum(seen) / len(seen) >= 0.95
+    assert seen >= 0.95
     assert (folder / "README.md").exists()

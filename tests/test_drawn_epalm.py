@@ -20,6 +20,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import worlds
 from PIL import Image
 from shell import apart as tinyvl
 from tiny import DRAWN_VIT, SEEING, fit_encoder, fit_seeing_decoder, write_vision
@@ -37,14 +38,6 @@ TIMESFORMER = {
 TRAINING = ["--batch", "64", "--views", "1", "--device", "cpu", "--workers", "0"]
 EPALM = ("--inject", "0:2", "--extract", "1:3")  # all layers, two levels
 INPUT = ("--inject", "0:1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # here and in the commands: the same sums on any number of cores
-    yield
-    torch.set_num_threads(threads)
 
 
 def labels_of(*things: draw.Thing) -> dict[str, str | None]:
@@ -72,7 +65,7 @@ def crowds(count: int) -> Iterator[tuple[dict, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> dict:
+def pictures(one_thread, tmp_path_factory) -> dict:
     root, begun = tmp_path_factory.mktemp("pictures"), time.process_time()
     records = draw.draw_images(root / "data", train=PICTURES, held_out=HELD_OUT, seed=0)
     scenes = [scene for scene, _ in draw.scenes(PICTURES, HELD_OUT, seed=0)]
@@ -126,7 +119,7 @@ def where(motion: draw_av.Motion, number: int) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> dict:
+def clips(one_thread, tmp_path_factory) -> dict:
     """The encoder is fitted as TimeSformer's authors do: on single frames, then on clips.
 
     It sees more renders than are written as files, in four frames each and two pairs of frames.
@@ -207,12 +200,11 @@ def exact(world: dict, task: str, *options: str) -> float:
         said = tinyvl("caption", *(r.path for r in records), "-m", str(out), "--beams", "1")
         found = dict(line.split("\t") for line in said.splitlines())
         right = {record.path: record.captions[0] for record in records}
-    listed = [json.loads(line) for line in (root / "data/drawn.jsonl").open()]
-    new = {line["id"] for line in listed if line.get("combination") == "unseen"}
+    new = worlds.unseen(root / "data")
     assert found.keys() == right.keys()
     assert len(right) == HELD_OUT
     hits = {path: found[path] == right[path] for path in right}
-    seen = [hits[record.path] for record in records if record.id not in new]
+    seen = [hits[record.path] for record in records if record.path not in new]
     print(
         f"{world['modality']} {task}: {sum(seen) / len(seen):.3f} of {len(seen)}, "
         f"{sum(hits.values()) / len(hits):.3f} of all exact, trained in {seconds:.0f} s"

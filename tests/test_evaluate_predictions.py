@@ -25,7 +25,7 @@ def lines(path, entries) -> None:
 
 def found(path, entries, field="caption") -> dict[str, str]:
     lines(path, entries)
-    return predictions.match(predictions.read(path, field), records(), field)
+    return predictions.read(path, records(), field)
 
 
 def test_a_log_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path):
@@ -84,9 +84,7 @@ def test_records_are_named_by_id_path_or_file_name(tmp_path):
 def test_results_files_are_arrays(tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps([{"image_id": 1, "caption": "one"}], indent=1))
-    assert predictions.match(predictions.read(file, "caption"), records(), "caption") == {
-        "1": "one"
-    }
+    assert predictions.read(file, records(), "caption") == {"1": "one"}
 
 
 def test_lines_of_pictures_that_failed_are_no_predictions(tmp_path):
@@ -100,8 +98,7 @@ def test_questions_about_one_picture_are_told_apart(tmp_path):
         Record("/data/1.jpg", id="1#1", question="where?"),
     ]
     lines(tmp_path / "p.jsonl", [{"path": "1.jpg", "question": "where?", "answer": "here"}])
-    read = predictions.read(tmp_path / "p.jsonl", "answer")
-    assert predictions.match(read, asked, "answer") == {"1#1": "here"}
+    assert predictions.read(tmp_path / "p.jsonl", asked, "answer") == {"1#1": "here"}
 
 
 @pytest.mark.parametrize(
@@ -128,9 +125,9 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, entries, said):
 def test_a_file_that_is_not_json(tmp_path, content):
     (tmp_path / "p").write_text(content)
     with pytest.raises(UserError, match="is not JSON"):
-        predictions.read(tmp_path / "p", "caption")
+        predictions.read(tmp_path / "p", records(), "caption")
     with pytest.raises(UserError, match="cannot be read"):
-        predictions.read(tmp_path / "none", "caption")
+        predictions.read(tmp_path / "none", records(), "caption")
 
 
 def test_servers_get_numbers_where_ids_are_numbers(tmp_path):

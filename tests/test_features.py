@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import shutil
 import subprocess
@@ -10,43 +9,18 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from tiny import write_decoder, write_vision
+from tiny import write_vision
+from worlds import CPU, Pairs, after, content, fill, loaded, paint
 
-from tinyvl import (
-    UserError,
-    encoders,
-    features,
-    models,
-    presets,
-    train,
-    train_batches,
-    write,
-)
+from tinyvl import UserError, encoders, features
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.presets import Run
-from tinyvl.store import write_safetensors
 from tinyvl.train_run import Interrupted
 
-CPU = torch.device("cpu")
 FLICKR = Path(__file__).parents[2] / "shared/data/pairs/flickr8k_test.jsonl"
-Pairs = list[tuple[str, str]]
-
-
-def paint(folder: Path, count: int, first: int = 0) -> Pairs:
-    """Pictures of noise, no two alike in size and content."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for i in range(first, first + count):
-        noise = np.random.default_rng(i).integers(0, 256, (5 + i % 3, 4 + i % 5, 3), dtype=np.uint8)
-        path = folder / f"{i:03}.png"
-        Image.fromarray(noise).resize((50 + i % 7, 40)).save(path)
-        found.append((str(path), f"id{i}"))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -62,38 +36,6 @@ def vision(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(features, "SHARD_ROWS", 32)
-
-
-def loaded(folder: Path, fit: str = "crop", precision: torch.dtype = torch.float32):
-    return features.load_encoder(str(folder), fit, device=CPU, precision=precision)
-
-
-def fill(out: Path, pictures: Pairs, vision: Path, stop: list | None = None, **changes) -> dict:
-    """`extract` with a tiny encoder, in this process."""
-    chosen = {k: changes.pop(k) for k in ("fit", "precision") if k in changes}
-    description, encoder = loaded(vision, **chosen)
-    kinds = {k: changes.pop(k) for k in ("what", "dtype") if k in changes}
-    head = features.contents(description, encoder, **kinds)
-    run = Run(out, CPU, workers=0, quiet=True)
-    if stop is not None:
-        run.stop = stop
-    return features.extract(out, pictures, encoder, head, run, **changes)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
-
-
-class After(list):
-    """A list of signals that is empty for some questions, as if a signal came then."""
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.count = count
-
-    def __bool__(self) -> bool:
-        self.count -= 1
-        return self.count < 0
 
 
 @pytest.mark.parametrize("architecture", ["vit", "test_efficientnet", "test_resnet"])
@@ -159,11 +101,11 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(pictures, vision, tmp_
     fill(tmp_path / "whole", wanted, vision)
     whole = content(tmp_path / "whole")
     assert [n for n in whole if n[0] == "0"] == [f"0000{i}.safetensors" for i in range(5)]
-    for after in (0, 1, 3):
+    for questions in (0, 1, 3):
         with pytest.raises(Interrupted):
-            fill(tmp_path / "parts", wanted, vision, After(after))
+            fill(tmp_path / "parts", wanted, vision, after(questions))
         if "manifest.json" not in content(tmp_path / "parts"):
-            with pytest.raises(UserError, match="did not finish" if after else "no features"):
+            with pytest.raises(UserError, match="did not finish" if questions else "no features"):
                 FeatureStore.open(tmp_path / "parts")
         (tmp_path / "parts/.00009.safetensors.123").write_bytes(b"left by a kill")
     assert 0 < len(content(tmp_path / "parts")) < len(whole) + 1
@@ -198,19 +140,6 @@ def test_more_data_adds_what_is_new_and_touches_nothing_else(
     for path, _ in pictures[:80]:
         ours, theirs = (s.tokens([s.find(path).row]) for s in (store, whole))
         torch.testing.assert_close(ours, theirs, rtol=2**-10, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 1, 3])
-def test_shards_are_written_as_safetensors_writes_them(tmp_path, dtype, rows):
-    page = {f"summaries.{i:02}": torch.randn(5, 3 + i).to(dtype) for i in (10, 2, 0)}
-    page["tokens"] = torch.randn(5, 7, 3).to(dtype)
-    tensors = {name: tensor[:rows] for name, tensor in page.items()}
-    metadata = {"tinyvl": json.dumps({"path": 'a"b\\c\n\x7f', "name": "ü€😀", "nothing": None})}
-    metadata["tinyvl"] += "ü€😀\t\x01"
-    write_safetensors(tmp_path / "ours", tensors, metadata)
-    save_file(tensors, tmp_path / "theirs", metadata)
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_the_same_picture_twice_is_extracted_once(pictures, vision, tmp_path):
@@ -379,150 +308,6 @@ def test_a_batch_that_does_not_fit_is_halved(pictures, vision, tmp_path, monkeyp
     torch.testing.assert_close(whole.tokens(rows), parts.tokens(rows), rtol=2**-10, atol=1e-4)
     for a, b in zip(whole.summaries(rows), parts.summaries(rows), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-10, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------- training
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> dict[str, str]:
-    """45 pictures with a caption that can be seen, and random backbones."""
-    root = tmp_path_factory.mktemp("world")
-    lines, chance = [], random.Random(0)
-    for i in range(45):
-        colour = ("red", "green", "blue")[i % 3]
-        picture = Image.new("RGB", (32, 32), (chance.randrange(90, 130),) * 3)
-        picture.paste(colour, (8, 8, 24, 24))
-        picture.save(root / f"{i}.png")
-        captions = [f"a {colour} square", colour]
-        split = "val" if i > 35 else "train"
-        lines.append({"image": f"{i}.png", "captions": captions, "split": split})
-    data = root / "data.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {
-        "data": str(data),
-        "language": str(write_decoder(root / "lm", "llama", ["a red green blue square"])),
-        "vision": str(write_vision(root / "vision")),
-    }
-
-
-def job(world: dict[str, str], **changes) -> presets.Job:
-    recipe = presets.Recipe(batch=12, epochs=3, rate=3e-3)
-    common = {"method": "itune", "fit": "crop", "options": {"drop": 1}, "recipe": recipe}
-    return presets.Job(**{**common, "per_image": 2, **world, **changes})
-
-
-def run(out: Path, **changes) -> Run:
-    settings = {"micro": 6, "save_every": 5, "quiet": True, "workers": 0}
-    return Run(out=out, device=CPU, **(settings | changes))
-
-
-def store_of(world: dict[str, str], out: Path, split: str | None = None, **changes) -> Path:
-    """Features of the world's pictures, the training part first, as a run encodes them."""
-    parts = train_batches.load_records(job(world))
-    pictures = [(r.image, r.id) for part in parts for r in part if split in (None, r.split)]
-    fill(out, pictures, Path(world["vision"]), **changes)
-    return out
-
-
-def log_of(out: Path) -> list[dict]:
-    keep = ("step", "loss", "val_loss", "gradient_norm")
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: line[k] for k in keep if k in line} for line in lines]
-
-
-def test_training_from_features_is_training_without(world, tmp_path):
-    train.train(job(world), run(tmp_path / "plain"))
-    for part in ("train", "val"):  # the blocks of pictures are those of a run
-        store_of(world, tmp_path / "features", part)
-    train.train(job(world), run(tmp_path / "cached", features=tmp_path / "features"))
-    assert log_of(tmp_path / "plain") == log_of(tmp_path / "cached")
-    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "cached")]
-    assert weights[0] == weights[1]
-    # Both parts at once make other blocks, whose last bits may differ.
-    store_of(world, tmp_path / "mixed")
-    train.train(job(world), run(tmp_path / "other", features=tmp_path / "mixed"))
-    for ours, theirs in zip(log_of(tmp_path / "other"), log_of(tmp_path / "plain"), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
-    assert (tmp_path / "features/manifest.json").exists()
-
-
-def test_training_from_features_is_resumed_with_the_same_features_only(world, tmp_path):
-    store = store_of(world, tmp_path / "features")
-    shutil.copytree(store, tmp_path / "copy")
-    train.train(job(world), run(tmp_path / "whole", features=store))
-    with pytest.raises(Interrupted):
-        train.train(job(world), run(tmp_path / "parts", features=store, stop=Steps(tmp_path)))
-    with pytest.raises(UserError, match="features"):
-        train.train(job(world), run(tmp_path / "parts", resume=True))
-    with pytest.raises(UserError, match="features"):
-        train.train(job(world), run(tmp_path / "parts", resume=True, features=tmp_path / "copy"))
-    train.train(job(world), run(tmp_path / "parts", resume=True, features=store))
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
-
-
-class Steps(list):
-    """A signal after seven steps."""
-
-    def __init__(self, root: Path):
-        super().__init__()
-        self.log = root / "parts/log.jsonl"
-
-    def __bool__(self) -> bool:
-        return self.log.exists() and self.log.read_text().count('"loss"') >= 7
-
-
-def test_training_names_what_the_features_lack_and_what_goes_against_them(world, tmp_path, capsys):
-    some = store_of(world, tmp_path / "some", "train")
-    with pytest.raises(UserError, match=r"9 of 9 pictures are not in these features.*36\.png"):
-        train.train(job(world), run(tmp_path / "out", features=some))
-    with pytest.raises(UserError, match="leave out --views"):
-        train.train(job(world, views=2), run(tmp_path / "out", features=some))
-    with pytest.raises(UserError, match="--no-cache"):
-        train.train(job(world), run(tmp_path / "out", features=some, cache=False))
-    with pytest.raises(UserError, match="fit squash"):
-        train.train(job(world, fit="squash"), run(tmp_path / "new", features=some))
-    assert not (tmp_path / "new/config.json").exists()
-    inside = store_of(world, tmp_path / "out/features")
-    with pytest.raises(UserError, match="outside of --out"):
-        train.train(job(world), run(tmp_path / "out", features=inside))
-    assert (inside / "manifest.json").exists()
-
-
-def test_training_skips_what_could_not_be_extracted(world, tmp_path, capsys):
-    data = Path(world["data"])
-    (data.parent / "broken.png").write_bytes(b"not a picture")
-    other = data.parent / "with_broken.jsonl"
-    line = {"image": "broken.png", "captions": ["a red square"], "split": "train"}
-    other.write_text(json.dumps(line) + "\n" + data.read_text())
-    world = world | {"data": str(other)}
-    store = store_of(world, tmp_path / "features")
-    capsys.readouterr()
-    train.train(job(world), run(tmp_path / "out", features=store))
-    assert capsys.readouterr().err.count("skipping") == 1
-    train.train(job(world), run(tmp_path / "plain"))
-    for ours, theirs in zip(log_of(tmp_path / "out"), log_of(tmp_path / "plain"), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
-
-
-def test_captions_from_features_need_no_pictures(world, tmp_path, monkeypatch):
-    train.train(job(world), run(tmp_path / "model"))
-    model = models.load(str(tmp_path / "model"), device=CPU)
-    paths = [r.image for r in train_batches.load_records(job(world))[0]]
-    style = write.Style(max_tokens=6)
-    plain = list(write.captions(model, paths, style=style, batch=5, workers=0))
-    store = open_store(store_of(world, tmp_path / "features"), loaded(Path(world["vision"]))[0])
-
-    def never(*args, **kwargs):
-        raise AssertionError
-
-    monkeypatch.setattr(write.media_workers, "decode_images", never)
-    monkeypatch.setattr(type(model.encoder), "forward", never)
-    asked = [*paths, "/no/such.png"]
-    found = list(write.captions(model, asked, style=style, batch=5, store=store))
-    assert [(path, text) for path, text, _ in found[:-1]] == [(p, t) for p, t, _ in plain]
-    assert [s for _, _, s in found[:-1]] == pytest.approx([s for _, _, s in plain], abs=2e-3)
-    assert "not in" in str(found[-1][1])
 
 
 # ------------------------------------------------------------------------------- at length

@@ -13,8 +13,7 @@ import pytest
 
 from tinyvl import UserError, metrics_captions
 from tinyvl import metrics_java as jvm
-from tinyvl.metrics_captions import caption_scores, plan_captions
-from tinyvl.metrics_cider import tokenise
+from tinyvl.metrics_captions import caption_scores, plan_captions, tokenise
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 NAMES = {

@@ -71,8 +71,11 @@ def test_layers_that_training_added_are_left_out(tmp_path):
 def test_pearson_is_numpys():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=20), rng.normal(size=20)
-    assert plots.pearson(list(x), list(y)) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert plots.pearson([1, 2, 3], [5, 5, 5]) is None
+    for shifts, wanted in ((y, np.corrcoef(x, y)[0, 1]), ([5.0] * 20, None)):
+        rows = [("image", layer, 1, "bias", l1) for layer, l1 in zip(x, shifts, strict=True)]
+        rows = [dict(zip(plots.FIELDS, row, strict=True)) for row in rows]
+        found = plots.correlations(rows)["image"]["bias"]
+        assert found is None if wanted is None else found == pytest.approx(wanted)
 
 
 def test_locked_layernorms_are_said(tmp_path):

@@ -1,73 +1,19 @@
 """The training loop: what it learns, what it leaves alone, and that it survives being killed."""
 
-import dataclasses
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import shell
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from tiny import write_decoder, write_vision
+from worlds import files, job, kill, log, losses, run, steps, stopped
 
-from tinyvl import UserError, data, models, presets, train, train_batches, train_run
+from tinyvl import UserError, data, models, presets, train
 from tinyvl.data import Record
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
-PLACES = {"left": (4, 16), "right": (28, 16), "top": (16, 4)}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> dict[str, str]:
-    """45 pictures of a coloured square somewhere, and random backbones."""
-    root = tmp_path_factory.mktemp("world")
-    lines, chance = [], random.Random(0)
-    for i in range(45):
-        colour, place = list(COLOURS)[i % 3], list(PLACES)[i // 3 % 3]
-        picture = Image.new("RGB", (32, 32), (chance.randrange(90, 130),) * 3)
-        x, y = PLACES[place]
-        x, y = x + chance.randint(-2, 2), y + chance.randint(-2, 2)
-        picture.paste(COLOURS[colour], (max(x - 6, 0), max(y - 6, 0), x + 6, y + 6))
-        picture.save(root / f"{i}.png")
-        captions = [f"a {colour} square at the {place}", f"{colour} {place}"]
-        lines.append(
-            {"image": f"{i}.png", "captions": captions, "split": "val" if i > 35 else "train"}
-        )
-    file = root / "data.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = [c for line in lines for c in line["captions"]]
-    return {
-        "data": str(file),
-        "language": str(write_decoder(root / "lm", "llama", words)),
-        "vision": str(write_vision(root / "vision")),
-    }
-
-
-def job(world: dict[str, str], **changes) -> presets.Job:
-    recipe = presets.Recipe(
-        batch=changes.pop("batch", 12),
-        epochs=changes.pop("epochs", 4),
-        rate=changes.pop("rate", 3e-3),
-    )
-    return presets.Job(
-        **{
-            "method": "itune", "fit": "crop", "options": {"drop": 1}, "recipe": recipe,
-            "per_image": 2, **world, **changes,
-        }
-    )  # fmt: skip
-
-
-def run(out: Path, **changes) -> presets.Run:
-    settings = {"micro": 6, "save_every": 5, "quiet": True, "workers": 0}
-    return presets.Run(out=out, device=torch.device("cpu"), **(settings | changes))
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine():
@@ -80,22 +26,13 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     assert 0.1 < rates[-1] < 0.102
 
 
-def test_groups_hold_captions_of_one_picture_by_length():
-    tokens = [[[1] * 5, [2], [3] * 3], [], [[4]]]
-    groups = train_batches.groups_of(tokens, 2)
-    assert [(g.record, [len(c) for c in g.captions]) for g in groups] == [
-        (0, [1, 3]), (0, [5]), (2, [1]),
-    ]  # fmt: skip
-
-
 def test_training_lowers_the_loss_and_changes_nothing_frozen(world, tmp_path):
     summary = train.train(job(world, epochs=30), run(tmp_path / "out"))
-    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in log if "loss" in line]
-    assert losses[-1] < 0.5 * losses[0]
-    best = min(line["val_loss"] for line in log if "val_loss" in line)
+    found = losses(tmp_path / "out")
+    assert found[-1] < 0.5 * found[0]
+    best = min(line["val_loss"] for line in log(tmp_path / "out") if "val_loss" in line)
     assert summary["val_loss"] == pytest.approx(best, abs=1e-5)
-    assert summary["steps"] == len(losses) == 30 * 6  # 36 pictures x 2 captions / 12
+    assert summary["steps"] == len(found) == 30 * 6  # 36 pictures x 2 captions / 12
 
     model = models.load(str(tmp_path / "out"), device=torch.device("cpu"))
     config = models.read_config(tmp_path / "out")
@@ -125,83 +62,37 @@ def test_frozen_parts_are_bit_identical_in_the_trained_process(world, tmp_path, 
         assert torch.equal(after, kept["before"][name]) != kept["model"].trainable(name), name
 
 
-def losses_of(out: Path) -> list[float]:
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in ("model.safetensors", "last.safetensors")}
-
-
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_whole_one(world, tmp_path, cache):
     train.train(job(world), run(tmp_path / "whole", cache=cache))
     for stop in (3, 11):  # inside an epoch, twice
-
-        def stopper(number, out=tmp_path / "parts"):
-            return steps(out) >= number
-
-        settings = run(tmp_path / "parts", cache=cache, resume=stop > 3)
-        settings.stop = StopWhen(lambda s=stop, f=stopper: f(s))
-        with pytest.raises(train_run.Interrupted):
-            train.train(job(world), settings)
+        stopped(job(world), run(tmp_path / "parts", cache=cache, resume=stop > 3), stop)
     train.train(job(world), run(tmp_path / "parts", cache=cache, resume=True))
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
-
-    def log(out):
-        keep = ("step", "loss", "val_loss", "rate", "gradient_norm")
-        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        return [{k: line[k] for k in keep if k in line} for line in lines]
-
     assert log(tmp_path / "whole") == log(tmp_path / "parts")
-
-
-class StopWhen(list):
-    """A list of signals that is empty until a condition holds."""
-
-    def __init__(self, condition):
-        super().__init__()
-        self.condition = condition
-
-    def __bool__(self):
-        return self.condition()
 
 
 def command(world: dict[str, str], out: Path, *more: str) -> list[str]:
     return [
         "train", "itune", "--data", world["data"],
         "--lm", world["language"], "--vision", world["vision"], "--out", str(out), "--fit", "crop",
-        "--batch", "12", "--micro-batch", "6", "--per-image", "2", "--epochs", "15",
+        "--batch", "12", "--micro-batch", "6", "--per-image", "2", "--epochs", "7",
         "--rate", "3e-3", "--save-every", "7", "--device", "cpu", "--workers", "0", "--resume",
         *more,
     ]  # fmt: skip
 
 
-def steps(out: Path) -> int:
-    log = out / "log.jsonl"
-    return log.read_text().count('"loss"') if log.exists() else 0
-
-
 def test_killed_at_two_steps_and_resumed_from_the_command_line(world, tmp_path):
     """SIGKILL, then SIGINT, then to the end: the same weights as one run."""
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums as here
-    chance = random.Random(4)
+    chance, parts = random.Random(4), tmp_path / "parts"
     for number in (signal.SIGKILL, signal.SIGINT):
-        at = steps(tmp_path / "parts") + chance.randint(5, 30)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tinyvl.cli", *command(world, tmp_path / "parts")],
-            env=env, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        while steps(tmp_path / "parts") < at and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130), errors
+        at = steps(parts) + chance.randint(4, 14)
+        status, errors = kill(command(world, parts), number, lambda at=at: steps(parts) >= at)
+        assert status == (-9 if number == signal.SIGKILL else 130), errors
         if number == signal.SIGINT:
             assert "continue with --resume" in errors
     done = shell.run(*command(world, tmp_path / "parts"))
-    assert json.loads(done.stdout)["steps"] == 90
+    assert json.loads(done.stdout)["steps"] == 42
     assert shell.run(*command(world, tmp_path / "whole")).returncode == 0
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
@@ -216,67 +107,6 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(world, tmp_pat
     with pytest.raises(UserError, match=r"with recipe.epochs = 1, not 2; resume"):
         train.train(job(world, epochs=2), run(tmp_path / "out", resume=True))
     assert files(tmp_path / "out") == before
-
-
-def test_cached_tokens_give_the_loss_of_uncached_ones(world, tmp_path):
-    for cache in (True, False):
-        train.train(job(world, epochs=2), run(tmp_path / str(cache), cache=cache))
-    cached, plain = (losses_of(tmp_path / str(cache)) for cache in (True, False))
-    assert cached == pytest.approx(plain, abs=2e-3)  # the cache keeps tokens in fp16
-
-
-SUMMARIES = {"method": "epalm", "options": {"soft": 2}, "epochs": 1}
-
-
-def test_cached_summaries_of_an_fp32_run_are_exact(world, tmp_path):
-    found = {}
-    for cache in (True, False):
-        train.train(job(world, **SUMMARIES), run(tmp_path / str(cache), cache=cache))
-        found[cache] = losses_of(tmp_path / str(cache))
-    assert len(found[True]) == 6
-    assert found[True] == pytest.approx(found[False], abs=1e-6)
-    half = job(world, precision="bf16", **SUMMARIES)
-    assert train_batches.cache_dtype(half, "summaries") == "fp16"
-
-
-def test_a_run_that_began_with_summaries_in_fp16_goes_on_with_them(world, tmp_path, monkeypatch):
-    """As runs did before ``cache_dtype`` was noted with their settings."""
-    monkeypatch.setattr(train, "cache_dtype", lambda job, reads: "fp16")
-    train.train(job(world, **SUMMARIES), run(tmp_path / "whole"))
-    stopped = run(tmp_path / "parts")
-    stopped.stop = StopWhen(lambda: steps(tmp_path / "parts") >= 2)
-    with pytest.raises(train_run.Interrupted):
-        train.train(job(world, **SUMMARIES), stopped)
-    monkeypatch.undo()
-    file = tmp_path / "parts/config.json"
-    config = json.loads(file.read_text())
-    assert config["training"].pop("cache_dtype") == "fp16"
-    file.write_text(json.dumps(config))
-    train.train(job(world, **SUMMARIES), run(tmp_path / "parts", resume=True))
-    assert files(tmp_path / "whole") == files(tmp_path / "parts")
-
-
-def test_captions_states_that_a_kill_cut_off_are_read_again(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_batches, "BLOCK", 4)
-    config = models.new_config(
-        "itune", world["language"], world["vision"], fit="crop", prompt="", options={"drop": 1}
-    )
-    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
-    tokens = [[[i, j] for j in range(i)] + [[i]] for i in range(5)]
-    file = tmp_path / "features/train.rows"
-    whole = train_batches.TextStates(tokens, model, run(tmp_path), "train")
-    kept = file.read_bytes()
-    captions = [c for lines in tokens for c in lines]
-    for caption, states in zip(captions, whole.of(captions), strict=True):
-        torch.testing.assert_close(states, model.states([caption]), rtol=0, atol=1e-5)
-    seen, real = [], model.states
-    monkeypatch.setattr(model, "states", lambda block: seen.append(len(block)) or real(block))
-    for left, read in ((0, [4, 4, 4, 3]), (len(kept) // 2 + 5, [4, 3]), (len(kept), [])):
-        file.write_bytes(kept[:left])
-        seen.clear()
-        train_batches.TextStates(tokens, model, run(tmp_path), "train")
-        assert seen[1:] == read  # the first tells how large a state is
-        assert file.read_bytes() == kept
 
 
 def test_accumulation_and_checkpointing_change_only_the_last_bits(world):
@@ -353,13 +183,13 @@ def test_a_batch_that_does_not_fit_is_halved(world, tmp_path, monkeypatch, capsy
     assert max(sizes[1:]) == 3
     monkeypatch.undo()
     train.train(job(world, epochs=1), run(tmp_path / "plain"))
-    assert losses_of(tmp_path / "out") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-3)
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
 
 
 def test_bf16_on_a_cpu_trains(world, tmp_path):
     train.train(job(world, epochs=4, precision="bf16"), run(tmp_path / "out"))
-    losses = losses_of(tmp_path / "out")
-    assert losses[-1] < losses[0]
+    found = losses(tmp_path / "out")
+    assert found[-1] < found[0]
     saved = load_file(tmp_path / "out/model.safetensors")
     assert all(t.dtype == torch.float32 for t in saved.values())
 
@@ -372,50 +202,12 @@ def test_validation_is_held_out_where_the_data_has_no_split(world):
     assert not {r.id for r in a} & {r.id for r in b}
 
 
-def test_nothing_to_train_on_is_said(world, tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text(
-        json.dumps({"image": str(Path(world["data"]).parent / "0.png"), "captions": []})
-    )
-    with pytest.raises(UserError, match="no picture with a caption"):
-        train.train(job(world | {"data": str(empty)}), run(tmp_path / "out"))
-
-
-def test_the_annotations_are_read_once(world, monkeypatch):
-    read, paths = data.read, []
-    monkeypatch.setattr(data, "read", lambda path, **more: paths.append(path) or read(path, **more))
-    train_batches.load_records(job(world))
-    assert paths == [world["data"]]
-    train_batches.load_records(job(world, val=world["data"]))
-    assert paths == [world["data"]] * 2
-
-
-def test_restval_is_training_data_and_val_is_not(world, tmp_path):
-    root = Path(world["data"]).parent
-    images = [
-        {"filename": f"{i}.png", "split": split, "sentences": [{"raw": "a dog"}], "imgid": i}
-        for i, split in enumerate(["train", "restval", "restval", "val", "test"])
-    ]
-    file = root / "karpathy.json"
-    file.write_text(json.dumps({"images": images}))
-    train_records, val = train_batches.load_records(job(world | {"data": str(file)}))
-    assert [r.id for r in train_records] == ["0", "1", "2"]
-    assert [r.id for r in val] == ["3"]
-    test = root / "test.json"  # a validation file of its own is taken whole
-    test.write_text(json.dumps({"images": images[4:]}))
-    _, val = train_batches.load_records(job(world | {"data": str(file), "val": str(test)}))
-    assert [r.id for r in val] == ["4"]
-
-
 def test_an_abandoned_start_leaves_no_stale_features(world, tmp_path):
     """Other settings in the same folder, where a first start never saved a state."""
-    settings = run(tmp_path / "out")
-    settings.stop = StopWhen(lambda: True)  # stopped while encoding
-    with pytest.raises(train_run.Interrupted):
-        train.train(job(world, fit="crop"), settings)
+    stopped(job(world, fit="crop"), run(tmp_path / "out"), 0)  # while encoding
     train.train(job(world, fit="squash", epochs=1), run(tmp_path / "out"))
     train.train(job(world, fit="squash", epochs=1), run(tmp_path / "fresh"))
-    assert losses_of(tmp_path / "out") == losses_of(tmp_path / "fresh")
+    assert losses(tmp_path / "out") == losses(tmp_path / "fresh")
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
     assert not (tmp_path / "out/features").exists()
 
@@ -424,19 +216,6 @@ def test_resuming_with_another_micro_batch_is_refused(world, tmp_path):
     train.train(job(world, epochs=1), run(tmp_path / "out"))
     with pytest.raises(UserError, match="micro"):
         train.train(job(world, epochs=1), run(tmp_path / "out", resume=True, micro=3))
-
-
-def test_one_caption_a_picture_fills_the_batches(world, tmp_path):
-    lines = [json.loads(line) for line in Path(world["data"]).read_text().splitlines()]
-    single = Path(world["data"]).parent / "single.jsonl"
-    single.write_text(
-        "".join(json.dumps(line | {"captions": line["captions"][:1]}) + "\n" for line in lines)
-    )
-    summary = train.train(
-        job(world | {"data": str(single)}, batch=12, epochs=1, per_image=5),
-        run(tmp_path / "out", micro=12),
-    )
-    assert summary["steps"] == 3  # 36 captions
 
 
 def test_nothing_readable_and_nothing_finite_are_said(world, tmp_path):
@@ -455,18 +234,6 @@ def test_nothing_readable_and_nothing_finite_are_said(world, tmp_path):
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
 
 
-def test_captions_are_cut_to_the_decoders_positions(world, tmp_path):
-    config = models.new_config(
-        "itune", world["language"], world["vision"], fit="crop", prompt="a", options={}
-    )
-    model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
-    long = Record("x.png", ["red " * 200], "x")
-    (ids,) = train_batches.prepare([long], model, job(world, max_tokens=500))[0]
-    assert len(ids) == 64 - 1 - 1 - 1  # positions, bos, prompt, eos
-    pictures = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    model.caption(pictures, beams=1, max_tokens=500)
-
-
 def test_a_job_survives_json():
     made = job({"data": "d", "language": "l", "vision": "v"})
     assert json.loads(json.dumps(asdict(made)))["recipe"]["batch"] == 12
@@ -483,8 +250,7 @@ def test_an_average_of_the_weights_is_what_is_saved_and_resumed(world, tmp_path)
                 seen.insert(0, {n: v.clone() for n, v in self.values.items()})
             super().update(step)
 
-    settings = job(world)
-    settings.recipe = dataclasses.replace(settings.recipe, average=0.9)
+    settings = job(world, average=0.9)
     whole = train.Average
     train.Average = Watched
     try:
@@ -501,10 +267,7 @@ def test_an_average_of_the_weights_is_what_is_saved_and_resumed(world, tmp_path)
         assert torch.allclose(value, mean[name], atol=1e-6), name
         assert not torch.allclose(value, later[-1][name], atol=1e-6), name
 
-    stopped = run(tmp_path / "parts")
-    stopped.stop = StopWhen(lambda: steps(tmp_path / "parts") >= 11)
-    with pytest.raises(train_run.Interrupted):
-        train.train(settings, stopped)
+    stopped(settings, run(tmp_path / "parts"), 11)
     train.train(settings, run(tmp_path / "parts", resume=True))
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 

@@ -1,39 +1,16 @@
-"""Self-critical training: its CIDEr is pycocoevalcap's, its gradient the slow formula's."""
-
-import random
+"""Self-critical training: its gradient is the slow formula's."""
 
 import pytest
 import shell
 import torch
-from test_train import files, job, run, world  # noqa: F401  (a fixture)
-from test_train import losses_of as losses
+from worlds import after, files, job, losses, run
 
 from tinyvl import models, train, train_cider, train_run
-from tinyvl.metrics_captions import cider
-from tinyvl.metrics_cider import Cider
 from tinyvl.train_cider import SelfCritical
-
-WORDS = "a the dog cat runs sleeps on grass red two of with man ball"
-
-
-def test_cider_is_pycocoevalcaps():
-    chance = random.Random(0)
-
-    def caption(least: int = 0) -> str:
-        return " ".join(chance.choices(WORDS.split(), k=chance.randint(least, 12)))
-
-    references = [[caption(1) for _ in range(chance.randint(1, 5))] for _ in range(40)]
-    written = [caption() for _ in references]
-    written[3], written[4] = "", references[4][0]
-    known = Cider(references)
-    found = [known.score(i, text) for i, text in enumerate(written)]
-    assert found == pytest.approx(cider(references, written).tolist(), abs=1e-10)
-    assert found[3] == 0
-    assert max(found) > 1
 
 
 @pytest.fixture(scope="module")
-def model(world, tmp_path_factory):  # noqa: F811
+def model(world, tmp_path_factory):
     train.train(job(world, epochs=8), run(tmp_path_factory.mktemp("start") / "out"))
     folder = tmp_path_factory.getbasetemp() / "start0/out"
     return str(folder)
@@ -112,7 +89,7 @@ def test_samples_do_not_hang_on_the_batch(model):
     assert [h.tokens for h in together] == [h.tokens for h in apart]
 
 
-def test_it_raises_cider_and_goes_on_after_a_stop(world, model, tmp_path):  # noqa: F811
+def test_it_raises_cider_and_goes_on_after_a_stop(world, model, tmp_path):
     settings = {"objective": "cider", "init": model, "rate": 2e-3, "batch": 60, "max_tokens": 10}
     summary = train.train(job(world, epochs=6, **settings), run(tmp_path / "whole", micro=30))
     found = losses(tmp_path / "whole")
@@ -120,24 +97,12 @@ def test_it_raises_cider_and_goes_on_after_a_stop(world, model, tmp_path):  # no
     before = train.train(job(world, epochs=1, **settings, seed=1), run(tmp_path / "b", micro=30))
     assert summary["val_loss"] <= before["val_loss"] < 0
     stopped = run(tmp_path / "parts", micro=30, save_every=2)
-    stopped.stop = Later(4)
+    stopped.stop = after(4)
     with pytest.raises(train_run.Interrupted):
         train.train(job(world, epochs=6, **settings), stopped)
     again = run(tmp_path / "parts", micro=30, save_every=2, resume=True)
     train.train(job(world, epochs=6, **settings), again)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-
-
-class Later(list):
-    """Signals that come after so many questions whether there is one."""
-
-    def __init__(self, times: int):
-        super().__init__()
-        self.times = times
-
-    def __bool__(self) -> bool:
-        self.times -= 1
-        return self.times < 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Zero-shot classification's words: class names, prompts around them, and their vectors."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tinyvl import UserError
-from tinyvl.data import first_synonyms, text_lines
+from tinyvl.data import SYNSET, first_synonyms, read_names, text_lines
 
-SYNSET = r"n\d{8}"  # WordNet's number of a class of ImageNet
 PROMPT = "a photo of {}"  # LilT's one, section 6.5
 # CLIP's seven for ImageNet (Radford et al. 2021, the notebook "Prompt engineering").
 ENSEMBLE = (
@@ -63,24 +61,21 @@ def class_embeddings(
 def names(
     labels: list[str], file: Path | None = None, *, all_classes: bool = False
 ) -> dict[str, str]:
-    """The name of each class: label -> words.
+    """The name of each of the data's classes: label -> words.
 
     Without a file labels are names themselves, and synsets have the names of timm's ImageNet list.
-
-    Args:
-        labels: the data's classes: names, folders, numbers, or ImageNet's synsets.
-        file: class names. Either JSON or text with a label and a name each (``n01440764 tench``,
-            tab-separated, ``imagenet_class_index.json``); or names alone: then labels are such
-            names, or count them from 0, or have their order when sorted.
-        all_classes: add the file's classes that the data has no picture of. (ImageNet-A has 200 of
-            ImageNet's 1,000 and is usually evaluated among these.)
-
-    Raises UserError if the file cannot be read or has no name for a label.
+    A file is as for `data.read_names`; if it has names alone, labels are such names, or count them
+    from 0, or have their order when sorted. ``all_classes`` adds the file's classes that the data
+    has no picture of. (ImageNet-A has 200 of ImageNet's 1,000 and is usually evaluated among
+    these.) Raises UserError if the file cannot be read or has no name for a label.
     """
     labels = sorted(set(labels))
     if file is None:
         return imagenet_names(labels) or {label: label.replace("_", " ") for label in labels}
-    tables, listed = read_names(file)
+    try:
+        tables, listed = read_names(file)
+    except UserError as error:
+        raise UserError(str(error), 2) from None
     if tables:
         keyed = next((table for table in tables if table.keys() >= set(labels)), None)
         if keyed is None:
@@ -99,41 +94,10 @@ def names(
     elif len(labels) == len(listed):
         known = dict(zip(labels, listed, strict=True))
     else:
-        raise UserError(
-            f"{file}: lists {len(listed)} names, and {labels[0]!r} is none of them; the data has "
-            f"{len(labels)} classes, and a list without labels names each.",
-            2,
-        )
+        wanted = f"the data has {len(labels)} classes, and a list without labels names each."
+        message = f"lists {len(listed)} names, and {labels[0]!r} is none of them; {wanted}"
+        raise UserError(f"{file}: {message}", 2)
     return known | (others if all_classes else {})
-
-
-def read_names(file: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """A file's tables {label: name} (by number and by synset, say), or its names alone."""
-    if not file.is_file():
-        raise UserError(f"{file} does not exist", 2)
-    if file.suffix == ".json":
-        try:
-            document = json.loads(file.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON: {error}", 2) from None
-        if isinstance(document, list):
-            return [], [str(name) for name in document]
-        tables: list[dict[str, str]] = [{}, {}]
-        try:
-            for label, name in document.items():  # "0": ["n01440764", "tench"], or "0": "tench"
-                *synset, words = name if isinstance(name, list) else [name]
-                for table, key in zip(tables, (label, *synset), strict=False):
-                    table[str(key)] = str(words)
-        except (AttributeError, ValueError):
-            raise UserError(
-                f"{file}: neither a list of names nor a name for each label.", 2
-            ) from None
-        return [table for table in tables if table], []
-    lines = [line for _, line in text_lines(file)]
-    pairs = [re.fullmatch(rf"([^\t]+)\t\s*(.+)|({SYNSET})[ ,]\s*(.+)", line) for line in lines]
-    if lines and all(pairs):
-        return [{pair[1] or pair[3]: pair[2] or pair[4] for pair in pairs}], []
-    return [], lines
 
 
 def imagenet_names(labels: list[str]) -> dict[str, str]:
@@ -145,9 +109,7 @@ def imagenet_names(labels: list[str]) -> dict[str, str]:
 
     info = ImageNetInfo("imagenet-1k")
     if numbered:
-        known = {label: info.index_to_description(int(label)) for label in labels}
-    elif set(labels) <= set(info.label_names()):
-        known = {label: info.label_name_to_description(label) for label in labels}
-    else:
+        return first_synonyms({i: info.index_to_description(int(i)) for i in labels})
+    if not set(labels) <= set(info.label_names()):
         return {}
-    return first_synonyms(known)
+    return first_synonyms({synset: info.label_name_to_description(synset) for synset in labels})

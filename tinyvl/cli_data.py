@@ -14,7 +14,7 @@ from tinyvl.files import local
 from tinyvl.presets import small_defaults
 from tinyvl.presets_options import EPalm, ITune, Job, Run, option
 
-FORMATS = (  # as in data_formats.READERS, which is too heavy to import for the help
+FORMATS = (  # as in data.READERS, which is too heavy to import for the help
     *("jsonl", "karpathy", "coco", "nocaps", "flickr", "visual-genome", "cc3m", "xtd10", "vqa"),
     *("gqa", "daquar", "msrvtt", "msrvtt-qa", "msvd", "msvd-qa", "audiocaps", "clotho"),
     *("webdataset", "classes", "folder"),

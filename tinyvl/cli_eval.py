@@ -4,26 +4,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import (
-    FEATURES,
-    FRAMES,
-    PROMPTS,
-    Place,
-    Search,
-    batch_of,
-    command,
-    group,
-    same,
-)
+from tinyvl.cli_options import FRAMES, PROMPTS, Place, Search, batch_of, command, group, same
 from tinyvl.presets_options import Job, Run, commas, option
-
-if TYPE_CHECKING:
-    from tinyvl import evaluate
 
 app = group()
 tasks = group(
@@ -33,107 +20,94 @@ tasks = group(
 )
 app.add_typer(tasks, name="eval")
 
-ModelData = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODEL] DATA",
-        show_default=False,
-        help="A checkpoint folder, hf://owner/name or default; then the data: what `tinyvl train` "
-        "reads. One argument is the data.",
-    ),
-]
+ModelData = Annotated[list[str] | None, typer.Argument(
+    metavar="[MODEL] DATA", show_default=False,
+    help="A checkpoint folder, hf://owner/name or default; then the data: what `tinyvl train` "
+    "reads. One argument is the data.",
+)]  # fmt: skip
+RESUME = option("Output", False, "With -o: keep the predictions that are there.")
 
 
+# fmt: off
 @dataclass
-class Part:
-    """Which records of the data are evaluated."""
+class Evaluation(Place):
+    """What all four tasks have."""
 
+    predictions: list[Path] | None = option("Data", None, "Score a folder of -o again. Several "
+        "times (seeds): mean and deviation.")
+    compare: tuple[Path, Path] | None = option("Data", None, "Score two: B, and B less A with 95 % "
+        "intervals (bootstrap).", metavar="A B")
     split: str | None = option("Data", None, "Part of the data.",
-        shown="test if there is one, val, or all")  # fmt: skip
+        shown="test if there is one, val, or all")
     limit: int | None = option("Data", None, "Evaluate this many items, the same each time.", min=1)
     format: str | None = same(Job, "format")
     images: str | None = same(Job, "images")
+    features: Path | None = same(Run, "features")
+    batch: int = batch_of()
+    out: Path | None = option("Output", None, "Folder to keep predictions.jsonl and report.json "
+        "in.", name="--out,-o")
+    as_json: bool = option("Output", False, "JSON on a terminal, too.", name="--json")
+    quiet: bool = same(Run, "quiet", False)
+    resume = False  # an option of all but retrieval, which does not keep its embeddings
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None and not (self.predictions or self.compare):
+            kept = "it keeps the predictions that are there."
+            raise UserError(f"--resume goes with -o DIR: {kept}", 2)
 
     def source(self, data: str, lang: str | None = None, top: int | None = None) -> Any:
         from tinyvl.evaluate import Source
 
         return Source(data, self.split, lang, self.limit, self.format, self.images, top)
 
-
-@dataclass
-class Running(Place):
-    """Where a model runs, and how the report is shown."""
-
-    batch: int = batch_of()
-    as_json: bool = option("Output", False, "JSON on a terminal, too.", name="--json")
-    quiet: bool = same(Run, "quiet", False)
-
-    def place(self) -> "evaluate.Place":
+    def place(self) -> Any:
         from tinyvl import evaluate
 
-        return evaluate.place(self.device, self.precision, self.batch, self.workers, self.quiet)
+        return evaluate.place(
+            self.device, self.precision, batch=self.batch, workers=self.workers, quiet=self.quiet,
+            out=self.out, resume=self.resume, features=self.features,
+        )
 
 
 @dataclass
-class Kept:
-    """Where predictions are kept, and which are scored instead of a model's."""
-
-    out: Path | None = option("Output", None, "Folder to keep predictions.jsonl and report.json "
-        "in.", name="--out,-o")  # fmt: skip
-    predictions: list[Path] | None = option("Data", None, "Score a folder of -o again. Several "
-        "times (seeds): mean and deviation.")  # fmt: skip
-    compare: tuple[Path, Path] | None = option("Data", None, "Score two: B, and B less A with 95 % "
-        "intervals (bootstrap).", metavar="A B")  # fmt: skip
-
-
-@dataclass
-class KeptOn(Kept):
-    """The same, of an evaluation that can be continued."""
-
-    resume: bool = option("Output", False, "With -o: keep the predictions that are there.")
-
-    def __post_init__(self) -> None:
-        if self.resume and self.out is None and not (self.predictions or self.compare):
-            raise UserError(
-                "--resume goes with -o DIR: it keeps the predictions that are there.", 2
-            )
-
-
-@dataclass
-class Texts(KeptOn):
-    """The same of captions and answers, which may have been made elsewhere."""
+class Texts(Evaluation):
+    """Captions and answers, which may have been made elsewhere."""
 
     predictions: list[Path] | None = option("Data", None, "Score these predictions instead of a "
         "model's: JSON Lines, a results file, or a folder of -o. Several times (seeds): mean and "
-        "deviation.")  # fmt: skip
+        "deviation.")
     allow_missing: bool = option("Data", False, "Score the records that have a prediction.")
+    lang: str = same(Job, "lang", "en")
+    frames: int | None = FRAMES
+    resume: bool = RESUME
     results: Path | None = option("Output", None, "Also write a results file for the COCO, NoCaps "
-        "or VQA server.")  # fmt: skip
+        "or VQA server.")
     shuffle: bool = option("Advanced", False, "Control: each picture's place goes to another one.",
-        name="--shuffle-images")  # fmt: skip
-    features: Path | None = same(Run, "features")
+        name="--shuffle-images")
 
-    def made_elsewhere(self) -> bool:
-        """Are predictions scored that are there already?
-
-        Raises:
-            UserError: options that do not fit.
-        """
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.predictions or self.compare):
             if self.allow_missing:
                 raise UserError("--allow-missing is for --predictions and --compare.", 2)
-            return False
+            return
         if self.predictions and self.compare:
             raise UserError("--predictions scores each, --compare two: give one of them.", 2)
         if self.out or self.resume or self.shuffle or self.features:
-            raise UserError(
-                "--out, --resume, --features and --shuffle-images are for running a model.", 2
-            )
+            idle = "--out, --resume, --features and --shuffle-images"
+            raise UserError(f"{idle} are for running a model.", 2)
         if self.results and (self.compare or len(self.predictions or ()) > 1):
             raise UserError("--results writes one set of predictions: give one.", 2)
-        return True
 
 
+@dataclass
+class Classes(Evaluation):
+    """Zero-shot classification."""
+
+    resume: bool = RESUME
+
+
+# fmt: on
 def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[str, str]:
     """[MODEL] DATA; ``model`` False: the predictions are there, only DATA is wanted."""
     arguments = arguments or []
@@ -147,17 +121,13 @@ def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[
 def caption(
     arguments: ModelData = None,
     *,
-    made: Texts,
-    part: Part,
-    lang: str = same(Job, "lang", "en"),
+    asked: Texts,
     metrics: list[str] | None = option("Output", None, "Some only, by commas: "
         "BLEU-4,CIDEr,METEOR,ROUGE-L,SPICE,SPIDEr.", parse=commas),
     java: str | None = option("Advanced", None, "The java to run METEOR with."),
     spice_jars: Path | None = option("Advanced", None, "Folder of Stanford CoreNLP 3.6.0's jars: "
         "SPICE, too."),
     search: Search,
-    frames: int | None = FRAMES,
-    running: Running,
 ) -> None:  # fmt: skip
     """Caption a data set's pictures; score: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
@@ -167,23 +137,19 @@ def caption(
     `tinyvl eval caption --predictions FILE DATA` scores captions made elsewhere: JSON Lines of {id
     | image_id | path | image, caption}, or COCO results.
     """
-    scoring, data = (metrics, java, spice_jars), (part, lang, None)
-    evaluated("caption", arguments, made, data, search, frames, running, scoring)
+    scoring = {"metrics": metrics, "java": java, "spice_jars": spice_jars}
+    of_texts("caption", arguments, asked, search, scoring=scoring)
 
 
 @command(tasks, "vqa")
 def vqa(
     arguments: ModelData = None,
     *,
-    made: Texts,
-    part: Part,
-    lang: str = same(Job, "lang", "en"),
+    asked: Texts,
     answers_top: int | None = option("Data", None, "Only questions whose answer (of several the "
         "annotators' first choice) is one of the N most frequent of the training part, or of all "
         "where there is none: 1000 for eP-ALM's Table 5.", min=1),
     search: Search = Search(max_tokens=10),
-    frames: int | None = FRAMES,
-    running: Running,
 ) -> None:  # fmt: skip
     """Answer a data set's questions; score: VQA v2's accuracy, strict, by type of question.
 
@@ -194,84 +160,63 @@ def vqa(
     `tinyvl eval vqa --predictions FILE DATA` scores answers made elsewhere: JSON Lines of
     {question_id | id | path and question, answer}, or a VQA results file.
     """
-    evaluated("vqa", arguments, made, (part, lang, answers_top), search, frames, running, ())
+    of_texts("vqa", arguments, asked, search, top=answers_top)
 
 
-def evaluated(
-    kind: str,
-    arguments: list[str] | None,
-    made: Texts,
-    data: tuple[Part, str, int | None],
-    search: Search,
-    frames: int | None,
-    running: Running,
-    scoring: tuple,
-) -> None:
+def of_texts(
+    kind: str, arguments: list[str] | None, asked: Texts, search: Search, *,
+    scoring: dict[str, Any] | None = None, top: int | None = None,
+) -> None:  # fmt: skip
     """Scores a model's captions or answers, or those made elsewhere."""
-    elsewhere, style = made.made_elsewhere(), search.style()
+    style = search.style()
     from tinyvl import evaluate, evaluate_compare
 
+    elsewhere = asked.predictions or asked.compare
     model, path = model_and_data(arguments, model=not elsewhere)
-    part, lang, top = data
-    source = part.source(path, lang, top)
-    scorer = evaluate.Scoring(*scoring) if scoring else None
-    if elsewhere:
-        report = evaluate_compare.of_files(
-            kind, made.predictions, made.compare, source,
-            scoring=scorer, allow_missing=made.allow_missing, results=made.results,
-        )  # fmt: skip
+    source = asked.source(path, asked.lang, top)
+    more = {"scoring": scoring, "allow_missing": asked.allow_missing}
+    if asked.compare:
+        report = evaluate_compare.compare_files(kind, *asked.compare, source, **more)
+    elif asked.predictions:
+        paths, results = asked.predictions, asked.results
+        report = evaluate_compare.score_files(kind, paths, source, results=results, **more)
     else:
         report = evaluate.run(
-            kind, model, source, style=style, scoring=scorer, out=made.out, resume=made.resume,
-            shuffle=made.shuffle, results=made.results, features=made.features, frames=frames,
-            place=running.place(),
+            kind, model, source, style=style, place=asked.place(), scoring=scoring,
+            shuffle=asked.shuffle, results=asked.results, frames=asked.frames,
         )  # fmt: skip
-    show(report, running.as_json)
+    show(report, asked.as_json)
 
 
 @command(tasks, "retrieval")
 def retrieval(
     arguments: ModelData = None,
     *,
-    kept: Kept,
-    part: Part,
+    asked: Evaluation = Evaluation(batch=32),
     lang: list[str] | None = option("Data", None, "Languages, by commas: a row each.", parse=commas,
         shown="all that the data has"),
     protocol: str = option("Data", "full", "full; lilt: the 200 pictures of XTD10 of the paper's "
         "Table 2.", choices=("full", "lilt")),
-    features: Path | None = FEATURES,
-    running: Running = Running(batch=32),
 ) -> None:  # fmt: skip
     """Find captions by picture (TR) and pictures by caption (IR): recall at 1, 5, 10, and means.
 
     Ties count as misses. Each language is searched by itself; the metrics are their mean. Chance is
     what a random order would score.
     """
-    again("retrieval", arguments, kept, features, running)
-    model, data = model_and_data(arguments)
-    from tinyvl import evaluate_pairs
-
-    report = evaluate_pairs.run_retrieval(
-        model, part.source(data), langs=lang, protocol=protocol, out=kept.out, features=features,
-        place=running.place(),
-    )  # fmt: skip
-    show(report, running.as_json)
+    of_pairs("retrieval", arguments, asked, langs=lang, protocol=protocol)
 
 
 @command(tasks, "zeroshot")
 def zeroshot(
     arguments: ModelData = None,
     *,
-    kept: KeptOn,
-    part: Part,
+    asked: Classes = Classes(batch=32),
     prompt: list[str] | None = PROMPTS,
     classes: Path | None = option("Data", None, "File of class names: with a label each (n01440764 "
         "tench; tabs; JSON), or a name a line in the folders' order.",
         shown="the folders' own, ImageNet's by timm"),
     all_classes: bool = option("Data", False, "Choose among all of --classes, not only those the "
         "data has."),
-    features: Path | None = FEATURES,
-    running: Running = Running(batch=32),
 ) -> None:  # fmt: skip
     """Classify pictures by the names of their classes: top-1 and top-5, and of each class in JSON.
 
@@ -280,33 +225,29 @@ def zeroshot(
     """
     if all_classes and classes is None:
         raise UserError("--all-classes is about the names of --classes FILE: give that too.", 2)
-    again("zeroshot", arguments, kept, features, running)
-    model, data = model_and_data(arguments)
+    named = {"prompts": prompt, "class_names": classes, "all_classes": all_classes}
+    of_pairs("zeroshot", arguments, asked, **named)
+
+
+def of_pairs(kind: str, arguments: list[str] | None, asked: Evaluation, **options: Any) -> None:
+    """Scores a model that embeds, or runs that are kept in folders."""
+    if asked.predictions or asked.compare:
+        both = asked.predictions and asked.compare
+        if arguments or asked.out or asked.resume or asked.features or both:
+            message = "takes folders that -o made, and nothing else is needed."
+            raise UserError(f"--predictions or --compare {message}", 2)
+    else:
+        model, data = model_and_data(arguments)
     from tinyvl import evaluate_pairs
 
-    report = evaluate_pairs.run_zeroshot(
-        model, part.source(data), prompts=prompt, class_names=classes, all_classes=all_classes,
-        out=kept.out, resume=kept.resume, features=features, place=running.place(),
-    )  # fmt: skip
-    show(report, running.as_json)
-
-
-def again(
-    kind: str, arguments: list[str] | None, kept: Kept, features: Path | None, running: Running
-) -> None:
-    """Reports on runs that are kept in folders and leaves, if that is what was asked for."""
-    if not kept.predictions and not kept.compare:
-        return
-    both, resume = kept.predictions and kept.compare, vars(kept).get("resume")
-    if arguments or kept.out or resume or features or both:
-        raise UserError(
-            "--predictions or --compare takes folders that -o made, and nothing else is needed.", 2
-        )
-    from tinyvl import evaluate_pairs
-
-    if kept.compare:
-        show(evaluate_pairs.compare_folders(kind, *kept.compare), running.as_json)
-    show(evaluate_pairs.score_folders(kind, kept.predictions), running.as_json)
+    if asked.compare:
+        report = evaluate_pairs.compare_folders(kind, *asked.compare)
+    elif asked.predictions:
+        report = evaluate_pairs.score_folders(kind, asked.predictions)
+    else:
+        run = {"retrieval": evaluate_pairs.run_retrieval, "zeroshot": evaluate_pairs.run_zeroshot}
+        report = run[kind](model, asked.source(data), place=asked.place(), **options)
+    show(report, asked.as_json)
 
 
 def show(report: dict[str, Any], as_json: bool) -> None:

@@ -53,8 +53,7 @@ def read_coco(path: Path) -> Iterator[Record]:
 
     `data.read` leaves out images without a caption where others have one, and counts them.
     """
-    for record, _, _ in _coco(path):
-        yield record
+    return (record for record, _, _ in _coco(path))
 
 
 def _coco(path: Path) -> Iterator[tuple[Record, dict, str]]:
@@ -83,10 +82,8 @@ def read_nocaps(path: Path) -> Iterator[Record]:
         domain = get(entry, "domain", str, where, default=None)
         record.domain = domain and domain.removesuffix("-domain")
         if record.domain not in (None, "in", "near", "out"):
-            raise UserError(
-                f"{where}: 'domain' should be in-domain, near-domain or out-domain, "
-                f"found {domain!r}"
-            )
+            wanted = "in-domain, near-domain or out-domain"
+            raise UserError(f"{where}: 'domain' should be {wanted}, found {domain!r}")
         record.split = split_in(path.name)
         yield record
 
@@ -114,10 +111,8 @@ def read_flickr(path: Path) -> Iterator[Record]:
         match = FLICKR_TOKEN.fullmatch(line) or FLICKR_RESULTS.fullmatch(line)
         name, *rest = match.groups() if match else next(csv.reader([line]))
         if not rest or not any(map(is_image, [name, Path(name).stem])):
-            raise UserError(
-                f"{where}: expected 'x.jpg#0<tab>caption', 'x.jpg,caption' or 'x.jpg| 0| caption', "
-                f"found {line[:60]!r}"
-            )
+            wanted = "'x.jpg#0<tab>caption', 'x.jpg,caption' or 'x.jpg| 0| caption'"
+            raise UserError(f"{where}: expected {wanted}, found {line[:60]!r}")
         captions.setdefault(name, []).append(",".join(rest))
     parts = {"train": "train", "val": "dev", "test": "test"}
     splits = splits_beside(path, **{k: f"Flickr_8k.{v}Images.txt" for k, v in parts.items()})
@@ -179,24 +174,21 @@ def read_xtd10(path: Path) -> Iterator[Record]:
     language is as in the file's name (Japanese is ``jp`` there).
     """
     folder = path if path.is_dir() else path.parent
-    names_file = folder / "test_image_names.txt"
-    whole = path.is_dir() or path.name == names_file.name
+    listing = folder / "test_image_names.txt"
+    whole = path.is_dir() or path.name == listing.name
     files = sorted(folder.glob("test_1kcaptions_*.txt")) if whole else [path]
-    if not names_file.exists():
-        raise UserError(f"{path}: test_image_names.txt, which names its pictures, is not beside it")
-    names = [name for _, name in text_lines(names_file)]
+    if not listing.exists():
+        raise UserError(f"{path}: {listing.name}, which names its pictures, is not beside it")
+    names = [name for _, name in text_lines(listing)]
     for file in files:
         lang = matched(XTD10, file.name, f"{file}", "test_1kcaptions_de.txt")[1]
         # Not text_lines: a blank line is a picture without a caption.
         captions = whole_text(file).removesuffix("\n").split("\n")
         if len(captions) != len(names):
-            counts = f"{len(captions)} captions, but {names_file} names {len(names)} pictures"
+            counts = f"{len(captions)} captions, but {listing} names {len(names)} pictures"
             raise UserError(f"{file}: has {counts}")
         for name, caption in zip(names, captions, strict=True):
             yield Record(name, [caption.strip()], name, "test", lang)
-
-
-# ------------------------------------------------------------------------------ videos
 
 
 def read_msrvtt(path: Path) -> Iterator[Record]:
@@ -254,15 +246,11 @@ MAPPED = re.compile(r"(\S+)\s+vid(\d+)")
 
 def youtube_mapping(path: Path) -> dict[str, int]:
     """``youtube_mapping.txt`` beside a file, ``mv89psg6zh4_33_46 vid1`` a line: clip -> number."""
-    mapping = path.with_name("youtube_mapping.txt")
     numbers = {}
-    for where, line in text_lines(mapping) if mapping.exists() else ():
+    for where, line in text_lines(path.with_name("youtube_mapping.txt"), optional=True):
         clip, number = matched(MAPPED, line, where, "mv89psg6zh4_33_46 vid1").groups()
         numbers[clip] = int(number)
     return numbers
-
-
-# ------------------------------------------------------------------------------ sounds
 
 
 def read_audiocaps(path: Path) -> Iterator[Record]:

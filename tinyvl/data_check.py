@@ -12,39 +12,24 @@ from typing import Any
 
 from tinyvl import data
 from tinyvl.data import Record
-from tinyvl.media import MODALITIES
+from tinyvl.media import MODALITIES, MediaError
 
 
 def check(
-    paths: list[Path],
-    *,
-    format: str | None = None,
-    split: str | None = None,
-    lang: str | None = None,
-    images: Path | None = None,
-    fast: bool = False,
-    workers: int | None = None,
-    quiet: bool = False,
-) -> dict[str, Any]:
+    paths: list[Path], *, format: str | None = None, split: str | None = None,
+    lang: str | None = None, images: Path | None = None, fast: bool = False,
+    workers: int | None = None, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Read data sets, and look at each of their files.
 
     Pictures are decoded, JPEGs at a small scale, which still reads them to their end; of a video or
     a sound the first frame is. Files in two splits are looked for, by path and by content. Several
-    data sets that name no split are the splits of one.
+    data sets that name no split are the splits of one. ``fast``: decode and compare nothing.
 
-    Args:
-        paths, format, split, lang, images: as in `data.read`.
-        fast: only look whether the files exist; decode and compare nothing.
-        workers: processes that decode, as in `media_workers.decode_images`.
-        quiet: show no progress.
-
-    Returns:
-        The report, ready for JSON: counts (``records``, ``files``, ``splits``, ``langs``,
-        ``captions``, ``questions``, ``classes``, ``domains``), ``problems`` (a number by kind) and
-        ``details`` (for each problem ``problem``, ``path``, ``record`` and ``error``).
-
-    Raises:
-        UserError: a data set cannot be read (its first malformed record, say).
+    Returns the report, ready for JSON: counts (``records``, ``files``, ``splits``, ``langs``,
+    ``captions``, ``questions``, ``classes``, ``domains``), ``problems`` (a number by kind) and
+    ``details`` (for each problem ``problem``, ``path``, ``record`` and ``error``). Raises UserError
+    if a data set cannot be read (at its first malformed record, say).
     """
     sets, records = [], []
     for path in paths:
@@ -58,7 +43,7 @@ def check(
         records += found
     files = {record.path: record.modality for record in records}
     there = {path: kind for path, kind in files.items() if os.path.isfile(path)}
-    missing = [path for path in files if path not in there]
+    missing = (path for path in files if path not in there)
     details = [_problem("missing", path, "there is no such file") for path in missing]
     if not fast:
         details += unreadable(there, workers, quiet)
@@ -75,12 +60,12 @@ def check(
     }
 
 
-def _problem(kind: str, path: str, error: str, record: Record | None = None) -> dict[str, str]:
-    name = {} if record is None else {"record": record.question_id or record.id}
-    return {"problem": kind, "path": path, **name, "error": error}
-
-
-# ------------------------------------------------------------------------------ what there is
+def _problem(kind: str, of: Record | str, error: str) -> dict[str, str]:
+    """A problem of a record, or of a file."""
+    about = {"path": of}
+    if isinstance(of, Record):
+        about = {"path": of.path, "record": of.question_id or of.id}
+    return {"problem": kind, **about, "error": error}
 
 
 def summary(records: list[Record]) -> dict[str, Any]:
@@ -88,8 +73,7 @@ def summary(records: list[Record]) -> dict[str, Any]:
     splits: dict[str, Counter] = defaultdict(Counter)
     files: dict[str, set[str]] = defaultdict(set)
     for record in records:
-        name = record.split or "(none)"
-        asks = record.question is not None
+        name, asks = record.split or "(none)", record.question is not None
         splits[name].update(records=1, captions=len(record.captions), questions=asks)
         files[name].add(record.path)
     report: dict[str, Any] = {
@@ -98,16 +82,14 @@ def summary(records: list[Record]) -> dict[str, Any]:
         "domains": _counts(record.domain for record in records),
         "classes": _counts(record.label for record in records),
     }
-    captions = [caption for record in records for caption in record.captions]
-    if captions:
+    if captions := [caption for record in records for caption in record.captions]:
         report["captions"] = {
             "total": len(captions),
             "per_record": _numbers(len(record.captions) for record in records),
             "words": _numbers(len(caption.split()) for caption in captions),
             "characters": _numbers(len(caption.strip()) for caption in captions),
         }
-    questions = [record for record in records if record.question is not None]
-    if questions:
+    if questions := [record for record in records if record.question is not None]:
         report["questions"] = {
             "total": len(questions),
             "words": _numbers(len(record.question.split()) for record in questions),
@@ -125,15 +107,10 @@ def _counts(names: Iterable[str | None]) -> dict[str, int]:
 def _numbers(values: Iterable[int]) -> dict[str, float]:
     values = sorted(values)
     return {
-        "min": values[0],
-        "median": values[len(values) // 2],
+        "min": values[0], "median": values[len(values) // 2],
         "mean": round(statistics.fmean(values), 2),
-        "p95": values[int(0.95 * (len(values) - 1))],
-        "max": values[-1],
-    }
-
-
-# ------------------------------------------------------------------------------ what is wrong
+        "p95": values[int(0.95 * (len(values) - 1))], "max": values[-1],
+    }  # fmt: skip
 
 
 def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
@@ -142,26 +119,23 @@ def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
     answered = {record.split for record in records if any(map(str.strip, record.answers))}
     ids: set[tuple[str | None, str]] = set()
     for record in records:
-
-        def found(kind: str, error: str, record: Record = record) -> dict[str, str]:
-            return _problem(kind, record.path, error, record)
-
-        for i, caption in enumerate(record.captions):
+        for i, caption in enumerate(record.captions, 1):
             if not caption.strip():
-                yield found("blank caption", f"caption {i + 1} of {len(record.captions)} is blank")
+                error = f"caption {i} of {len(record.captions)} is blank"
+                yield _problem("blank caption", record, error)
         if record.question is None:
             bare = not record.captions and record.label is None
             if bare and (record.modality, record.split) in captioned:
-                yield found("no caption", "has no caption, and others have")
+                yield _problem("no caption", record, "has no caption, and others have")
             continue
         if not record.question.strip():
-            yield found("blank question", "the question is blank")
+            yield _problem("blank question", record, "the question is blank")
         if record.split in answered and not any(map(str.strip, record.answers)):
-            yield found("no answer", "the question has no answer, and others have")
+            yield _problem("no answer", record, "the question has no answer, and others have")
         if record.question_id is not None:
             key = record.split, record.question_id
             if key in ids:
-                yield found("repeated question", "another question has this id")
+                yield _problem("repeated question", record, "another question has this id")
             ids.add(key)
 
 
@@ -199,24 +173,19 @@ def shared_files(records: list[Record], compare: Iterable[str]) -> Iterator[dict
                 yield _problem("same content in two splits", path, error)
 
 
-def unreadable(
-    files: dict[str, str], workers: int | None = None, quiet: bool = False
-) -> list[dict[str, str]]:
+def unreadable(files: dict[str, str], workers: int | None, quiet: bool) -> list[dict[str, str]]:
     """The files (path -> modality) that cannot be decoded."""
-    from tinyvl import media, media_workers
+    from tinyvl.media_workers import decode_images
     from tinyvl.progress import bar
 
     images = [path for path, kind in files.items() if kind == "image"]
-    decoded = media_workers.decode_images(images, _nothing, target=64, workers=workers)
-    errors = chain(
-        ((path, found if isinstance(found, media.MediaError) else None) for path, found in decoded),
-        ((path, stream_error(path, kind)) for path, kind in files.items() if kind != "image"),
-    )
+    streams = ((path, stream_error(path, kind)) for path, kind in files.items() if kind != "image")
     problems = []
     with bar("decoding", len(files), quiet) as advance:
-        for path, error in errors:
-            if error is not None:
-                problems.append(_problem("unreadable", path, str(error).removeprefix(f"{path}: ")))
+        decoded = decode_images(images, _nothing, target=64, workers=workers)
+        for path, found in chain(decoded, streams):
+            if isinstance(found, MediaError):
+                problems.append(_problem("unreadable", path, str(found).removeprefix(f"{path}: ")))
             advance(1)
     return problems
 
@@ -228,18 +197,17 @@ def _nothing(image: Any) -> Any:
     return torch.zeros(1, dtype=torch.uint8)
 
 
-def stream_error(path: str, kind: str) -> str | None:
+def stream_error(path: str, kind: str) -> MediaError | None:
     """Why the first frame of a file's ``"video"`` or ``"audio"`` cannot be decoded, or None."""
-    import av
+    from tinyvl.media_av import opened
 
     try:
-        with av.open(path) as container:
+        with opened(path, kind) as container:
             streams = getattr(container.streams, kind)
             if not streams:
-                return f"has no {kind} in it"
+                return MediaError(f"has no {kind} in it")
             if next(container.decode(streams[0]), None) is None:
-                return f"its {kind} has no frames"
-    except (av.FFmpegError, OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        return f"damaged, or in no format that can be read ({why})"
+                return MediaError(f"its {kind} has no frames")
+    except MediaError as error:
+        return error
     return None

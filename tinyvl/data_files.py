@@ -43,41 +43,26 @@ def locate_own(records: list[Record], folder: Path, path: Path, required: bool =
     """Make paths that are relative to a folder absolute.
 
     Only the first few files are looked for: a run reads its records often, and says later what is
-    missing.
-
-    Raises:
-        UserError: ``required``, and none of the first few is there.
+    missing. Raises UserError if they are ``required`` and none of the few is there.
     """
     if required and not any((folder / record.path).is_file() for record in records[:5]):
-        raise _nowhere(records[0], path, f"{folder}")
+        raise _nowhere(records[0], path, folder)
     base = os.path.abspath(folder)
     for record in records:
         record.path = os.path.normpath(os.path.join(base, record.path))
 
 
 def locate(
-    records: list[Record],
-    path: Path,
-    *,
-    images: Path | None = None,
-    required: bool = True,
+    records: list[Record], path: Path, *, images: Path | None = None, required: bool = True,
     drop: bool = False,
-) -> list[Record]:
+) -> list[Record]:  # fmt: skip
     """Find the files of a published data set, and make their paths absolute.
 
     A file is looked for under each name it may have (`OR`), with any suffix of its kind, in each of
-    the usual folders. Folders are listed once, and no file is opened.
-
-    Args:
-        records: changed in place.
-        path: the annotations' file, or folder.
-        images: look here instead of in the annotations' folder and its parent.
-        required: whether it is an error that no file is found.
-        drop: leave out records whose file is missing. Otherwise they get the path that it would
-            have beside the first file that is found, or in the first of the places.
-
-    Raises:
-        UserError: ``required``, and no file is found.
+    the usual folders: below ``images``, or else below the annotations' folder and its parent.
+    Folders are listed once, and no file is opened. Records whose file is missing are left out if
+    ``drop``; otherwise they get the path that it would have beside the first file that is found, or
+    in the first of the places. Raises UserError if files are ``required`` and none is found.
     """
     home = path if path.is_dir() else path.parent
     bases = [home.absolute(), home.absolute().parent] if images is None else [images.absolute()]
@@ -92,8 +77,7 @@ def locate(
             places.insert(0, places.pop(places.index(place)))
         record.path = file or record.path
     if first is None and required:
-        where = f"{home} or the usual folders near it" if images is None else f"{images}"
-        raise _nowhere(records[0], path, where)
+        raise _nowhere(records[0], path, images or f"{home} or the usual folders near it")
     for record in missing:
         name = record.path.split(OR)[0]
         record.path = os.path.normpath(os.path.join(first or bases[0], name))
@@ -106,12 +90,10 @@ def locate(
     return found if drop else records
 
 
-def _nowhere(record: Record, path: Path, where: str) -> UserError:
+def _nowhere(record: Record, path: Path, where: object) -> UserError:
     many, name = PLURAL[record.modality], record.path.split(OR)[0]
-    return UserError(
-        f"{path}: its first {many[:-1]}, {name}, is not in {where}; "
-        f"name the folder of the {many} with --images"
-    )
+    advice = f"name the folder of the {many} with --images"
+    return UserError(f"{path}: its first {many[:-1]}, {name}, is not in {where}; {advice}")
 
 
 def _usual(bases: list[Path], modality: str) -> list[str]:

@@ -5,19 +5,22 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 from tinyvl import UserError, files
 from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in, text_lines
-from tinyvl.files import cache_dir
 from tinyvl.media import KIND_OF, MODALITIES
 
 log = logging.getLogger(__name__)
+ROOM = "set TINYVL_CACHE to a folder on a larger disk"
 
 
 def read_folder(path: Path) -> Iterator[Record]:
@@ -28,8 +31,8 @@ def read_folder(path: Path) -> Iterator[Record]:
     kinds = {name: KIND_OF[name.suffix.lower()] for name in _media(path)}
     first = next((kind for kind in MODALITIES if kind in kinds.values()), None)
     for name in (name for name, kind in kinds.items() if kind == first):
-        beside = (path / name).with_suffix(".txt")
-        captions = [line for _, line in text_lines(beside)] if beside.exists() else []
+        beside = text_lines((path / name).with_suffix(".txt"), optional=True)
+        captions = [line for _, line in beside]
         yield Record(**{first: name.as_posix()}, captions=captions, id=name.as_posix())
 
 
@@ -92,24 +95,54 @@ def _media(path: Path) -> Iterator[Path]:
             yield name
 
 
+LISTS = (
+    *("LOC_synset_mapping.txt", "synset_words.txt", "words.txt"),
+    *("imagenet_class_index.json", "Labels.json"),
+)
+
+
 def _class_names(path: Path, folders: set[str]) -> dict[str, str]:
     """The classes' names in a list beside the folders, if there is one that has them all."""
-    lists = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
-    lists += ("imagenet_class_index.json", "Labels.json")
-    for file in (place / name for place in (path, path.absolute().parent) for name in lists):
-        if not file.exists():
-            continue
-        if file.suffix == ".json":
-            document = json_document(file)
-            pairs = document.items() if isinstance(document, dict) else ()
-            pairs = [pair[1] if isinstance(pair[1], list) else pair for pair in pairs]
-        else:
-            pairs = [line.split(None, 1) for _, line in text_lines(file)]
-        pairs = [pair for pair in pairs if len(pair) == 2 and isinstance(pair[1], str)]
-        known = {folder: name for folder, name in pairs if folder in folders}
-        if folders <= known.keys():
-            return first_synonyms(known)
+    for place, name in product((path, path.absolute().parent), LISTS):
+        if (place / name).exists():
+            with suppress(UserError):  # a list of something else
+                tables, _ = read_names(place / name, r"[^\s,]+")
+                if tables and folders <= tables[-1].keys():  # the last, which has the synsets
+                    return first_synonyms({folder: tables[-1][folder] for folder in folders})
     return {}
+
+
+SYNSET = r"n\d{8}"  # WordNet's number of a class of ImageNet
+
+
+def read_names(file: Path, label: str = SYNSET) -> tuple[list[dict[str, str]], list[str]]:
+    """A file's tables {label: name} (by number and by synset, say), or its names alone.
+
+    It is JSON, or text with a name a line: behind a label and a tab, behind a label that matches
+    ``label`` and a space, or alone. Raises UserError if it cannot be read.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    if file.suffix == ".json":
+        document = json_document(file)
+        if isinstance(document, list):
+            return [], [str(name) for name in document]
+        odd = UserError(f"{file}: neither a list of names nor a name for each label.")
+        if not isinstance(document, dict):
+            raise odd
+        tables: list[dict[str, str]] = [{}, {}]
+        for key, name in document.items():  # "0": ["n01440764", "tench"], or "0": "tench"
+            *labels, words = [key, *name] if isinstance(name, list) else [key, name]
+            if not labels or not isinstance(words, str):
+                raise odd
+            for table, one in zip(tables, labels, strict=False):
+                table[str(one)] = words
+        return [table for table in tables if table], []
+    lines = [line for _, line in text_lines(file)]
+    pairs = [re.fullmatch(rf"([^\t]+)\t\s*(.+)|({label})[ ,]\s*(.+)", line) for line in lines]
+    if lines and all(pairs):
+        return [{pair[1] or pair[3]: pair[2] or pair[4] for pair in pairs}], []
+    return [], lines
 
 
 def first_synonyms(known: dict[str, str]) -> dict[str, str]:
@@ -126,9 +159,6 @@ def first_synonyms(known: dict[str, str]) -> dict[str, str]:
     return {key: name if times[name] == 1 else f"{name} ({key})" for key, name in names.items()}
 
 
-# ------------------------------------------------------------------------------ WebDataset
-
-
 def read_webdataset(path: Path) -> Iterator[Record]:
     """A WebDataset ``.tar``, or a folder of them: files that share a name up to its first dot.
 
@@ -139,7 +169,7 @@ def read_webdataset(path: Path) -> Iterator[Record]:
     """
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     listing = (path if path.is_dir() else path.parent) / "classnames.txt"
-    classes = [line for _, line in text_lines(listing)] if listing.exists() else []
+    classes = [line for _, line in text_lines(listing, optional=True)]
     folders = {tar: _unpacked(tar) for tar in tars}
     if waiting := [tar for tar, folder in folders.items() if not folder.exists()]:
         _check_space(waiting)
@@ -164,18 +194,16 @@ def _unpacked(tar: Path) -> Path:
     state = tar.stat()
     key = f"{tar.absolute()}|{state.st_size}|{state.st_mtime_ns}"
     digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:12]
-    return cache_dir() / "webdataset" / f"{tar.stem}-{digest}"
+    return files.cache_dir() / "webdataset" / f"{tar.stem}-{digest}"
 
 
 def _check_space(tars: list[Path]) -> None:
-    cache = cache_dir()
+    cache = files.cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     need, free = sum(tar.stat().st_size for tar in tars), shutil.disk_usage(cache).free
     if need > 0.95 * free:
-        raise UserError(
-            f"{tars[0]}: unpacking takes {need / 2**30:.1f} GiB, and {cache} has "
-            f"{free / 2**30:.1f} GiB left; set TINYVL_CACHE to a folder on a larger disk"
-        )
+        left = f"{cache} has {free / 2**30:.1f} GiB left; {ROOM}"
+        raise UserError(f"{tars[0]}: unpacking takes {need / 2**30:.1f} GiB, and {left}")
     if need > 2**30:
         log.warning("unpacking %d tars, %.1f GiB, into %s", len(tars), need / 2**30, cache)
 
@@ -185,7 +213,7 @@ def _unpack(tar: Path, folder: Path) -> None:
     for rest in folder.parent.glob(f".{glob.escape(folder.name)}-*"):  # of a run that was killed
         if time.time() - rest.stat().st_mtime > 24 * 3600:
             shutil.rmtree(rest, ignore_errors=True)
-    building = files.building(folder, advice="set TINYVL_CACHE to a folder on a larger disk")
+    building = files.building(folder, advice=ROOM)
     with building as part, open(part / "samples.jsonl", "w", encoding="utf-8") as lines:
         for number, sample in enumerate(_samples(tar)):
             entry, suffix, content = _sample_entry(sample, f"{tar}, {sample['__key__']}")
@@ -199,9 +227,8 @@ def _samples(tar: Path) -> Iterator[dict]:
     try:
         from webdataset.tariterators import group_by_keys, tar_file_expander
     except ImportError as error:
-        raise UserError(
-            f"{tar}: reading tars needs an extra package; pip install 'tinyvl[webdataset]'"
-        ) from error
+        advice = "pip install 'tinyvl[webdataset]'"
+        raise UserError(f"{tar}: reading tars needs an extra package; {advice}") from error
     with open(tar, "rb") as stream:
         try:
             yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}]))
@@ -215,7 +242,6 @@ def _sample_entry(sample: dict, where: str) -> tuple[dict, str | None, bytes]:
     for key, content in sample.items():
         if f".{key}" in KIND_OF:
             found.setdefault(KIND_OF[f".{key}"], (f".{key}", content))
-            continue
         if key not in ("json", "txt", "cls"):
             continue
         try:
@@ -224,13 +250,12 @@ def _sample_entry(sample: dict, where: str) -> tuple[dict, str | None, bytes]:
         except ValueError:
             kind = "JSON" if key == "json" else "text in UTF-8"
             raise UserError(f"{where}: its {key!r} is not {kind}") from None
-        if key == "json":
-            if not isinstance(fields, dict):
-                raise UserError(f"{where}: its 'json' should be an object, found {text[:60]!r}")
-            entry = {k: v for k, v in fields.items() if k not in (*MODALITIES, "cls")} | entry
-        elif key == "txt":
+        if not isinstance(fields, dict):
+            raise UserError(f"{where}: its 'json' should be an object, found {text[:60]!r}")
+        entry = {k: v for k, v in fields.items() if k not in (*MODALITIES, "cls")} | entry
+        if key == "txt":
             entry["captions"] = [line.strip() for line in text.splitlines()]
-        else:
+        elif key == "cls":
             entry["cls"] = text
     suffix, content = next((found[kind] for kind in MODALITIES if kind in found), (None, b""))
     entry["id"] = str(sample["__key__"])

@@ -40,11 +40,9 @@ def read_vqa(path: Path) -> Iterator[Record]:
     if "questions" in document:
         questions, questions_file, annotations_file = document, path, partner
     elif partner is None:
-        expected = [file.name for file in partners(path)[:1]]
-        raise UserError(
-            f"{path}: its questions are not beside it; they should be in the same folder, "
-            f"named {expected[0] if expected else 'as they were published'}"
-        )
+        name = next((file.name for file in partners(path)), "as they were published")
+        where = f"they should be in the same folder, named {name}"
+        raise UserError(f"{path}: its questions are not beside it; {where}")
     else:
         questions, questions_file, annotations_file = json_object(partner), partner, path
     year = re.search(r"(train|val|test(-[a-z]+)?)20\d\d", questions_file.name)
@@ -53,7 +51,13 @@ def read_vqa(path: Path) -> Iterator[Record]:
     if annotations_file is not None:
         answered = document if annotations_file is path else json_object(annotations_file)
         for where, entry in entries(answered, "annotations", annotations_file):
-            annotations[get(entry, "question_id", (int, str), where)] = entry, where
+            number = get(entry, "question_id", (int, str), where)
+            annotations[number] = own = {
+                key: get(entry, key, str, where, default=None)
+                for key in ("question_type", "answer_type")
+            }
+            answers = entries(entry, "answers", where)
+            own["answers"] = [get(each, "answer", str, at) for at, each in answers]
     elif not subtype.startswith("test"):
         log.warning("%s: no annotations are beside it, so its questions have no answers", path)
     kind = get(questions, "data_type", str, questions_file, default="mscoco")
@@ -72,15 +76,8 @@ def read_vqa(path: Path) -> Iterator[Record]:
             picture, id=str(image), split=re.sub(r"20\d\d$", "", subtype),  # train, test-dev, ...
             question=get(entry, "question", str, where), question_id=str(number),
             choices=[str(choice) for choice in choices],
-            **_annotation(*annotations[number]) if annotations else {},
+            **annotations.get(number, {}),
         )  # fmt: skip
-
-
-def _annotation(entry: dict, where: str) -> dict:
-    """The answers to a question, its type and theirs."""
-    types = ("question_type", "answer_type")
-    answers = [get(each, "answer", str, at) for at, each in entries(entry, "answers", where)]
-    return {"answers": answers} | {key: get(entry, key, str, where, default=None) for key in types}
 
 
 def partners(path: Path) -> list[Path]:
@@ -170,9 +167,8 @@ def _video_questions(path: Path) -> Iterator[tuple[Record, int]]:
         answer = get(entry, "answer", str, where, default=None)
         number = get(entry, "id", (int, str), where, default=None)
         record = Record(
-            split=split_in(path.name),
-            question=get(entry, "question", str, where),
+            split=split_in(path.name), question=get(entry, "question", str, where),
             answers=[] if answer is None else [answer],
             question_id=None if number is None else str(number),
-        )
+        )  # fmt: skip
         yield record, get(entry, "video_id", int, where)

@@ -67,9 +67,6 @@ class Record:
         setattr(self, self.modality, path)
 
 
-# ------------------------------------------------------------------------------ JSON Lines
-
-
 def line_of(record: Record, folder: Path) -> str:
     """A record's line in a JSON Lines file in ``folder``; `records_of` reads the same record."""
     entry = {f.name: getattr(record, f.name) for f in fields(record)}
@@ -95,7 +92,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             yield from records_of(entry, where)
         return
     for where, line in text_lines(path):
-        yield from records_of(_parsed(line, where), where)
+        yield from records_of(parsed(line, where), where)
 
 
 def records_of(entry: Any, where: object) -> Iterator[Record]:
@@ -125,19 +122,13 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
         answers=texts_in(entry, "answers", "answer", where),
         choices=texts_in(entry, "choices", "choices", where),
     )
-    languages = [
-        key
-        for key, value in entry.items()
-        if len(key) == 2 and isinstance(value, list) and key.islower() and key.isalpha()
-    ]
+    code = re.compile("[a-z]{2}")
+    languages = [k for k, v in entry.items() if code.fullmatch(k) and isinstance(v, list)]
     if languages and not {"captions", "caption", "question", "label"} & entry.keys():
         for lang in languages:
             yield replace(record, lang=lang, captions=texts_in(entry, lang, lang, where))
     else:
         yield record
-
-
-# ------------------------------------------------------------------------------ fields of a file
 
 
 @contextmanager
@@ -149,8 +140,10 @@ def decoded(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is not text in UTF-8") from None
 
 
-def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+def text_lines(path: Path, *, optional: bool = False) -> Iterator[tuple[str, str]]:
     """The lines of a text file, stripped, without blank ones: ("FILE, line 3", line)."""
+    if optional and not path.exists():
+        return
     with decoded(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line := line.strip():
@@ -166,22 +159,27 @@ def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re
 
 def splits_beside(path: Path, **lists: str) -> dict[str, str]:
     """The split of each name in the lists (``train="train.txt"``) that are beside a file."""
-    files = ((split, path.with_name(name)) for split, name in lists.items())
-    there = ((split, file) for split, file in files if file.exists())
-    return {line: split for split, file in there for _, line in text_lines(file)}
+    return {
+        line: split
+        for split, name in lists.items()
+        for _, line in text_lines(path.with_name(name), optional=True)
+    }
 
 
 def json_document(path: Path) -> Any:
     """A file's JSON."""
-    return _parsed(whole_text(path), path)
+    return parsed(whole_text(path), path)
 
 
 def json_object(path: Path) -> dict[str, Any]:
     """A file's JSON, which must be an object."""
-    document = json_document(path)
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object, found {str(document)[:60]!r}")
-    return document
+    return an_object(json_document(path), path)
+
+
+def an_object(value: Any, where: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, found {str(value)[:60]!r}")
+    return value
 
 
 def json_items(path: Path) -> Iterator[tuple[str, Any]]:
@@ -204,7 +202,8 @@ def json_items(path: Path) -> Iterator[tuple[str, Any]]:
         position, number = blank.match(text, position).end(), number + 1
 
 
-def _parsed(text: str, where: object) -> Any:
+def parsed(text: str, where: object) -> Any:
+    """A text's JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -225,8 +224,7 @@ def get(
     entry: Any, key: str, kinds: type | tuple[type, ...], where: object, default: Any = REQUIRED
 ) -> Any:
     """``entry[key]``, which must be of one of the kinds; null counts as missing."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected a JSON object, found {str(entry)[:60]!r}")
+    an_object(entry, where)
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     value = entry.get(key)
     if value is None:

@@ -83,11 +83,11 @@ class Pieces:
     The number of pieces stays for the batches that follow, which are about as large.
 
     Args:
-        what: the smallest batch there is, such as "One picture".
+        what: the smallest batch there is.
         advice: what the user can do where even that does not fit.
     """
 
-    def __init__(self, what: str, advice: str):
+    def __init__(self, what: str = "One picture", advice: str = "use --device cpu"):
         self.what, self.advice, self.number = what, advice, 1
 
     def run(self, attempt: Callable[[int], T], most: int, quiet: bool = False) -> T:

@@ -1,10 +1,9 @@
 """The drawn set: pictures of shapes with captions in English and German.
 
-A scene is one object at a place ("a small red circle on the left of a grey picture") or two
-objects side by side or above one another ("a big black star above a small red ring in a pink
-picture"). A caption is a function of its scene, and everything it says can be seen at 64 x 64
-pixels, so a model that has learnt the set captions new renders exactly. Each picture also has a
-question with a short answer ("what colour is the star?", "black").
+A scene is one object at a place ("a small red circle on the left of a grey picture") or two ("a big
+black star above a small red ring in a pink picture"). A caption is a function of its scene, and
+everything it says can be seen at 64 x 64 pixels, so a model that has learnt the set captions new
+renders exactly. Each picture also has a question ("what colour is the star?") with a short answer.
 
 Training never shows the `WITHHELD` pairs of shape and colour. The held-out part has new renders of
 scenes that training shows (``"combination": "seen"``) and, one in five, scenes with a withheld pair
@@ -17,7 +16,6 @@ not Pillow's, so that the pixels do not depend on the version of a rasteriser.
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +61,15 @@ GERMAN = {
 }  # fmt: skip
 GERMAN_ALONE = {"grey": "grau", "beige": "beige", "pink": "rosa"}
 ENGLISH_QUESTIONS = {
-    "colour": "what colour is {the} {shape}?",
-    "shape": "what shape is {colour}?",
-    "size": "how big is {the} {shape}?",
-    "background": "what colour is the background?",
-    "place": "where is {the} {shape}?",
-    "relation": "what is {place} the {shape}?",
-}
+    "colour": "what colour is {the} {shape}?", "shape": "what shape is {colour}?",
+    "size": "how big is {the} {shape}?", "background": "what colour is the background?",
+    "place": "where is {the} {shape}?", "relation": "what is {place} the {shape}?",
+}  # fmt: skip
 GERMAN_QUESTIONS = {
-    "colour": "welche Farbe hat {the} {shape}?",
-    "shape": "welche Form ist {colour}?",
-    "size": "wie groß ist {the} {shape}?",
-    "background": "welche Farbe hat der Grund?",
-    "place": "wo ist {the} {shape}?",
-    "relation": "was ist {place} dem {shape}?",
-}
+    "colour": "welche Farbe hat {the} {shape}?", "shape": "welche Form ist {colour}?",
+    "size": "wie groß ist {the} {shape}?", "background": "welche Farbe hat der Grund?",
+    "place": "wo ist {the} {shape}?", "relation": "was ist {place} dem {shape}?",
+}  # fmt: skip
 MASCULINE = {"circle", "star", "ring"}  # in German; the other shapes are neuter
 
 
@@ -88,11 +80,6 @@ class Thing:
     shape: str
     colour: str
     size: str
-
-    @property
-    def withheld(self) -> bool:
-        """Whether training never shows this pair of shape and colour."""
-        return WITHHELD[self.shape] == self.colour
 
     def english(self) -> str:
         return f"a {self.size} {self.colour} {self.shape}"
@@ -107,20 +94,21 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
-
-    ``place`` is one of `PLACES` for one object, and one of `RELATIONS` if there is a ``second``.
-    """
+    """What a picture shows."""
 
     first: Thing
     second: Thing | None
-    place: str
+    place: str  # one of `PLACES`, or with a second object of `RELATIONS`
     background: str
+
+    @property
+    def things(self) -> list[Thing]:
+        return [thing for thing in (self.first, self.second) if thing]
 
     @property
     def unseen(self) -> bool:
         """Whether an object has a pair of shape and colour that training never shows."""
-        return self.first.withheld or (self.second is not None and self.second.withheld)
+        return any(WITHHELD[thing.shape] == thing.colour for thing in self.things)
 
     def caption(self, lang: str = "en") -> str:
         """The one caption of this scene in English (``"en"``) or German (``"de"``)."""
@@ -128,10 +116,9 @@ class Scene:
             other = f" {self.second.german(dative=True)}" if self.second else ""
             ground = GERMAN[self.background]
             return f"{self.first.german()} {GERMAN[self.place]}{other} auf {ground} Grund"
+        where = ENGLISH_PLACE.get(self.place)
         if self.second:
             where = f"{self.place} {self.second.english()} in"
-        else:
-            where = ENGLISH_PLACE[self.place]
         return f"{self.first.english()} {where} a {self.background} picture"
 
     def question(self, lang: str, number: int) -> tuple[str, str]:
@@ -145,7 +132,7 @@ class Scene:
             the = "the" if lang == "en" else "der" if thing.shape in MASCULINE else "das"
             return {"the": the} | {name: say(word) for name, word in asdict(thing).items()}
 
-        things = [named(thing) for thing in (self.first, self.second) if thing]
+        things = list(map(named, self.things))
         first, last, place = things[0], things[-1], say(self.place)
         asked = [(ask[kind].format(**t), t[kind]) for t in things for kind in asdict(self.first)]
         asked.append((ask["background"], say(self.background)))
@@ -172,19 +159,11 @@ def draw_images(
     """Draw the set into ``folder``: ``drawn.jsonl`` and ``images/*.png`` (64 x 64, RGB).
 
     Each picture has two records, one a language, in the record format of `tinyvl.data` with
-    ``split`` (``"train"`` or ``"test"``), ``lang``, ``combination`` and the scene's labels.
+    ``split`` (``"train"`` or ``"test"``), ``lang``, ``combination`` and the scene's labels. An
+    earlier drawing in the folder is replaced.
 
-    Args:
-        folder: made if it is missing; an earlier drawing in it is replaced.
-        train, held_out: numbers of pictures.
-        seed: everything follows from it and from the two numbers.
-
-    Returns:
-        The records as written.
-
-    Raises:
-        UserError: the folder has files that tinyvl did not draw, or the held-out part asks for more
-            distinct scenes than the training part has.
+    Returns the records as written. Raises UserError if the folder has files that tinyvl did not
+    draw, or the held-out part asks for more distinct scenes than the training part has.
     """
     parts = []
     for index, (scene, split) in enumerate(scenes(train, held_out, seed)):
@@ -192,72 +171,55 @@ def draw_images(
         number = int(rng.integers(2**31))
         parts.append((scene, split, [scene.question(lang, number) for lang in LANGUAGES]))
 
-    write = partial(write_image, seed=seed)
-    return write_set(Path(folder), "image", "images", "png", parts, write)
+    def write(path: Path, scene: Scene, seed: int, index: int) -> None:
+        Image.fromarray(render(scene, seed, index)).save(path)
 
-
-def write_image(path: Path, scene: Scene, seed: int, index: int) -> None:
-    Image.fromarray(render(scene, seed, index)).save(path)
+    return write_set(folder, "image", "images", "png", parts, write, seed)
 
 
 def write_set(
-    folder: Path,
-    modality: str,
-    name: str,
-    suffix: str,
-    parts: list[tuple[Any, str, list[tuple[str, str]]]],
-    write: Callable[..., None],
-) -> list[dict]:
+    folder: str | Path, modality: str, name: str, suffix: str,
+    parts: list[tuple[Any, str, list[tuple[str, str]]]], write: Callable[..., None], seed: int,
+) -> list[dict]:  # fmt: skip
     """Write ``drawn.jsonl`` and the files ``name/*.suffix``; -> the records, one a language.
 
     A part is what a file shows, its split, and a question with its answer in each language.
-    ``write(path, what it shows, index=index)`` draws the file.
+    ``write(path, what it shows, seed, index)`` draws the file.
     """
-    files, listing = folder / name, folder / "drawn.jsonl"
+    files, listing = Path(folder) / name, Path(folder) / "drawn.jsonl"
     if files.is_dir() and any(files.iterdir()) and not listing.exists():
         raise UserError(f"{files} holds files that tinyvl did not draw; name an empty folder", 2)
     if listing.exists() and not files.is_dir():
         raise UserError(f"{listing} lists no files in {files}; name an empty folder", 2)
-    records = [
-        {
-            modality: f"{name}/{index:04d}.{suffix}",
-            "captions": [shown.caption(lang)],
-            "question": question,
-            "answers": [answer],
-            "id": f"{index:04d}",
-            "split": split,
-            "lang": lang,
-            **shown.fields(),
-        }
-        for index, (shown, split, asked) in enumerate(parts)
-        for lang, (question, answer) in zip(LANGUAGES, asked, strict=False)
-    ]
+    records = []
+    for index, (shown, split, asked) in enumerate(parts):
+        for lang, (question, answer) in zip(LANGUAGES, asked, strict=False):
+            record = {modality: f"{name}/{index:04d}.{suffix}", "captions": [shown.caption(lang)]}
+            record |= {"question": question, "answers": [answer], "id": f"{index:04d}"}
+            records.append(record | {"split": split, "lang": lang, **shown.fields()})
     files.mkdir(parents=True, exist_ok=True)
     for old in files.glob(f"[0-9]*.{suffix}"):
         old.unlink()
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     listing.write_text("".join(lines), encoding="utf-8", newline="\n")
     for index, (shown, _, _) in enumerate(parts):
-        write(files / f"{index:04d}.{suffix}", shown, index=index)
+        write(files / f"{index:04d}.{suffix}", shown, seed, index)
     return records
 
 
 def scenes(train: int, held_out: int, seed: int) -> list[tuple[Scene, str]]:
     """The scenes of both parts with their split: first ``"train"``, then ``"test"``.
 
-    Raises:
-        UserError: the held-out part needs more distinct scenes than the training part shows.
+    Raises UserError if the held-out part needs more distinct scenes than the training part shows.
     """
     rng = np.random.Generator(np.random.PCG64([seed, 0]))
     shown = [_invent(rng, unseen=False) for _ in range(train)]
     distinct = list(dict.fromkeys(shown))
     seen = held_out - held_out // 5
     if seen > len(distinct):
-        raise UserError(
-            f"{held_out} held-out pictures need {seen} distinct training scenes and {train} "
-            f"training pictures show {len(distinct)}: ask for more of these or fewer of those",
-            2,
-        )
+        need = f"{held_out} held-out pictures need {seen} distinct training scenes"
+        have = f"{train} training pictures show {len(distinct)}"
+        raise UserError(f"{need} and {have}: ask for more of these or fewer of those", 2)
     held = [distinct[i] for i in rng.permutation(len(distinct))[:seen]]
     new: dict[Scene, None] = {}  # an ordered set
     while len(new) < held_out // 5:
@@ -277,9 +239,8 @@ def render(scene: Scene, seed: int, index: int) -> np.ndarray:
     mottle = np.kron(rng.uniform(-4, 4, (8, 8)), np.ones((SIDE // 8, SIDE // 8)))
     light = slope[0] * ramp[:, None] + slope[1] * ramp + mottle  # (64, 64)
     canvas = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-6, 6, 3) + light[..., None]
-    things = [scene.first] if scene.second is None else [scene.first, scene.second]
-    centres = [PLACES[scene.place]] if len(things) == 1 else RELATIONS[scene.place]
-    for thing, (x, y) in zip(things, centres, strict=True):
+    centres = RELATIONS[scene.place] if scene.second else [PLACES[scene.place]]
+    for thing, (x, y) in zip(scene.things, centres, strict=True):
         dx, dy = rng.uniform(-1, 1, 2)
         radius, tilt = rng.uniform(*SIZES[thing.size]), rng.uniform(-0.06, 0.06)
         paint = np.array(COLOURS[thing.colour]) + rng.uniform(-10, 10, 3)
@@ -308,10 +269,7 @@ def _invent(rng: np.random.Generator, *, unseen: bool) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, radius: float, tilt: float) -> np.ndarray:
-    """The share of each pixel that a shape covers, (64, 64).
-
-    Its centre (x, y) and its radius are in pixels, the tilt in radians.
-    """
+    """The share of each pixel that a shape covers, (64, 64); pixels, and radians of tilt."""
 
     def span(centre: float) -> tuple[slice, np.ndarray]:
         """The pixels that the shape can reach on one axis, and their sub-pixels in radii."""

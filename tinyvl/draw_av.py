@@ -12,7 +12,6 @@ from __future__ import annotations
 import wave
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product, starmap
 from pathlib import Path
 
@@ -23,12 +22,9 @@ from tinyvl.files import cache_dir, cached
 
 FRAMES, FPS = 8, 8
 MOVES = {  # where a shape is in the first frame and in the last, in pixels from the middle
-    "left": ((18, 0), (-18, 0)),
-    "right": ((-18, 0), (18, 0)),
-    "up": ((0, 18), (0, -18)),
-    "down": ((0, -18), (0, 18)),
-    "nowhere": ((0, 0), (0, 0)),
-}
+    "left": ((18, 0), (-18, 0)), "right": ((-18, 0), (18, 0)), "up": ((0, 18), (0, -18)),
+    "down": ((0, -18), (0, 18)), "nowhere": ((0, 0), (0, 0)),
+}  # fmt: skip
 RATE = 16_000  # samples of a sound, which lasts a second
 KINDS = ("tone", "buzz")
 PITCHES = {"low": 300.0, "middle": 800.0, "high": 2100.0}  # Hz
@@ -89,8 +85,7 @@ def draw_videos(
     Arguments and errors are those of `draw.draw_images`. A video has one record, in English.
     """
     parts = _choose(starmap(Motion, product(SHAPES, COLOURS, MOVES)), train, held_out, seed)
-    write = partial(write_video, seed=seed)
-    return write_set(Path(folder), "video", "videos", "avi", parts, write)
+    return write_set(folder, "video", "videos", "avi", parts, write_video, seed)
 
 
 def draw_sounds(
@@ -101,8 +96,7 @@ def draw_sounds(
     Arguments and errors are those of `draw.draw_images`. A sound has one record, in English.
     """
     parts = _choose(starmap(Signal, product(KINDS, PITCHES, BENDS, TIMES)), train, held_out, seed)
-    write = partial(write_sound, seed=seed)
-    return write_set(Path(folder), "audio", "sounds", "wav", parts, write)
+    return write_set(folder, "audio", "sounds", "wav", parts, write_sound, seed)
 
 
 def _choose(known: Iterable, train: int, held_out: int, seed: int) -> list[tuple]:
@@ -131,9 +125,6 @@ def default_folder(modality: str = "image") -> Path:
         with cached(folder) as new:
             DRAW[modality](new)
     return folder
-
-
-# ------------------------------------------------------------------------------------- videos
 
 
 def render_video(motion: Motion, seed: int, index: int) -> np.ndarray:
@@ -168,9 +159,6 @@ def write_video(path: Path, motion: Motion, seed: int, index: int) -> None:
         container.mux(stream.encode())
 
 
-# ------------------------------------------------------------------------------------- sounds
-
-
 def render_sound(signal: Signal, seed: int, index: int) -> np.ndarray:
     """The samples with the jitter of sound ``index``: (16000,), int16."""
     rng = np.random.Generator(np.random.PCG64([seed, 5, index]))
@@ -193,7 +181,5 @@ def render_sound(signal: Signal, seed: int, index: int) -> np.ndarray:
 
 def write_sound(path: Path, signal: Signal, seed: int, index: int) -> None:
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE)
+        file.setparams((1, 2, RATE, 0, "NONE", "not compressed"))  # mono, 16 bits
         file.writeframes(render_sound(signal, seed, index).tobytes())

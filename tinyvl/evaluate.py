@@ -44,23 +44,24 @@ class Source:
 
 
 @dataclass
-class Scoring:
-    """How captions are scored: see `metrics_captions.plan_captions`."""
-
-    metrics: Sequence[str] | None = None
-    java: str | None = None
-    spice_jars: Path | None = None
-
-
-@dataclass
 class Place:
-    """The device a model runs on, its precision, and its batch size."""
+    """Where a model runs, and where its predictions are kept."""
 
     device: torch.device
     precision: torch.dtype
     batch: int = 16
     workers: int | None = None
     quiet: bool = False
+    out: Path | None = None  # a folder for predictions and report
+    resume: bool | None = False  # go on from what is there; None: not to be resumed at all
+    features: Path | None = None  # a folder of `tinyvl features`, read instead of encoding
+
+
+def place(device: str | None, precision: str | None, **more: Any) -> Place:
+    """A `Place` from the options of a command."""
+    keep_memory()
+    target = choose_device(device)
+    return Place(target, choose_precision(precision, target), **more)
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,6 @@ class Task:
     score: Callable[[list[Record], dict[str, str]], Scores]
 
 
-def place(
-    device: str | None, precision: str | None, batch: int, workers: int | None, quiet: bool
-) -> Place:
-    """A `Place` from the options of a command."""
-    keep_memory()
-    target = choose_device(device)
-    return Place(target, choose_precision(precision, target), batch, workers, quiet)
-
-
-# ----------------------------------------------------------------------------- records
-
-
 def read(
     source: Source, task: Task | None = None, *, opened: bool = True
 ) -> tuple[list[Record], str | None]:
@@ -93,8 +82,9 @@ def read(
     ``opened`` False: the pictures may be missing. Raises UserError as `data.read` does, or if no
     record asks a question.
     """
-    options = {"format": source.format, "images": source.images, "lang": source.lang}
-    records = data.read(source.path, **options, files=opened)
+    records = data.read(
+        source.path, format=source.format, images=source.images, lang=source.lang, files=opened
+    )
     if task:
         records = task.prepare(records)
         if not records:
@@ -110,16 +100,13 @@ def choose(records: list[Record], source: Source, split: str | None) -> list[Rec
     Raises UserError if there is no such part, or ``answers_top`` leaves nothing of it.
     """
     everything = records
-    if split not in (None, "all"):
-        try:
+    try:
+        if split not in (None, "all"):
             records = data.select_split(records, split)
-        except UserError as error:
-            raise UserError(f"{source.path}: {error}", 2) from None
-    if source.answers_top is not None:
-        records = answerable(records, everything, source.answers_top)
-        if not records:
-            message = "no question has such an answer; raise --answers-top."
-            raise UserError(f"{source.path}: {message}", 2)
+        if source.answers_top is not None:
+            records = answerable(records, everything, source.answers_top)
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}", 2) from None
     return limited(records, source.limit)
 
 
@@ -135,6 +122,7 @@ def answerable(records: list[Record], everything: list[Record], top: int) -> lis
 
     Without a training part they are those of all records. A question's answer is the one that most
     of its annotators give, normalised; of equals the first. Equally frequent ones go by alphabet.
+    Raises UserError if no question is left.
     """
 
     def answer(record: Record) -> str | None:
@@ -144,7 +132,9 @@ def answerable(records: list[Record], everything: list[Record], top: int) -> lis
     known = [record for record in everything if record.split == "train"] or everything
     counts = Counter(answer(record) for record in known if record.answers)
     frequent = set(sorted(counts, key=lambda text: (-counts[text], text))[:top])
-    return [record for record in records if answer(record) in frequent]
+    if found := [record for record in records if answer(record) in frequent]:
+        return found
+    raise UserError("no question has such an answer; raise --answers-top.", 2)
 
 
 def by_picture(records: list[Record]) -> list[Record]:
@@ -153,9 +143,8 @@ def by_picture(records: list[Record]) -> list[Record]:
     for record in records:
         first = merged.setdefault(record.id, replace(record, captions=[]))
         if first.path != record.path:
-            raise UserError(
-                f"the id {record.id!r} names both {first.path} and {record.path}; give each its own"
-            )
+            both = f"{first.path} and {record.path}"
+            raise UserError(f"the id {record.id!r} names both {both}; give each its own")
         first.captions += record.captions
     return list(merged.values())
 
@@ -190,18 +179,12 @@ def swapped(records: list[Record]) -> list[str]:
     return [other[record.path] for record in records]
 
 
-# ----------------------------------------------------------------------------- scores
-
-
-def score_captions(records: list[Record], texts: dict[str, str], scoring: Scoring) -> Scores:
+def score_captions(records: list[Record], texts: dict[str, str], scoring: dict[str, Any]) -> Scores:
     """Captions against the records' own; each NoCaps domain also as a corpus of its own."""
 
     def score(part: list[Record]) -> CaptionScores:
-        return caption_scores(
-            {record.id: record.captions for record in part},
-            {record.id: texts[record.id] for record in part},
-            **vars(scoring),
-        )
+        references = {record.id: record.captions for record in part}
+        return caption_scores(references, {name: texts[name] for name in references}, **scoring)
 
     whole = score(records)
     domains: dict[str, list[Record]] = {}
@@ -226,34 +209,26 @@ def score_answers(records: list[Record], texts: dict[str, str]) -> Scores:
         items["accuracy"].append(official(answer, known))
         items["strict_accuracy"].append(metrics.strict_accuracy(answer, known))
     kinds = ("question_type", "answer_type")
-    return metrics.mean_scores(
-        items, {kind: [getattr(record, kind) for record in records] for kind in kinds}
-    )
+    groups = {kind: [getattr(record, kind) for record in records] for kind in kinds}
+    return metrics.mean_scores(items, groups)
 
 
-def task_of(name: str, scoring: Scoring | None = None) -> Task:
-    """The task "vqa" or "caption"."""
+def task_of(name: str, scoring: dict[str, Any] | None = None) -> Task:
+    """The task "vqa" or "caption"; ``scoring``: options of `metrics_captions.plan_captions`."""
     if name == "vqa":
         return Task("answer", by_question, "answers", score_answers)
-    score = partial(score_captions, scoring=scoring or Scoring())
+    score = partial(score_captions, scoring=scoring or {})
     return Task("caption", by_picture, "captions", score)
 
 
-# ----------------------------------------------------------------------------- a model
-
-
+@dataclass
 class Checkpoint:
-    """A checkpoint to evaluate."""
+    """An open checkpoint, and where it runs."""
 
-    def __init__(self, name: str, task: str):
-        """``task`` as for `models.load`. Raises UserError if there is no such checkpoint."""
-        self.name, self.task = name, task
-        self.found = models.open_checkpoint(name, task)
+    found: models.Checkpoint
+    place: Place
 
-    def head(
-        self, task: str, source: Source, split: str | None, place: Place, features: Path | None,
-        **how: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+    def head(self, task: str, source: Source, split: str | None, **how: Any) -> dict[str, Any]:
         """The head of a report, which tells this checkpoint from others."""
         about = {"method": self.found.config.get("method")}
         about |= {side: part["name"] for side, part in models.backbones(self.found.config).items()}
@@ -263,23 +238,19 @@ class Checkpoint:
         except OSError as error:
             message = f"{self.found.folder}: model.safetensors cannot be read ({error})."
             raise UserError(message) from error
-        return described(
-            task, self.name, source, split, **how, checkpoint=about,
-            features=str(features.absolute()) if features else None,
-            precision=precision_name(place.precision),
-        )  # fmt: skip
+        features = self.place.features and str(self.place.features.absolute())
+        precision = precision_name(self.place.precision)
+        how |= {"checkpoint": about, "features": features, "precision": precision}
+        return described(task, self.found.name, source, split, **how)
 
-    def load(
-        self, place: Place, features: Path | None, pictures: dict[str, str]
-    ) -> tuple[Any, FeatureStore | None]:
-        """The model, and the store in ``features``, which has all pictures {absolute path: id}."""
-        where = {"device": place.device, "precision": place.precision}
-        if features is None:
-            return models.load(self.found, task=self.task, **where), None
-        # Before the model, which may take a while.
-        store = open_store(features, self.found.image, self.found.reads, pictures.items())
-        model = models.load(self.found, task=self.task, **where)
-        store.check(model)
+    def load(self, task: str, pictures: dict[str, str]) -> tuple[Any, FeatureStore | None]:
+        """The model for a task, and the store of features of all pictures {absolute path: id}."""
+        place, store = self.place, None
+        if place.features is not None:  # before the model, which may take a while
+            store = open_store(place.features, self.found.image, self.found.reads, pictures.items())
+        model = models.load(self.found, task=task, device=place.device, precision=place.precision)
+        if store:
+            store.check(model)
         return model, store
 
 
@@ -295,59 +266,47 @@ def described(
 
 
 def run(
-    kind: str,
-    name: str,
-    source: Source,
-    *,
-    style: write.Style,
-    scoring: Scoring | None = None,
-    place: Place,
-    out: Path | None = None,
-    resume: bool = False,
-    shuffle: bool = False,
-    results: Path | None = None,
-    features: Path | None = None,
+    kind: str, name: str, source: Source, *, style: write.Style, place: Place,
+    scoring: dict[str, Any] | None = None, shuffle: bool = False, results: Path | None = None,
     frames: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Captions (``kind`` "caption") or answers ("vqa") by a model, scored. -> the report.
 
     Args:
         name: a checkpoint.
-        out: a folder for predictions and report, from which ``resume`` goes on.
+        scoring: options of `metrics_captions.plan_captions`.
         shuffle: show another picture in each one's place: how much does the model look?
         results: also write a results file for the evaluation servers.
-        features: a folder of `tinyvl features` to read the encoder's output from.
         frames: of a video, in place of the model's own number.
 
-    Raises:
-        UserError: as the parts do; or nothing to predict.
+    Raises UserError as its parts do, or if there is nothing to predict.
     """
     task, asks = task_of(kind, scoring), kind == "vqa"
-    everything, split = read(source, task, opened=features is None)
+    everything, split = read(source, task, opened=place.features is None)
     records = choose(everything, source, split)
     scored = [record for record in records if getattr(record, task.truth)]
-    if not scored and out is None and results is None:
+    if not scored and place.out is None and results is None:
         message = f"no {task.truth} to score against; --out or --results keeps the predictions."
         raise UserError(f"{source.path}: {message}", 2)
     records = scored or records
-    checkpoint = Checkpoint(name, kind)
+    checkpoint = Checkpoint(models.open_checkpoint(name, kind), place)
     modality = checkpoint.found.modality
     readable(
         records, READABLE[modality], "sounds" if modality == "audio" else "pictures and videos"
     )
     if scored and not asks:
-        plan_captions(**vars(scoring or Scoring()))  # before the long run
+        plan_captions(**scoring or {})  # before the long run
     shown = {record.id: record.path for record in records}
     if shuffle:  # among all of the part, so that a greater --limit swaps them the same
         part = choose(everything, replace(source, limit=None), split)
         shown = {record.id: path for record, path in zip(part, swapped(part), strict=True)}
     how = {"decoding": vars(style), "shuffled": shuffle, "tinyvl": __version__}
     how |= {} if frames is None else {"frames": frames}
-    head = checkpoint.head(kind, source, split, place, features, **how)
+    head = checkpoint.head(kind, source, split, **how)
     ids = {record.path: record.id for record in everything}
-    model, store = checkpoint.load(place, features, {path: ids[path] for path in shown.values()})
+    model, store = checkpoint.load(kind, {path: ids[path] for path in shown.values()})
     models.take_frames(model, frames)
-    log = predictions.Log(out, head, resume=resume)
+    log = predictions.Log(place.out, head, resume=place.resume)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
         found = write.captions(
@@ -360,13 +319,9 @@ def run(
             good = {**question, task.field: text, "score": round(score, 4)}
             yield text if isinstance(text, UserError) else good
 
-    here = {"device": place.device, "quiet": place.quiet}
-    went = log.fill(records, predict, f"{task.field}s", **here)
-    texts = {r.id: log.lines[r.id][task.field] for r in records if r.id in log.lines}
+    done, went = log.fill(records, predict, f"{task.field}s", place)
+    texts = {record.id: log.lines[record.id][task.field] for record in done}
     if results is not None:
         predictions.export(results, texts, task.field)
-    done = [record for record in records if record.id in texts]
-    if not done:
-        raise UserError(f"{source.path}: none of its pictures could be read.")
     scores = task.score(done, texts) if scored else Scores({})
-    return predictions.report(head | went, len(done), scores, out)
+    return predictions.report(head | went, len(done), scores, place.out)

@@ -16,8 +16,7 @@ import numpy as np
 
 from tinyvl import UserError
 from tinyvl import evaluate_predictions as predictions
-from tinyvl.data import Record
-from tinyvl.evaluate import Scoring, Source, Task, choose, described, read, task_of
+from tinyvl.evaluate import Source, choose, described, read, task_of
 from tinyvl.metrics import Scores
 
 RESAMPLES = 1000
@@ -26,50 +25,55 @@ LEVEL = 0.95
 CELLS = 4_000_000  # numbers in memory at once: draws x items
 
 
-# ----------------------------------------------------------------------------- files
+def scored(
+    kind: str, paths: Sequence[Path], source: Source, scoring: dict[str, Any] | None,
+    allow_missing: bool, *, together: bool,
+) -> Iterator[tuple[dict[str, Any], dict[str, str], Scores]]:  # fmt: skip
+    """Each file's head of a report, texts by id and scores. Predictions for others are ignored.
 
-
-def of_files(
-    kind: str,
-    paths: list[Path] | None,
-    pair: tuple[Path, Path] | None,
-    source: Source,
-    **options: Any,
-) -> dict[str, Any]:
-    """`compare_files` of a pair, `score_files` of anything else."""
-    if pair:
-        options.pop("results", None)
-        return compare_files(kind, *pair, source, **options)
-    return score_files(kind, paths, source, **options)
+    ``together``: only records count that all files have. The ``run.json`` beside a file says what
+    made it.
+    """
+    task = task_of(kind, scoring)
+    everything, split = read(source, task, opened=False)
+    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
+    if not records:
+        raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
+    files = []
+    for path in paths:
+        texts = predictions.read(path, everything, task.field)
+        done = [record for record in records if record.id in texts]
+        if len(done) < len(records) and not (allow_missing and done):
+            first = next(record.id for record in records if record.id not in texts)
+            lacks = f"{len(records) - len(done)} of {len(records)} records, the first {first!r}"
+            advice = "--allow-missing scores the others, --split chooses another part."
+            raise UserError(f"{path}: no prediction for {lacks}; {advice}")
+        files.append((path, texts, done))
+        records = done if together else records
+    for path, texts, done in files:
+        done = records if together else done
+        made = predictions.read_run(path if path.is_dir() else path.parent)
+        known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
+        name = made.get("model", str(path))
+        head = described(kind, name, source, split, predictions=str(path), **known)
+        yield head, {record.id: texts[record.id] for record in done}, task.score(done, texts)
 
 
 def score_files(
-    kind: str,
-    paths: Sequence[Path],
-    source: Source,
-    *,
-    scoring: Scoring | None = None,
-    allow_missing: bool = False,
-    results: Path | None = None,
-) -> dict[str, Any]:
+    kind: str, paths: Sequence[Path], source: Source, *, scoring: dict[str, Any] | None = None,
+    allow_missing: bool = False, results: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Scores predictions made elsewhere; of several files (seeds), see `average_runs`.
 
-    Args:
-        paths: files or run folders, see `evaluate_predictions.read`.
-        allow_missing: score the records that have a prediction; else each must have one.
-        results: also write a results file for the evaluation servers.
-
-    Raises UserError if there is nothing to score against, or a prediction is missing.
+    ``scoring`` has options of `metrics_captions.plan_captions`; ``results`` is also written, for
+    the evaluation servers. Raises UserError if there is nothing to score against, or, without
+    ``allow_missing``, a record has no prediction.
     """
-    task = task_of(kind, scoring)
-    everything, records, split = truths(task, source)
     reports = []
-    for path in paths:
-        texts, done = made_elsewhere(task, path, everything, records, allow_missing)
-        head = head_of_file(kind, path, source, split)
-        reports.append(predictions.report(head, len(done), task.score(done, texts), None))
+    for head, texts, scores in scored(kind, paths, source, scoring, allow_missing, together=False):
+        reports.append(predictions.report(head, len(texts), scores, None))
         if results is not None:
-            predictions.export(results, {r.id: texts[r.id] for r in done}, task.field)
+            predictions.export(results, texts, "answer" if kind == "vqa" else "caption")
     return average_runs(reports)
 
 
@@ -90,58 +94,14 @@ def average_runs(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare_files(
-    kind: str,
-    baseline: Path,
-    path: Path,
-    source: Source,
-    *,
-    scoring: Scoring | None = None,
-    allow_missing: bool = False,
-) -> dict[str, Any]:
-    """Predictions against a baseline's, as `compared`; see `score_files` for the arguments."""
-    task = task_of(kind, scoring)
-    everything, records, split = truths(task, source)
-    theirs, done = made_elsewhere(task, baseline, everything, records, allow_missing)
-    ours, done = made_elsewhere(task, path, everything, done, allow_missing)
-    scores, base = task.score(done, ours), task.score(done, theirs)
-    report = predictions.report(head_of_file(kind, path, source, split), len(done), scores, None)
-    about = {**head_of_file(kind, baseline, source, split), "metrics": base.metrics}
-    return compared(report, about, scores, base)
-
-
-def truths(task: Task, source: Source) -> tuple[list[Record], list[Record], str | None]:
-    """All records, those that predictions are scored on, and the name of that part."""
-    everything, split = read(source, task, opened=False)
-    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
-    if not records:
-        raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
-    return everything, records, split
-
-
-def made_elsewhere(
-    task: Task, path: Path, everything: list[Record], records: list[Record], allow_missing: bool
-) -> tuple[dict[str, str], list[Record]]:
-    """A file's predictions, and the records that have one. Those for other parts are ignored."""
-    texts = predictions.match(predictions.read(path, task.field), everything, task.field)
-    done = [record for record in records if record.id in texts]
-    if len(done) < len(records) and not (allow_missing and done):
-        first = next(record.id for record in records if record.id not in texts)
-        raise UserError(
-            f"{path}: no prediction for {len(records) - len(done)} of {len(records)} records, the "
-            f"first {first!r}; --allow-missing scores the others, --split chooses another part."
-        )
-    return texts, done
-
-
-def head_of_file(kind: str, path: Path, source: Source, split: str | None) -> dict[str, Any]:
-    """A report's head; the ``run.json`` beside the predictions says what made them."""
-    made = predictions.read_run(path if path.is_dir() else path.parent)
-    known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
-    name = made.get("model", str(path))
-    return described(kind, name, source, split, predictions=str(path), **known)
-
-
-# ----------------------------------------------------------------------------- bootstrap
+    kind: str, baseline: Path, path: Path, source: Source, *,
+    scoring: dict[str, Any] | None = None, allow_missing: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Predictions less a baseline's, as in `compared`; see `score_files`."""
+    both = scored(kind, [baseline, path], source, scoring, allow_missing, together=True)
+    (about, _, base), (head, texts, scores) = both
+    report = predictions.report(head, len(texts), scores, None)
+    return compared(report, {**about, "metrics": base.metrics}, scores, base)
 
 
 def compared(
@@ -175,8 +135,6 @@ def draws(items: int) -> Iterator[np.ndarray]:
         drawn = rng.integers(items, size=(min(rows, RESAMPLES - start), items))
         yield np.stack([np.bincount(row, minlength=items) for row in drawn])
 
-
-# ----------------------------------------------------------------------------- tables
 
 ROWS, RUNS = 100, 4  # the most rows of a table on a terminal, and of runs beside their mean
 DRAWN = {
@@ -227,6 +185,10 @@ def draw(report: dict[str, Any]) -> None:
 
 def table(columns: list[str], rows: dict[str, list[Any]]) -> Any:
     """A table of numbers within 80 columns, the names of its rows on the left."""
+
+    def cell(value: float | int | str | None) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+
     from rich import box
     from rich.table import Table
 
@@ -236,9 +198,3 @@ def table(columns: list[str], rows: dict[str, list[Any]]) -> Any:
     for name, values in rows.items():
         drawn.add_row(name, *map(cell, values))
     return drawn
-
-
-def cell(value: float | int | str | None) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return "-" if value is None else str(value)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, classes, media_workers, metrics, write
+from tinyvl import UserError, classes, metrics, models, write
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import Pieces
-from tinyvl.evaluate import (
-    Checkpoint,
-    Place,
-    Source,
-    by_picture,
-    choose,
-    limited,
-    read,
-    readable,
-)
+from tinyvl.evaluate import Checkpoint, Place, Source, by_picture, choose, limited, read, readable
 from tinyvl.evaluate_compare import average_runs, compared
-from tinyvl.features import FeatureStore
+from tinyvl.media_workers import decode_images
 from tinyvl.metrics import Scores
 
-SMALLEST = "One picture", "use --device cpu"
 LILT = 200  # pictures of XTD10 that LilT evaluates on: those from COCO's val2014
+
+
+class Run:
+    """A checkpoint that looks at the pictures of records, and the head of its report."""
+
+    def __init__(
+        self, task: str, name: str, source: Source, split: str | None, records: list[Record],
+        place: Place, **how: Any,
+    ):  # fmt: skip
+        """Raises UserError if ``place.out`` is in use, or the checkpoint or features do not fit."""
+        checkpoint = Checkpoint(models.open_checkpoint(name, "retrieve"), place)
+        self.place, self.head = place, checkpoint.head(task, source, split, **how)
+        if place.out is not None:
+            predictions.refuse(place.out, self.head, place.resume)
+        known = {record.path: record.id for record in records}
+        self.model, self.store = checkpoint.load("retrieve", known)
+
+    def log(self) -> predictions.Log:
+        return predictions.Log(self.place.out, self.head, resume=self.place.resume)
+
+    def look(
+        self, log: predictions.Log, records: list[Record],
+        answer: Callable[[Record, Tensor], dict[str, Any]],
+    ) -> tuple[list[Record], dict[str, Any]]:  # fmt: skip
+        """Logs ``answer(record, its picture's unit vector (d,))``; returns as `Log.fill`.
+
+        With features no picture is decoded: the encoder's output is read from there.
+        """
+        model, place, pieces = self.model, self.place, Pieces()
+
+        def vectors(good: list[tuple[str, Tensor]]) -> Tensor:
+            return embed(model.embed_images, torch.stack([picture for _, picture in good]), pieces)
+
+        def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
+            paths = [record.path for record in todo]
+            if self.store is not None:
+                decoded = write.stored(self.store, model.reads, paths)
+            else:
+                view, size = model.encoder.transform(), model.encoder.size
+                decoded = decode_images(paths, view, target=size, workers=place.workers)
+            groups = write.gathered(decoded, place.batch)
+            found = (vector for group in groups for _, vector in write.computed(group, vectors))
+            for record, vector in zip(todo, found, strict=True):
+                yield answer(record, vector) if isinstance(vector, Tensor) else vector
+
+        return log.fill(records, predict, "pictures", place)
 
 
 def embed(function: Callable[[Any], Tensor], items: Any, pieces: Pieces | None = None) -> Tensor:
@@ -46,94 +83,48 @@ def embed(function: Callable[[Any], Tensor], items: Any, pieces: Pieces | None =
             parts = [function(items[i : i + size]) for i in range(0, len(items), size)]
             return torch.cat([part.float().cpu() for part in parts])
 
-    return (pieces or Pieces(*SMALLEST)).run(attempt, len(items))
-
-
-def embedded(
-    model: Any, paths: Sequence[str], place: Place, store: FeatureStore | None
-) -> Iterator[Tensor | UserError]:
-    """Each picture's unit vector (d,), or what is wrong with it, in order.
-
-    With a ``store`` no picture is decoded: the encoder's output is read from there.
-    """
-    if store is not None:
-        decoded = write.stored(store, model.reads, paths)
-    else:
-        encoder = model.encoder
-        decoded = media_workers.decode_images(
-            paths, encoder.transform(), target=encoder.size, workers=place.workers
-        )
-    pieces = Pieces(*SMALLEST)
-    for group in write.gathered(decoded, place.batch):
-        good = [picture for _, picture in group if isinstance(picture, Tensor)]
-        vectors = iter(embed(model.embed_images, torch.stack(good), pieces) if good else [])
-        for _, picture in group:
-            yield next(vectors) if isinstance(picture, Tensor) else picture
-
-
-# ----------------------------------------------------------------------------- retrieval
+    return (pieces or Pieces()).run(attempt, len(items))
 
 
 def run_retrieval(
-    name: str,
-    source: Source,
-    *,
-    place: Place,
-    langs: list[str] | None = None,
+    name: str, source: Source, *, place: Place, langs: list[str] | None = None,
     protocol: str = "full",
-    out: Path | None = None,
-    features: Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Finds captions by picture (TR) and pictures by caption (IR), in each language apart.
 
-    A picture that cannot be read is left out, with its captions.
-
-    Args:
-        langs: languages; None: all that the data has. The report's metrics are their mean.
-        protocol: ``"lilt"`` keeps the 200 pictures of XTD10 of the paper's Table 2 (those of COCO's
-            val2014: its models saw the other 800 in training).
-        features: a folder of `tinyvl features` to read the encoder's output from.
-
-    Raises:
-        UserError: no captions, or none in a language; ``out`` is in use; no picture can be read.
+    A picture that cannot be read is left out, with its captions. The report's metrics are the mean
+    of those of ``langs`` (None: all that the data has). ``protocol`` "lilt" keeps the 200 pictures
+    of XTD10 of the paper's Table 2 (those of COCO's val2014: its models saw the other 800 in
+    training). Raises UserError as `Run` does, or if there are no captions, or none in a language,
+    or no picture can be read.
     """
-    records, langs, split = captioned(source, langs, protocol, opened=features is None)
-    paths = limited(list(dict.fromkeys(record.path for record in records)), source.limit)
-    checkpoint = Checkpoint(name, "retrieve")
+    records, langs, split = captioned(source, langs, protocol, files=place.features is None)
+    pictures = limited(list({record.path: record for record in records}.values()), source.limit)
     source = replace(source, lang=",".join(filter(None, langs)) or None)
-    head = checkpoint.head("retrieval", source, split, place, features, protocol=protocol)
-    if out is not None:
-        predictions.refuse(out, head, None)
-    ids = {record.path: record.id for record in records}
-    model, store = checkpoint.load(place, features, {path: ids[path] for path in paths})
+    place = replace(place, resume=None)  # embeddings are not kept
+    run = Run("retrieval", name, source, split, pictures, place, protocol=protocol)
     seen: dict[str, Tensor] = {}
 
-    def look(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
-        vectors = embedded(model, [record.path for record in todo], place, store)
-        for record, vector in zip(todo, vectors, strict=True):
-            if isinstance(vector, Tensor):
-                seen[record.path] = vector
-            yield {} if isinstance(vector, Tensor) else vector
+    def see(record: Record, vector: Tensor) -> dict[str, Any]:
+        seen[record.path] = vector
+        return {}
 
-    asked = [Record(path, id=path) for path in paths]
-    here = {"device": place.device, "quiet": place.quiet}
-    went = predictions.Log(None, {}).fill(asked, look, "pictures", **here)
-    if not seen:
-        raise UserError(f"{source.path}: none of its pictures could be read.")
-    log = predictions.Log(out, head, resume=None)  # only now: embeddings are not kept
+    asked = [Record(record.path, id=record.path) for record in pictures]
+    done, went = run.look(predictions.Log(None, run.head), asked, see)
+    log = run.log()
     for lang in langs:
         part = [r for r in records if r.lang in (lang, None) and r.path in seen]
-        for line in search(model, part, seen, lang):
+        for line in search(run.model, part, seen, lang):
             log.add(line)
     scores = retrieval_scores(list(log.lines.values()))
-    return predictions.report(head | went, len(seen), scores, out)
+    return predictions.report(run.head | went, len(done), scores, place.out)
 
 
 def captioned(
-    source: Source, langs: list[str] | None, protocol: str, opened: bool
+    source: Source, langs: list[str] | None, protocol: str, files: bool
 ) -> tuple[list[Record], list[str | None], str | None]:
     """The records with captions in some languages, these languages, and the part's name."""
-    known, split = read(replace(source, lang=None), opened=opened)
+    known, split = read(replace(source, lang=None), opened=files)
     records = [r for r in choose(known, replace(source, limit=None), split) if r.captions]
     readable(records, ["image"], "pictures")
     if not records:
@@ -142,11 +133,8 @@ def captioned(
         records = [record for record in records if "val" in os.path.basename(record.path)]
         found = len({record.path for record in records})
         if found != LILT:
-            raise UserError(
-                f"{source.path}: --protocol lilt is for XTD10, which has {LILT} pictures of COCO's "
-                f"val2014; here are {found}.",
-                2,
-            )
+            wanted = f"XTD10, which has {LILT} pictures of COCO's val2014"
+            raise UserError(f"{source.path}: --protocol lilt is for {wanted}; here are {found}.", 2)
     spoken = sorted({record.lang for record in records if record.lang}) or [None]
     if missing := [lang for lang in langs or () if lang not in spoken]:
         has = ", ".join(filter(None, spoken)) or "does not say which it has"
@@ -206,73 +194,41 @@ def retrieval_scores(lines: list[dict[str, Any]]) -> Scores:
     return Scores(whole, resample, {"language": groups} if len(groups) > 1 else {}, extra)
 
 
-# ----------------------------------------------------------------------------- zero-shot
-
-
 def run_zeroshot(
-    name: str,
-    source: Source,
-    *,
-    place: Place,
-    prompts: list[str] | None = None,
-    class_names: Path | None = None,
-    all_classes: bool = False,
-    out: Path | None = None,
-    resume: bool = False,
-    features: Path | None = None,
-) -> dict[str, Any]:
+    name: str, source: Source, *, place: Place, prompts: list[str] | None = None,
+    class_names: Path | None = None, all_classes: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Classifies pictures by the names of their classes: top-1 and top-5, and of each class.
 
     The candidates are the classes of all the data, also where only a part or a limit is evaluated.
-
-    Args:
-        prompts: see `classes.templates`.
-        class_names, all_classes: see `classes.names`.
-        features: as for `run_retrieval`.
-
-    Raises:
-        UserError: no record has a class; as `classes.names`; no picture can be read.
+    See `classes.templates` for ``prompts``, and `classes.names` for ``class_names``. Raises
+    UserError as these and `Run` do, or if no record has a class or no picture can be read.
     """
-    known, split = read(replace(source, lang=None), opened=features is None)
+    source = replace(source, lang=None)
+    known, split = read(source, opened=place.features is None)
     known = [record for record in by_picture(known) if record.label is not None]
     records = choose(known, source, split) if known else []
     if not records:
-        raise UserError(
-            f"{source.path}: no record has a class; give a folder with a folder for each class, or "
-            "records with a label.",
-            2,
-        )
+        advice = "give a folder with a folder for each class, or records with a label."
+        raise UserError(f"{source.path}: no record has a class; {advice}", 2)
     readable(records, ["image"], "pictures")
     called = classes.names([r.label for r in known], class_names, all_classes=all_classes)
     number, words = {label: i for i, label in enumerate(called)}, list(called.values())
     templates = classes.templates(prompts)
-    checkpoint = Checkpoint(name, "retrieve")
-    head = checkpoint.head(
-        "zeroshot", replace(source, lang=None), split, place, features, prompts=templates,
-        class_names=str(class_names) if class_names else None, classes=len(called),
-    )  # fmt: skip
-    model, store = checkpoint.load(place, features, {r.path: r.id for r in records})
-    log = predictions.Log(out, head, resume=resume)
-    embed_texts = lambda texts: embed(model.embed_texts, texts)  # noqa: E731
+    how = {"class_names": class_names and str(class_names), "classes": len(called)}
+    run = Run("zeroshot", name, source, split, records, place, prompts=templates, **how)
+    log, embed_texts = run.log(), partial(embed, run.model.embed_texts)
     vectors = classes.class_embeddings(embed_texts, words, templates)  # (C, d)
 
-    def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
-        pictures = embedded(model, [record.path for record in todo], place, store)
-        for record, picture in zip(todo, pictures, strict=True):
-            if isinstance(picture, UserError):
-                yield picture
-                continue
-            scores = (picture @ vectors.T)[None]  # (1, C)
-            rank = int(metrics.label_ranks(scores, [number[record.label]])) + 1
-            best = words[int(scores.argmax())]
-            yield {"label": best, "truth": called[record.label], "rank": rank}
+    def classify(record: Record, vector: Tensor) -> dict[str, Any]:
+        scores = (vector @ vectors.T)[None]  # (1, C)
+        rank = int(metrics.label_ranks(scores, [number[record.label]])) + 1
+        best = words[int(scores.argmax())]
+        return {"label": best, "truth": called[record.label], "rank": rank}
 
-    went = log.fill(records, predict, "pictures", device=place.device, quiet=place.quiet)
-    done = [log.lines[record.id] for record in records if record.id in log.lines]
-    if not done:
-        raise UserError(f"{source.path}: none of its pictures could be read.")
-    scores = zeroshot_scores(done, len(called))
-    return predictions.report(head | went, len(done), scores, out)
+    done, went = run.look(log, records, classify)
+    scores = zeroshot_scores([log.lines[record.id] for record in done], len(called))
+    return predictions.report(run.head | went, len(done), scores, place.out)
 
 
 def zeroshot_scores(lines: list[dict[str, Any]], candidates: int) -> Scores:
@@ -280,9 +236,6 @@ def zeroshot_scores(lines: list[dict[str, Any]], candidates: int) -> Scores:
     hits = {f"top{k}": [float(line["rank"] <= k) for line in lines] for k in (1, 5)}
     guess = {"top1": 1 / candidates, "top5": min(1.0, 5 / candidates)}
     return metrics.mean_scores(hits, {"class": [line["truth"] for line in lines]}, chance=guess)
-
-
-# ----------------------------------------------------------------------------- kept runs
 
 
 def score_folders(kind: str, folders: Sequence[Path]) -> dict[str, Any]:
@@ -302,9 +255,8 @@ def kept(kind: str, folder: Path) -> tuple[dict[str, Any], Scores, list[str]]:
     """The report and scores of a run that was kept in a folder, and its items."""
     head = predictions.read_run(folder)
     if head.get("task") != kind:
-        raise UserError(
-            f"{folder}: not a folder that `tinyvl eval {kind} -o` made; name one that it did.", 2
-        )
+        message = f"not a folder that `tinyvl eval {kind} -o` made; name one that it did."
+        raise UserError(f"{folder}: {message}", 2)
     if not (folder / predictions.REPORT).exists():
         raise UserError(f"{folder}: this run has not come to an end; run it to its end first.")
     lines = sorted(predictions.read_lines(folder), key=lambda line: line["id"])

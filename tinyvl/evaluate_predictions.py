@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tinyvl import UserError
-from tinyvl.data import Record
+from tinyvl.data_records import Record, get, parsed
 from tinyvl.files import replace_file, write_text
 from tinyvl.metrics import Scores
 from tinyvl.progress import bar, say
+
+if TYPE_CHECKING:
+    from tinyvl.evaluate import Place
 
 FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 IDS = ("id", "question_id", "image_id")
@@ -37,8 +38,8 @@ class Log:
 
     def __init__(self, folder: Path | None, run: dict[str, Any], *, resume: bool | None = False):
         """Opens or makes the folder. Raises UserError as `refuse` does."""
+        self.run, self.stream = run, None
         self.lines: dict[str, dict[str, Any]] = {}
-        self.stream = None
         if folder is None:
             return
         if refuse(folder, run, resume):
@@ -60,19 +61,18 @@ class Log:
             self.stream.flush()
 
     def fill(
-        self,
-        records: list[Record],
-        predict: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]],
-        title: str,
-        *,
-        device: torch.device,
-        quiet: bool,
-    ) -> dict[str, Any]:
-        """Predicts what is missing -> how it went. A record that fails costs a message."""
+        self, records: list[Record],
+        predict: Callable[[list[Record]], Iterator[dict[str, Any] | UserError]], title: str,
+        place: "Place",
+    ) -> tuple[list[Record], dict[str, Any]]:  # fmt: skip
+        """Predicts what is missing -> the records that have a prediction, and how it went.
+
+        A record that fails costs a message. Raises UserError if all do.
+        """
         todo = [record for record in records if record.id not in self.lines]
         kept, failed = len(records) - len(todo), 0
         begun = time.monotonic()
-        with bar(title, len(records), quiet, start=kept) as advance:
+        with bar(title, len(records), place.quiet, start=kept) as advance:
             for record, found in zip(todo, predict(todo), strict=True):
                 if isinstance(found, UserError):
                     failed += 1
@@ -81,31 +81,27 @@ class Log:
                     self.add({"id": record.id, "path": record.path, **found})
                 advance(1)
         seconds = time.monotonic() - begun
-        return {
-            "failed": failed,
-            "kept": kept,  # made by earlier, interrupted runs
-            "seconds": round(seconds, 2),
-            "items_per_second": round((len(todo) - failed) / seconds, 3) if todo else None,
-            "device": str(device),
-        }
+        done = [record for record in records if record.id in self.lines]
+        if not done:
+            raise UserError(f"{self.run['data']}: none of its pictures could be read.")
+        pace = round((len(todo) - failed) / seconds, 3) if todo else None
+        went = {"failed": failed, "kept": kept}  # kept: made by earlier, interrupted runs
+        went |= {"seconds": round(seconds, 2), "items_per_second": pace}
+        return done, went | {"device": str(place.device)}
 
 
 def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
     """Whether the folder has this run. ``resume`` None: this kind of run cannot be resumed.
 
-    Raises:
-        UserError: the folder has other things or another run in it, or ``resume`` is not True.
+    Raises UserError if the folder has other things or another run in it, or ``resume`` is not True.
     """
     if folder.is_file() or folder.suffix in (".json", ".jsonl"):
-        raise UserError(
-            f"{folder}: --out names a folder, which gets {FILE} and {REPORT}: choose another name.",
-            2,
-        )
+        message = f"--out names a folder, which gets {FILE} and {REPORT}: choose another name."
+        raise UserError(f"{folder}: {message}", 2)
     if not (folder / RUN).exists():
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(
-                f"{folder}: this folder has other things in it; choose another for --out.", 2
-            )
+            message = "this folder has other things in it; choose another for --out."
+            raise UserError(f"{folder}: {message}", 2)
         return False
     if not resume:
         way = "" if resume is None else "go on with it by --resume, or "
@@ -113,11 +109,8 @@ def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
     before = read_run(folder)
     for key in before.keys() | run.keys():
         if before.get(key) != run.get(key):
-            raise UserError(
-                f"{folder}: made with {key} {before.get(key)!r}, now it is {run.get(key)!r}; "
-                "choose another folder for --out.",
-                2,
-            )
+            made = f"made with {key} {before.get(key)!r}, now it is {run.get(key)!r}"
+            raise UserError(f"{folder}: {made}; choose another folder for --out.", 2)
     return True
 
 
@@ -164,19 +157,12 @@ def export(file: Path, texts: dict[str, str], field: str) -> None:
     write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
 
 
-# ----------------------------------------------------------------------------- made elsewhere
+def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
+    """The ``field`` of the predictions of a file or of a run's folder, by the record's id.
 
-
-def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
-    """The predictions of a file or of a run's folder, each with the place where it stands.
-
-    Args:
-        path: JSON Lines, or a JSON array (COCO, NoCaps and VQA results).
-        field: the text's key: ``"caption"`` or ``"answer"``. Lines that have an ``error`` instead,
-            as `tinyvl caption --json` writes for a file it cannot read, are left out.
-
-    Raises:
-        UserError: no such file, or a line that is no prediction.
+    The file is JSON Lines, or a JSON array. Lines that have an ``error`` instead, as `tinyvl
+    caption --json` writes for a file it cannot read, are left out. Raises UserError if there is no
+    such file, or a line is no prediction of one record, the only one.
     """
     path = path.expanduser()
     file = path / FILE if path.is_dir() else path
@@ -189,39 +175,27 @@ def read(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
     else:
         lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
         entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
-    found = []
+    find, texts = finder(records), {}
     for where, entry in entries:
-        if not isinstance(entry, dict):
-            raise UserError(f"{where}: expected a JSON object, found {str(entry)[:60]!r}")
-        if "error" in entry and field not in entry:
+        if isinstance(entry, dict) and "error" in entry and field not in entry:
             continue
-        if not isinstance(entry.get(field), str):
-            raise UserError(f"{where}: {field!r} is missing; it should be a text")
+        get(entry, field, str, where)
         if not any(entry.get(key) is not None for key in IDS + PATHS):
             raise UserError(f"{where}: nothing names the record; give an {', '.join(IDS)} or path")
-        found.append((where, entry))
-    if not found:
+        key = find(where, entry)
+        if key in texts:
+            raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
+        texts[key] = entry[field]
+    if not texts:
         raise UserError(f"{file} holds no predictions")
-    return found
+    return texts
 
 
-def parsed(text: str, where: Path | str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+def finder(records: list[Record]) -> Callable[[str, dict[str, Any]], str]:
+    """``find(where, entry)`` is the id of the record that an entry names; UserError without one.
 
-
-def match(
-    entries: list[tuple[str, dict[str, Any]]], records: list[Record], field: str
-) -> dict[str, str]:
-    """The text predicted for each record, by the record's id.
-
-    An entry names its record by id or by path: the same path, or the same file name where only one
-    record has it; among several questions about a picture, by ``question`` too.
-
-    Raises:
-        UserError: an entry names no record, or several, or a record that another one named.
+    It is named by id or by path: the same path, or the same file name where only one record has it;
+    among several questions about a picture, by ``question`` too.
     """
     ids = {record.id for record in records}
     named: dict[str, list[Record]] = {}  # by path and by file name
@@ -243,15 +217,8 @@ def match(
             if len(hits) == 1:
                 return hits[0].id
             if hits:
-                raise UserError(
-                    f"{where}: {name!r} names {len(hits)} records of the data; name one by its id"
-                )
+                many = f"{name!r} names {len(hits)} records of the data"
+                raise UserError(f"{where}: {many}; name one by its id")
         raise UserError(f"{where}: {(names + paths)[0]!r} is not in the data")
 
-    texts: dict[str, str] = {}
-    for where, entry in entries:
-        key = find(where, entry)
-        if key in texts:
-            raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
-        texts[key] = entry[field]
-    return texts
+    return find

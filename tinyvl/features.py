@@ -6,10 +6,11 @@ level first. Its head, ``manifest.json``, says which encoder made what, and the 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from tinyvl.device import PRECISIONS, Pieces, precision_name
 from tinyvl.encoders import Encoder, Percept
 from tinyvl.encoders_build import build_encoder
 from tinyvl.presets import Run
-from tinyvl.progress import bar, skip
+from tinyvl.progress import bar, say, skip
 from tinyvl.store import Entry, Known, Shards
 from tinyvl.train_run import Interrupted
 
@@ -31,26 +32,23 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MANIFEST = "manifest.json"
-COLUMNS = [field.name for field in fields(Entry)]  # of its records
+
 HEAD = ("encoder", "transform", "what", "dtype", "tensors", "shards", "records")
 WHAT = ("tokens", "summaries", "both")
 SHARD_BYTES = 2**26  # of a shard: twice that is held in memory
 SHARD_ROWS = 512  # a kill costs at most a shard, so that it is soon done where rows are small too
-SMALLEST = "One picture", "use --device cpu"  # for `Pieces`
 BLOCK = 32  # pictures encoded together; a shard has a whole number of blocks
 Pairs = Iterable[tuple[str, str]]  # absolute paths and ids of pictures
-# A block, the tensors of its good pictures, and the event at which a GPU has copied them.
-Encoded = tuple[list[Entry], dict[str, Tensor], "torch.cuda.Event | None"]
 
 # ----------------------------------------------------------------------------------- reading
 
 
-class FeatureStore:
-    """A finished cache, memory-mapped: only the rows that are asked for are read."""
+class FeatureStore(Shards):
+    """A finished cache."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
-        self.folder, self.manifest = folder, manifest
-        self.shards = Shards(folder, manifest, PRECISIONS[manifest["dtype"]])
+        super().__init__(folder, manifest, PRECISIONS[manifest["dtype"]])
+        self.manifest = manifest
         self.known = Known(Entry(*record) for record in manifest["records"])
         self.part = slice(None), slice(None)  # of the tokens: which, and which of their numbers
         self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
@@ -67,13 +65,9 @@ class FeatureStore:
             raise UserError(f"{folder}: {advice}.", 2)
         return cls(folder, manifest)
 
-    def __len__(self) -> int:
-        """How many rows there are."""
-        return len(self.shards)
-
     @property
     def entries(self) -> list[Entry]:
-        """The pictures, in the order of extraction; ``error`` says which could not be read."""
+        """The pictures, in the order of extraction."""
         return list(self.known.by_path.values())
 
     def find(self, path: str, id: str | None = None) -> Entry | None:
@@ -100,12 +94,11 @@ class FeatureStore:
 
     def tokens(self, indices: Sequence[int]) -> Tensor:
         """Token maps of some rows: (n, S, D), in the dtype on disk."""
-        return self.shards.read("tokens", indices, self.part)
+        return self.rows("tokens", indices, self.part)
 
     def summaries(self, indices: Sequence[int]) -> list[Tensor]:
         """The summaries of some rows, a level each, lowest first: (n, D_level)."""
-        names = [name for name in self.manifest["tensors"] if name != "tokens"]
-        return [self.shards.read(name, indices) for name in names]
+        return [self.rows(name, indices) for name in self.tensors if name != "tokens"]
 
     def read(self, what: str, indices: Sequence[int]) -> Tensor:
         """What a method reads of some rows: "tokens" (n, S, D), or "summaries" joined (n, ΣD)."""
@@ -128,23 +121,20 @@ def open_store(
 ) -> FeatureStore:
     """The cache in a folder, checked before a model is loaded, which may take a while.
 
-    Args:
-        vision: the encoder's part of the model's ``config.json`` (`models.image_side`).
-        what: the model reads of its encoder: "tokens" or "summaries".
+    ``vision`` is the encoder's part of the model's ``config.json`` (`models.image_side`), and
+    ``what`` is what the model reads of it, "tokens" or "summaries".
 
     Raises UserError: as `FeatureStore.open`; it is of another encoder, or lacks ``what`` or some of
-    the ``pictures``, (absolute path, id).
+    the ``pictures``.
     """
     found = FeatureStore.open(folder)
     theirs = found.manifest["encoder"]
     keys, lacks = ("sha256", "fit", "config", "modality", "frames"), False
     if what == "tokens":  # there may be more of them than are wanted
-        below = [encoder.get("lower", 0) for encoder in (vision, theirs)]
-        larger = [encoder.get("larger", 0) for encoder in (vision, theirs)]
-        lacks = below[0] > below[1] or larger[0] not in (0, larger[1])
-        cells = None if larger[0] else found.manifest.get("cells")
-        widths = found.manifest.get("widths")
-        found.part = slice(cells), slice(widths and sum(widths[: 1 + below[0]]))
+        lower, larger = vision.get("lower", 0), vision.get("larger", 0)
+        lacks = lower > theirs.get("lower", 0) or larger not in (0, theirs.get("larger", 0))
+        cells, widths = found.manifest.get("cells"), found.manifest.get("widths")
+        found.part = slice(None if larger else cells), slice(widths and sum(widths[: 1 + lower]))
     if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
         advice = f"this model's encoder is {described(vision)}; extract features with that one"
         raise UserError(f"{folder}: these are features of {described(theirs)}, and {advice}.", 2)
@@ -172,8 +162,8 @@ def load_encoder(
     extra = media or {}
     folder = hub.fetch(name, models.role_of("vision", extra))
     config = json.loads((folder / "config.json").read_text())
-    vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config, "fit": fit}
-    vision |= extra
+    vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config}
+    vision |= {"fit": fit, **extra}
     encoder = build_encoder(vision, folder).to(device)
     encoder.model.to(precision)  # pictures are still normalised in float32
     return vision, encoder
@@ -184,12 +174,8 @@ def contents(
 ) -> dict[str, Any]:
     """What decides the numbers in a cache: the head of its manifest and of all its shards.
 
-    Args:
-        vision: name, sha256, config, fit, ... as in a checkpoint's ``config.json``.
-        what: "tokens", "summaries" or "both".
-        dtype: on disk: "fp16", "bf16" or "fp32".
-
-    Raises UserError: ``what`` or ``dtype`` is none of these.
+    ``vision`` is as `load_encoder` gives it. Raises UserError: ``what`` is not one of `WHAT`, or
+    ``dtype``, on disk, not one of `PRECISIONS`.
     """
     if what not in WHAT:
         raise UserError(f"--what is one of {', '.join(WHAT)}, not {what!r}.", 2)
@@ -237,20 +223,21 @@ def percept(encoder: Encoder, pictures: Tensor, pieces: Pieces | None = None) ->
             parts = [encoder(p.to(device, non_blocking=True)) for p in pictures.chunk(number)]
         return parts[0] if len(parts) == 1 else Percept.join(parts)
 
-    return (pieces or Pieces(*SMALLEST)).run(attempt, len(pictures))
+    return (pieces or Pieces()).run(attempt, len(pictures))
 
 
 def encode(
     blocks: list[list[Entry]], encoder: Encoder, head: dict[str, Any],
     transform: "Callable[[Image], Tensor]", workers: int | None,
-) -> Iterator[Encoded]:  # fmt: skip
-    """Decodes and encodes blocks of pictures; notes the errors of those that cannot be read.
+) -> Iterator[tuple[list[Entry], dict[str, Tensor], "torch.cuda.Event | None"]]:  # fmt: skip
+    """Blocks, the tensors of their good pictures, and the event at which a GPU has copied them.
 
-    From a GPU the tensors come in the cache's dtype, on a CPU as the encoder gave them.
-    The results come one block late: a GPU computes the next one while they are copied and kept.
+    Notes the errors of pictures that cannot be read. From a GPU the tensors come in the cache's
+    dtype, on a CPU as the encoder gave them; and one block late: a GPU computes the next one while
+    they are copied and kept.
     """
     device, dtype = weight(encoder).device, PRECISIONS[head["dtype"]]
-    gpu, pieces = device.type == "cuda", Pieces(*SMALLEST)
+    gpu, pieces = device.type == "cuda", Pieces()
     decoded = media_workers.decode_images(
         (entry.path for block in blocks for entry in block),
         transform,
@@ -259,7 +246,7 @@ def encode(
         # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
         lookahead=max(64, 2 * len(blocks[0])) if gpu else 4 * media_workers.cores(),
     )
-    late: Encoded | None = None
+    late = None
     with closing(decoded):
         for block in blocks:
             good, parts, copied = [], {}, None
@@ -273,10 +260,8 @@ def encode(
                 seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
                 parts = parts_of(seen, head["what"])
             if good and gpu:  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
-                parts = {
-                    name: part.to(dtype).contiguous().to("cpu", non_blocking=True)
-                    for name, part in parts.items()
-                }
+                for name, part in parts.items():
+                    parts[name] = part.to(dtype).contiguous().to("cpu", non_blocking=True)
                 copied = torch.cuda.current_stream(device).record_event()
             if late:
                 yield late
@@ -288,31 +273,19 @@ def encode(
 
 
 def extract(
-    folder: Path,
-    pictures: Pairs,
-    encoder: Encoder,
-    head: dict[str, Any],
-    run: Run,
-    *,
-    transform: "Callable[[Image], Tensor] | None" = None,
-    batch: int = BLOCK,
+    folder: Path, pictures: Pairs, encoder: Encoder, head: dict[str, Any], run: Run, *,
+    transform: "Callable[[Image], Tensor] | None" = None, batch: int = BLOCK,
     title: str = "extracting features",
     advice: str = "choose another --out, --what summaries, or fewer pictures",
-) -> dict[str, Any]:
-    """Adds to a folder the features of those pictures, (absolute path, id), that it lacks.
+) -> dict[str, Any]:  # fmt: skip
+    """Adds to a folder the features of those pictures that it lacks; ``head`` is from `contents`.
 
     Killed at any moment and called again, it ends with the same bytes. Pictures that cannot be
     read are named and remembered: they are tried again when their file changes.
 
-    Args:
-        head: what `contents` gave.
-        run: workers, whether to be quiet, and the signals that ask for the end.
-        transform: in place of the encoder's own.
-        batch: pictures in the encoder at once.
-        advice: what to do where the disk has no room.
-
     Returns how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
-    Raises UserError: the folder has features of another kind, or no room; or ``run`` is stopped.
+    Raises UserError: the folder has features of another kind, or no room (then do as ``advice``
+    says); or a signal has asked ``run`` to stop.
     """
     check = partial(refuse_change, folder, head)
     row = sum(torch.Size(shape).numel() for shape in head["tensors"].values())
@@ -320,8 +293,12 @@ def extract(
     with store.writing(folder, "another extraction is at work there"):
         shards, entries = store.read_shards(folder, check)
         todo, kept, failed = Known(entries).compare(pictures)
-        what = f"the features of {len(todo):,} pictures"
-        store.check_room(folder, len(todo) * (row + 300), what, advice, run.quiet)
+        need, free = len(todo) * (row + 300), shutil.disk_usage(folder).free
+        takes = f"the features of {len(todo):,} pictures take {need / 1e9:,.2f} GB"
+        left = f"{free / 1e9:,.2f} GB are free"
+        if need > 0.9 * free:
+            raise UserError(f"{folder}: {takes}, and {left} on that disk; {advice}.", 2)
+        say(f"{takes} in {folder} ({left})", quiet=run.quiet or not todo)
         for error in failed:
             skip(error)
         if todo:
@@ -335,7 +312,7 @@ def extract(
         if todo or not (folder / MANIFEST).exists():
             shards, entries = store.read_shards(folder, check)
             records = [astuple(entry) for entry in entries]
-            found = head | {"shards": shards, "columns": COLUMNS, "records": records}
+            found = head | {"shards": shards, "columns": Entry.__slots__, "records": records}
             files.write_text(folder / MANIFEST, json.dumps(found) + "\n")
     good = sum(entry.error is None for entry in todo)
     return {
@@ -347,13 +324,10 @@ def extract(
 
 
 def save(
-    folder: Path, first: int, chunks: list[list[list[Entry]]], encoded: Iterator[Encoded],
+    folder: Path, first: int, chunks: list[list[list[Entry]]], encoded: Iterator[tuple],
     head: dict[str, Any], run: Run, advance: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Writes a shard for each of ``chunks``, which are some blocks each, from ``first`` on.
-
-    Raises UserError: ``run`` is stopped, or a shard cannot be written.
-    """
+    """Writes a shard for each of ``chunks``, which are some blocks each, from ``first`` on."""
     # One page is filled while the other is written: on a CPU new memory for each shard costs a
     # twentieth of the time. And all of torch's work stays in this thread: in another it would
     # start OpenMP threads of its own, and with more of these than cores the encoder would be a
@@ -372,10 +346,11 @@ def save(
                     copied.synchronize()
                 for name, part in parts.items():
                     page[name][filled : filled + len(part)] = part
-                errors = [entry.error for entry in block if entry.error]
-                filled += len(block) - len(errors)
-                for error in errors:
-                    skip(error)
+                for entry in block:
+                    if entry.error:
+                        skip(entry.error)
+                    else:
+                        filled += 1
                 advance(len(block))
                 if run.stop:
                     raise Interrupted
@@ -396,5 +371,5 @@ def refuse_change(folder: Path, head: dict[str, Any], before: dict[str, Any]) ->
     if key == "encoder":
         was, now = described(before[key]), described(head[key])
         now = f"another configuration of {now}" if now == was else now
-    message = f"{folder}: there are features of {was}, not of {now}; choose another --out."
-    raise UserError(message, 2)
+    what = f"there are features of {was}, not of {now}"
+    raise UserError(f"{folder}: {what}; choose another --out.", 2)

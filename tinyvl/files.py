@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def write_text(file: Path, text: str) -> None:
-    """A text in UTF-8."""
     replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
@@ -29,8 +28,7 @@ def write_tensors(file: Path, tensors: "dict[str, torch.Tensor]", metadata: dict
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
     """``write`` fills a file beside it, which then takes its place; a device is written to.
 
-    Raises:
-        UserError: it cannot be written.
+    Raises UserError: it cannot be written.
     """
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -56,11 +54,7 @@ def building(target: Path, where: str = "", advice: str = "free some space") -> 
 
     Two processes may build the same thing: whoever ends first has made it.
 
-    Args:
-        where: what cannot be written to, and ``advice``, what to do then: for the message.
-
-    Raises:
-        UserError: it cannot be written.
+    Raises UserError, with ``advice``: ``where``, or the folder around it, cannot be written to.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,24 +70,21 @@ def building(target: Path, where: str = "", advice: str = "free some space") -> 
             try:
                 os.replace(new, target)
             except OSError:
-                made = {file.name for file in new.iterdir()}
                 if not target.is_dir():
                     raise
-                if not made <= {file.name for file in target.iterdir()}:  # not whole: ours is
-                    os.replace(target, new.with_name("old"))
+                if {file.name for file in new.iterdir()} - {file.name for file in target.iterdir()}:
+                    os.replace(target, new.with_name("old"))  # it is not whole: ours is
                     os.replace(new, target)
     except OSError as error:
-        raise UserError(
-            f"Cannot write to {where or target.parent} ({error.strerror or error}); {advice}."
-        ) from error
+        what = f"{where or target.parent} ({error.strerror or error})"
+        raise UserError(f"Cannot write to {what}; {advice}.") from error
 
 
 @contextmanager
 def locked(folder: Path, message: str) -> Iterator[None]:
     """One writer of a folder at a time; the lock goes with its process, however that ends.
 
-    Raises:
-        UserError: another process has it; ``message`` says what that one is doing.
+    Raises UserError: another process has it; ``message`` says what that one is doing.
     """
     with (folder / ".lock").open("w") as file:
         try:

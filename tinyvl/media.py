@@ -12,11 +12,11 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import BinaryIO, TextIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyvl import UserError
 
@@ -32,26 +32,12 @@ SUFFIXES = {
 }
 KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
 # What a model of each modality reads: a picture is a video of one frame, and a video has a sound.
-READABLE = {
-    "image": ("image", "video"),
-    "video": ("video", "image"),
-    "audio": ("audio", "video"),
-}
+READABLE = {"image": ("image", "video"), "video": ("video", "image"), "audio": ("audio", "video")}
 # No EPS: Pillow would run Ghostscript on a stranger's program. No TGA: it has no magic number.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
 # Larger pictures are refused unread. Pillow itself refuses at twice PIL.Image.MAX_IMAGE_PIXELS,
 # the same number: to read larger ones, raise both.
 MAX_PIXELS = 178_956_970
-
-_UPRIGHT = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class MediaError(UserError):
@@ -64,21 +50,18 @@ class MediaError(UserError):
 def load_image(
     source: str | os.PathLike[str] | bytes | BinaryIO, target: int | None = None
 ) -> Image.Image:
-    """Decode a picture of any kind to upright RGB.
+    """Decode a picture (a path, bytes, or a binary file, which is left open) to upright RGB.
 
     Of an animation the first frame is read. EXIF orientation is applied, transparency becomes
     white, and 16-bit and floating-point grey is scaled to 0..255, not clipped to white.
 
-    Args:
-        source: a path, the bytes of a file, or a binary file object (left open).
-        target: the shortest side, in pixels, that will be needed. A large JPEG is then decoded
-            at 1/2, 1/4 or 1/8 scale, but its shortest side stays at least twice ``target``:
-            resized further, it differs from the full decode by a fraction of a grey level.
+    ``target`` is the shortest side, in pixels, that will be needed. A large JPEG is then decoded at
+    1/2, 1/4 or 1/8 scale, but its shortest side stays at least twice that: resized further, it
+    differs from the full decode by a fraction of a grey level.
 
-    Raises:
-        MediaError: no such file, not a picture, more than ``MAX_PIXELS``, damaged or cut short
-            (a half-grey picture would be captioned as if it were whole). Damage that the codec
-            conceals, such as flipped bits inside a JPEG scan, goes unnoticed.
+    Raises MediaError: no such file, not a picture, more than `MAX_PIXELS`, damaged or cut short (a
+    half-grey picture would be captioned as if it were whole). Damage that the codec conceals, such
+    as flipped bits inside a JPEG scan, goes unnoticed.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, opened = "picture in memory", nullcontext(io.BytesIO(source))
@@ -99,14 +82,11 @@ def load_image(
 
 def why_unopened(error: Exception, kind: str) -> str | None:
     """A clause that says why the system did not open a file; None for any other error."""
-    match error:
-        case FileNotFoundError():
-            return "there is no such file"
-        case IsADirectoryError():
-            return f"is a folder, not a {kind}"
-        case PermissionError():
-            return "permission denied"
-    return None
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return f"is a folder, not a {kind}"
+    return "permission denied" if isinstance(error, PermissionError) else None
 
 
 def _reason(error: Exception) -> str:
@@ -136,13 +116,9 @@ def _read(file: BinaryIO, name: str, target: int | None) -> Image.Image:
     if target:
         image.draft(None, (2 * target, 2 * target))  # only JPEGs do anything here
     image.load()
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # broken metadata does not make the picture unusable
-        orientation = 1
+    with suppress(Exception):  # broken metadata does not make the picture unusable
+        ImageOps.exif_transpose(image, in_place=True)
     image = _rgb(image)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
     image.info = {}  # or its EXIF would turn the picture a second time
     return image
 
@@ -150,16 +126,16 @@ def _read(file: BinaryIO, name: str, target: int | None) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         grey = np.asarray(image) >> 8  # (H, W), 65535 -> 255
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.mode in ("I", "F"):
         # Neither says what is white: the smallest usual range that fits, else that of the values.
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # (H, W)
         low, high = min(0.0, float(grey.min())), float(grey.max())
         usual = (255.0, 65535.0) if image.mode == "I" else (1.0,)
         high = next((white for white in usual if high <= white), high)
         grey = ((grey - low) * (255 / (high - low))).round().clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
@@ -220,19 +196,13 @@ def expand(
     """Turn what a user names into paths, lazily and in order.
 
     A file stays as it is, and so does a name of nothing: the decoder then says so. A folder
-    gives the pictures in and below it, sorted, without hidden ones and linked folders; a folder
-    that may not be read gives itself. A pattern that the shell left alone (``*.jpg``) gives its
-    matches, sorted. ``-`` gives the lines of standard input as they come, each taken literally.
+    gives the files of some ``suffixes`` in and below it, sorted, without hidden ones and linked
+    folders; a folder that may not be read gives itself. A pattern that the shell left alone
+    (``*.jpg``) gives its matches, sorted. ``-`` gives the lines of standard input, or of ``stdin``,
+    as they come, each taken literally; with ``null`` they end with NUL.
 
-    Args:
-        inputs: files, folders, patterns and ``-``.
-        stdin: what ``-`` reads, standard input by default; binary, or text that wraps binary.
-        null: the names on ``stdin`` end with NUL instead of a newline.
-        suffixes: of the files to take from a folder, one of ``SUFFIXES``.
-
-    Raises:
-        MediaError: a folder has no such file; raised last, after all other inputs.
-        UserError: standard input holds NUL bytes, but ``null`` is False.
+    Raises MediaError: a folder has no such file; after all other inputs. Raises UserError: standard
+    input holds NUL bytes, but ``null`` is False.
     """
     empty = []
     for item in map(os.fspath, inputs):
@@ -246,13 +216,11 @@ def expand(
             if not os.path.isdir(path):
                 yield path
                 continue
-            found = _files_below(path, suffixes)
-            first = next(found, None)
-            if first is None:
+            found = None
+            for found in _files_below(path, suffixes):
+                yield found
+            if not found:
                 empty.append(path)
-            else:
-                yield first
-                yield from found
     if empty:
         what = "images" if suffixes == SUFFIXES["image"] else "such files"
         raise MediaError("; ".join(f"{path}: no {what} in this folder" for path in empty))
@@ -287,19 +255,16 @@ def _lines(stdin: TextIO | BinaryIO, null: bool) -> Iterator[str]:
     # lock. A thread that waits in sys.stdin would hang forked children and abort the exit.
     file = getattr(stdin, "buffer", stdin)
     file = getattr(file, "raw", file)
-    end, rest = (b"\0" if null else b"\n"), b""
-    while chunk := file.read(65536):
-        *lines, rest = (rest + (os.fsencode(chunk) if isinstance(chunk, str) else chunk)).split(end)
-        yield from _names(lines, null)
-    yield from _names([rest], null)
-
-
-def _names(lines: list[bytes], null: bool) -> Iterator[str]:
-    for line in lines:
-        if not null:
-            line = line.removesuffix(b"\r")
+    end, rest, more = (b"\0" if null else b"\n"), b"", True
+    while more:
+        chunk = os.fsencode(file.read(65536) or b"")
+        more = bool(chunk)
+        *lines, rest = (rest + (chunk or end)).split(end)  # the last line needs no end
+        for line in lines:
+            line = line if null else line.removesuffix(b"\r")
             if b"\0" in line:
+                what = "standard input is not a list of paths, a line each"
                 todo = "use -0 for NUL-separated names, and name a picture by its path"
-                raise UserError(f"standard input is not a list of paths, a line each; {todo}", 2)
-        if line if null else line.strip():
-            yield line.decode(sys.getfilesystemencoding(), "surrogateescape")
+                raise UserError(f"{what}; {todo}", 2)
+            if line if null else line.strip():
+                yield line.decode(sys.getfilesystemencoding(), "surrogateescape")

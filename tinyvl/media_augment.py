@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL.Image import Resampling
 from torch import Tensor
 
 GREY = (128, 128, 128)
@@ -24,19 +25,18 @@ def content(picture: Image.Image) -> int:
 
 
 class Varied:
-    """A transform of pictures that depends on what is in them. Picklable."""
+    """A transform of pictures that depends on what is in them: RGB -> uint8 (3, H, W). Picklable.
+
+    All frames of a clip are given one ``content``: so `vary` does the same to each.
+    """
+
+    vary: Callable[[Image.Image, int], Tensor]
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> uint8 (3, H, W)."""
         return self.vary(picture, content(picture))
-
-    def vary(self, picture: Image.Image, content: int) -> Tensor:
-        """The same transform for each frame of a clip: all are given one ``content``."""
-        raise NotImplementedError
 
 
 def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
-    """The picture written as a JPEG and read again."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
@@ -54,7 +54,7 @@ class SmallJpeg:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         if max(picture.size) > 256:
-            picture = as_jpeg(picture.resize((256, 256), Image.Resampling.LANCZOS), 75)
+            picture = as_jpeg(picture.resize((256, 256), Resampling.LANCZOS), 75)
         return self.transform(picture)
 
 
@@ -62,9 +62,8 @@ class View(Varied):
     """A varied view of an upright RGB picture, then the encoder's own transform.
 
     View 0 is the picture itself. The others keep most of it, as a caption speaks of all of it: a
-    crop of 60 to 100 % of the area, perhaps mirrored, with other light, sharpness and compression.
-    Sharpness and compression matter where all training pictures come from one small public set:
-    modules learn its JPEG artefacts, and then a sharp photo is unlike anything they have seen.
+    crop of 60 to 100 % of the area, perhaps mirrored, with other light, and with other sharpness
+    and compression, which matter for the reason that `SmallJpeg` gives.
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], view: int, seed: int = 0):
@@ -91,7 +90,7 @@ class RandomCrop(Varied):
     def vary(self, picture: Image.Image, content: int) -> Tensor:
         rng = random.Random(f"{self.seed}/{self.epoch}/{content}/crop")
         box = random_box(*picture.size, rng, self.area)
-        picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        picture = picture.resize((self.size, self.size), Resampling.BICUBIC, box)
         if rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for operation in rng.choices(OPERATIONS, k=2):
@@ -111,7 +110,7 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
     longest = rng.uniform(128, 256)  # finer detail is lost in some views
     scale = min(1.0, longest / max(box[2] - box[0], box[3] - box[1]))
     size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
-    picture = picture.resize(size, Image.Resampling.BICUBIC, box)
+    picture = picture.resize(size, Resampling.BICUBIC, box)
     if rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
@@ -144,9 +143,8 @@ def random_box(
 
 def warp(picture: Image.Image, *matrix: float) -> Image.Image:
     """An affine map (2 x 3) from each pixel to its source; grey outside of the picture."""
-    return picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY
-    )
+    affine = Image.Transform.AFFINE
+    return picture.transform(picture.size, affine, matrix, Resampling.BILINEAR, fillcolor=GREY)
 
 
 OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
@@ -159,7 +157,5 @@ OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
     lambda picture, m, sign: warp(picture, 1, 0, 0, sign * 0.3 * m, 1, 0),
     lambda picture, m, sign: warp(picture, 1, 0, sign * 10 * m, 0, 1, 0),  # 7 pixels
     lambda picture, m, sign: warp(picture, 1, 0, 0, 0, 1, sign * 10 * m),
-    lambda picture, m, sign: picture.rotate(
-        sign * 30 * m, Image.Resampling.BILINEAR, fillcolor=GREY
-    ),
+    lambda picture, m, sign: picture.rotate(sign * 30 * m, Resampling.BILINEAR, fillcolor=GREY),
 )

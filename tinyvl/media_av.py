@@ -18,6 +18,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,23 +34,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEAR = 2.0  # seconds: a frame further ahead is sought, a nearer one decoded up to
-UPRIGHT = {  # degrees counterclockwise, from the file's display matrix
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    -180: Image.Transpose.ROTATE_180,
-    -90: Image.Transpose.ROTATE_270,
-}
 RATE = 16_000  # samples a second
 MASKS = (24, 96)  # mel bins and frames: the widest masks of eP-ALM's appendix A
 
 
 @contextmanager
 def opened(name: str, kind: str) -> Iterator[InputContainer]:
-    """A video's or sound's container, closed at the end.
-
-    Raises:
-        MediaError: it cannot be opened, or PyAV fails in the body.
-    """
+    """A video's or sound's container. Raises MediaError: not to be opened, or PyAV fails inside."""
     import av
 
     try:
@@ -58,35 +49,29 @@ def opened(name: str, kind: str) -> Iterator[InputContainer]:
     except MediaError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = why_unopened(error, kind)
-        if reason is None and os.path.isfile(name) and not os.path.getsize(name):
-            reason = "the file is empty"
         said = getattr(error, "strerror", None) or str(error)
-        reason = reason or f"damaged, or in no format that can be read ({said})"
-        raise MediaError(f"{name}: {reason}") from error
+        reason = f"damaged, or in no format that can be read ({said})"
+        if os.path.isfile(name) and not os.path.getsize(name):
+            reason = "the file is empty"
+        raise MediaError(f"{name}: {why_unopened(error, kind) or reason}") from error
 
 
 # ------------------------------------------------------------------------------ videos
 
 
 def load_frames(
-    path: str | os.PathLike[str],
-    count: int,
-    *,
-    moment: Callable[[], float] | None = None,
+    path: str | os.PathLike[str], count: int, *, moment: Callable[[], float] | None = None,
     target: int | None = None,
-) -> list[Image.Image]:
+) -> list[Image.Image]:  # fmt: skip
     """Upright RGB frames of a video, ``count`` of them, in order.
 
-    Args:
-        moment: where in its part each frame is, from 0 to 1; called once a part. None: the middle.
-        target: the shortest side, in pixels, that will be needed; much larger frames are reduced
-            at once, never below twice that.
+    ``moment`` is called for each part of the video: where in it the frame is, from 0 to 1; else in
+    the middle. ``target`` is the shortest side, in pixels, that will be needed; much larger frames
+    are reduced at once, never below twice that.
 
-    Raises:
-        MediaError: no such file, not a video (a sound, perhaps with a cover), nothing in it that
-            can be decoded, or frames of more than ``media.MAX_PIXELS``. Of a video that is cut
-            short or damaged on the way, what can be decoded is used.
+    Raises MediaError: no such file, not a video (a sound, perhaps with a cover), nothing in it that
+    can be decoded, or frames of more than `media.MAX_PIXELS`. Of a video that is cut short or
+    damaged on the way, what can be decoded is used.
     """
     import av
 
@@ -161,8 +146,8 @@ def picture(frame: VideoFrame, target: int | None) -> Image.Image:
     image = frame.to_image()
     if target and min(image.size) >= 4 * target:
         image = image.reduce(min(image.size) // (2 * target))
-    upright = UPRIGHT.get(round(frame.rotation))
-    return image if upright is None else image.transpose(upright)
+    turn = round(frame.rotation)  # degrees counterclockwise, from the file's display matrix
+    return image if turn % 90 else image.rotate(turn, expand=True)
 
 
 def span(name: str, container: InputContainer, stream: VideoStream) -> tuple[float, float]:
@@ -191,9 +176,8 @@ def span(name: str, container: InputContainer, stream: VideoStream) -> tuple[flo
 def load_sound(path: str | os.PathLike[str], seconds: float) -> np.ndarray:
     """The first seconds of a sound, or of a video's sound track: float32 (N,), 16 kHz mono.
 
-    Raises:
-        MediaError: no such file, no sound in it, or none that can be decoded. Of a sound that is
-            cut short or damaged on the way, what can be decoded is used.
+    Raises MediaError: no such file, no sound in it, or none that can be decoded. Of a sound that is
+    cut short or damaged on the way, what can be decoded is used.
     """
     import av
 
@@ -231,17 +215,12 @@ class Clips:
     """
 
     def __init__(
-        self,
-        transform: Callable[[Image.Image], Tensor],
-        frames: int,
-        *,
-        still: bool = False,
+        self, transform: Callable[[Image.Image], Tensor], frames: int, *, still: bool = False,
         key: str | None = None,
-    ):
+    ):  # fmt: skip
         self.transform, self.frames, self.still, self.key = transform, frames, still, key
 
     def load(self, path: str, target: int | None) -> Image.Image | list[Image.Image]:
-        """What `media_workers.decode_images` calls in place of `load_image`."""
         kind = kind_of(path)
         if kind == "image" or (self.still and kind != "video"):
             return load_image(path, target)
@@ -252,12 +231,10 @@ class Clips:
         return load_frames(path, self.frames, moment=moment, target=target)
 
     def __call__(self, seen: Image.Image | list[Image.Image]) -> Tensor:
-        frames = [seen] if isinstance(seen, Image.Image) else seen
-        if isinstance(self.transform, Varied):
-            first = content(frames[0])
-            views = [self.transform.vary(frame, first) for frame in frames]
-        else:
-            views = [self.transform(frame) for frame in frames]
+        frames, transform = [seen] if isinstance(seen, Image.Image) else seen, self.transform
+        if isinstance(transform, Varied):
+            transform = partial(transform.vary, content=content(frames[0]))
+        views = [transform(frame) for frame in frames]
         if self.still and isinstance(seen, Image.Image):
             return views[0]
         # numpy's stack: this may run in a thread, where torch's would start OpenMP threads of its
@@ -280,7 +257,6 @@ class Sounds:
         self.extractor, self.seconds, self.key, self.masks = extractor, seconds, key, masks
 
     def load(self, path: str, target: int | None) -> np.ndarray:
-        """What `media_workers.decode_images` calls in place of `load_image`."""
         return load_sound(path, self.seconds)
 
     def __call__(self, sound: np.ndarray) -> Tensor:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -30,38 +30,31 @@ if TYPE_CHECKING:
 # one thread and never touches the device. Outside Linux, system libraries do not survive a fork.
 _CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 _IN_PROCESS = 4  # the first few pictures cost less than starting workers
-WAKE = 0.5  # seconds: the longest wait, see `_get`
+WAKE = 0.5  # seconds: the longest wait, see `_in_workers`
 _START = threading.Lock()  # one start at a time: no child may inherit another's half-made pipe
 
 
 def decode_images(
-    paths: Iterable[str],
-    transform: Callable[[Image.Image], Tensor],
-    *,
-    target: int | None = None,
-    workers: int | None = None,
-    lookahead: int = 64,
-) -> Iterator[tuple[str, Tensor | MediaError]]:
+    paths: Iterable[str], transform: Callable[[Image.Image], Tensor], *,
+    target: int | None = None, workers: int | None = None, lookahead: int = 64,
+) -> Iterator[tuple[str, Tensor | MediaError]]:  # fmt: skip
     """Decode and transform pictures in worker processes; results come in the order of the paths.
 
-    A thread reads the paths, so that slow ones (standard input) hold nothing back. Closing the
-    iterator stops the workers at once.
+    A thread reads the paths, so that slow ones (standard input) hold nothing back: at most
+    ``lookahead + 1`` ahead of the results. Closing the iterator stops the workers at once.
+    ``target`` is the shortest side that is needed, as in `load_image`.
 
     Args:
-        paths: read at most ``lookahead + 1`` ahead of the results.
-        transform: picture -> ``uint8`` tensor ``(3, H, W)`` on the CPU; normalisation belongs
-            on the device. Where it has a method ``load(path, target)``, that reads the file
-            instead of `load_image` (videos, sounds). It must be deterministic, as forked workers
-            share one random state, and must pickle except on Linux, where workers are forked.
-        target: the shortest side that ``transform`` needs, see ``load_image``.
+        transform: picture -> uint8 (3, H, W) on the CPU; normalisation belongs on the device.
+            Where it has a method ``load(path, target)``, that reads the file instead of
+            `load_image` (videos, sounds). It must be deterministic, as forked workers share one
+            random state, and must pickle except on Linux, where workers are forked.
         workers: 0 decodes in this process. None: a worker per core, at most 8, started only
             after four pictures, which this process decodes itself.
-        lookahead: how many pictures may be decoded, or being decoded, ahead of the results.
 
-    Yields:
-        ``(path, tensor)``, or ``(path, MediaError)`` where a picture cannot be decoded, where
-        ``transform`` raised, or where a picture killed two workers (they are replaced).
-        What ``paths`` raises is raised after the results before it.
+    Yields ``(path, tensor)``, or ``(path, MediaError)`` where a picture cannot be decoded, where
+    ``transform`` raised, or where a picture killed two workers (they are replaced).
+    What ``paths`` raises is raised after the results before it.
     """
     import torch
 
@@ -100,12 +93,9 @@ def cores() -> int:
 
 
 def _in_workers(
-    paths: Iterable[str],
-    transform: Callable[[Image.Image], Tensor],
-    target: int | None,
-    workers: int,
-    lookahead: int,
-) -> Iterator[tuple[str, np.ndarray | str]]:
+    paths: Iterable[str], transform: Callable[[Image.Image], Tensor], target: int | None,
+    workers: int, lookahead: int,
+) -> Iterator[tuple[str, np.ndarray | str]]:  # fmt: skip
     # One thread reads paths. One thread per worker sends it a path and waits, so that it is known
     # which picture kills a worker. The answers leave here, in order.
     Image.init()  # all of Pillow's plugins, once instead of in every fork
@@ -137,7 +127,13 @@ def _in_workers(
             idle.put(crew[-1])
         # A daemon, because nothing can interrupt it while it waits for a path.
         threading.Thread(target=read, daemon=True).start()
-        while (item := _get(order)) is not None:
+        while True:
+            try:  # no wait is long: a Control-C just before it began would not end it
+                item = order.get(timeout=WAKE)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             path, future = item
@@ -154,15 +150,6 @@ def _in_workers(
         slots.release()  # the reader may wait for one; it then finds the shutdown
         for worker in crew:
             worker.bury()
-
-
-def _get(order: queue.SimpleQueue) -> Any:
-    """The next item. No wait is long: a Control-C just before it began would not end it."""
-    while True:
-        try:
-            return order.get(timeout=WAKE)
-        except queue.Empty:
-            continue
 
 
 class _Worker:
@@ -209,11 +196,9 @@ class _Worker:
 
 
 def _serve(
-    pipe: Connection,
-    theirs: Connection,
-    transform: Callable[[Image.Image], Tensor],
+    pipe: Connection, theirs: Connection, transform: Callable[[Image.Image], Tensor],
     target: int | None,
-) -> None:
+) -> None:  # fmt: skip
     """A worker's loop: paths in, arrays or sentences out, until the parent is gone."""
     import torch
 

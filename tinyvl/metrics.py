@@ -58,8 +58,7 @@ def mean_scores(
     return Scores(whole, resample, groups, extra)
 
 
-# Answers
-
+# Of answers.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
@@ -136,16 +135,10 @@ def strict_accuracy(answer: str, answers: Sequence[str]) -> float:
     return float(answer.strip() == truth)
 
 
-# Retrieval
-
-
 def ranks(
-    images: Tensor,
-    texts: Tensor | None,
-    image_of_text: Sequence[int] | Tensor,
-    *,
+    images: Tensor, texts: Tensor, image_of_text: Sequence[int] | Tensor, *,
     block: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """How many wrong ones come before the first right one, for every image and every text.
 
     -> (N,) and (M,) int64; 0 is a hit at 1, and an image without captions has M. A tie (and a score
@@ -153,8 +146,7 @@ def ranks(
     products in double precision, rounded to single, so that ``block`` does not change which tie.
 
     Args:
-        images: embeddings (N, d), or all scores (N, M).
-        texts: embeddings (M, d), or None where ``images`` has the scores.
+        images, texts: embeddings (N, d) and (M, d).
         image_of_text: (M,) the image of each caption; an image may have any number.
         block: images and texts of the largest part of the scores in memory. On a CPU what its cache
             holds is three times as fast as more.
@@ -162,29 +154,24 @@ def ranks(
     Raises UserError if ``image_of_text`` does not fit.
     """
     if images.device.type == "mps":  # has no double precision
-        images, texts = images.cpu(), None if texts is None else texts.cpu()
+        images, texts = images.cpu(), texts.cpu()
     owner = torch.as_tensor(image_of_text, dtype=torch.long, device=images.device)
-    count, captions = len(images), len(owner)
-    check_pairs(images, texts, owner)
+    count, captions = len(images), len(texts)
+    if len(owner) != captions or not captions:
+        raise UserError(f"There are {captions} texts, and an image is named for {len(owner)}.")
+    wrong = owner[(owner < 0) | (owner >= count)]
+    if len(wrong):
+        raise UserError(f"A text belongs to image {int(wrong[0])}; there are {count}.")
     rows, columns = block or ((512, 1024) if images.device.type == "cpu" else (4096, 8192))
-
-    def score(i: slice, j: slice) -> Tensor:
-        if texts is None:
-            return images[i, j].float()
-        return (images[i].double() @ texts[j].double().T).float()
-
-    if texts is None:
-        own = images[owner, torch.arange(captions, device=owner.device)].float()  # (M,)
-    else:
-        parts = (images[owner[j]].double() * texts[j].double() for j in blocks(captions, columns))
-        own = torch.cat([part.sum(1).float() for part in parts])
+    parts = (images[owner[j]].double() * texts[j].double() for j in blocks(captions, columns))
+    own = torch.cat([part.sum(1).float() for part in parts])  # (M,)
     best = torch.full((count,), -torch.inf, device=own.device)
     best.scatter_reduce_(0, owner, own.nan_to_num(-torch.inf, torch.inf, -torch.inf), "amax")
     of_image = torch.zeros(count, dtype=torch.long, device=own.device)
     of_text = torch.zeros(captions, dtype=torch.long, device=own.device)
     for i in blocks(count, rows):
         for j in blocks(captions, columns):
-            scores = score(i, j)
+            scores = (images[i].double() @ texts[j].double().T).float()
             mine = ((owner[j] >= i.start) & (owner[j] < i.stop)).nonzero()[:, 0]
             pairs = owner[j][mine] - i.start, mine  # right ones are never ahead
             behind = scores < best[i, None]
@@ -201,37 +188,11 @@ def blocks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def check_pairs(images: Tensor, texts: Tensor | None, owner: Tensor) -> None:
-    columns = images.shape[1] if texts is None else len(texts)
-    if len(owner) != columns or not columns:
-        raise UserError(f"There are {columns} texts, and an image is named for {len(owner)}.")
-    wrong = owner[(owner < 0) | (owner >= len(images))]
-    if len(wrong):
-        raise UserError(f"A text belongs to image {int(wrong[0])}; there are {len(images)}.")
-
-
-def recall(
-    images: Tensor, texts: Tensor | None, image_of_text: Sequence[int] | Tensor, **options
-) -> dict[str, float]:
-    """Recall@k from image to text (TR) and text to image (IR), and the means over k.
-
-    See `ranks` for the arguments. TR takes the best of an image's captions; images without captions
-    are candidates but no queries.
-    """
-    of_image, of_text = ranks(images, texts, image_of_text, **options)
-    owner = torch.as_tensor(image_of_text, dtype=torch.long).cpu()
-    owned = owner.unique()
-    found = {"TR": (owned.numpy(), of_image[owned].numpy()), "IR": (owner.numpy(), of_text.numpy())}
-    once = np.ones((1, len(images)))
-    return {name: float(values[0]) for name, values in recall_of(found, len(images))(once).items()}
-
-
 def recall_of(found: dict[str, tuple[np.ndarray, np.ndarray]], images: int) -> Resample:
     """The resampler of recall@k and its mean over k; an image counts with its captions.
 
-    Args:
-        found: for "TR" and "IR" each query's image (Q,) and rank (Q,), 0 being a hit at 1.
-        images: how many there are.
+    ``found`` has for "TR" (image to text) and "IR" (text to image) each query's image (Q,) and
+    rank (Q,), 0 being a hit at 1; ``images`` is their number.
     """
     totals, hits = {}, {}
     for way, (rows, places) in found.items():
@@ -261,9 +222,6 @@ def chance(captions: Sequence[int]) -> dict[str, float]:
     found["TR-mean"] = sum(found.values()) / len(KS)
     of_text = {f"IR@{k}": min(1.0, k / images) for k in KS}
     return found | of_text | {"IR-mean": sum(of_text.values()) / len(KS)}
-
-
-# Zero-shot classification
 
 
 def label_ranks(scores: Tensor, labels: Sequence[int] | Tensor) -> Tensor:

@@ -18,11 +18,10 @@ import threading
 import time
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -91,7 +90,7 @@ def probe(path: str) -> Java | None:
     return Java(path, int(said[1])) if said and done.returncode == 0 else None
 
 
-class Program:
+class Program(AbstractContextManager):
     """A Java program beside ours: `send` gives it its input, `result` waits for its output.
 
     It ends when its ``with`` block is left, however that happens. Its outputs and its working
@@ -138,9 +137,6 @@ class Program:
             raise UserError(f"{self.name} failed ({about}): {reason.strip()}")
         return self.out.read_text("utf-8", "replace")
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:  # with what it may have started
             if os.name == "posix":
@@ -158,10 +154,8 @@ def jar(*parts: str) -> str:
         path = Path(folder).joinpath(*parts).absolute()
         if path.is_file():
             return str(path)
-    raise UserError(
-        f"pycocoevalcap's {'/'.join(parts)} is missing; "
-        "mend it by `pip install --force-reinstall pycocoevalcap`."
-    )
+    mend = "mend it by `pip install --force-reinstall pycocoevalcap`."
+    raise UserError(f"pycocoevalcap's {'/'.join(parts)} is missing; {mend}")
 
 
 class Tokenizer(Program):
@@ -188,10 +182,8 @@ class Tokenizer(Program):
         if not any(self.lines[len(found) :]):  # it drops empty lines at the end
             found += [""] * (len(self.lines) - len(found))
         if len(found) != len(self.lines):
-            raise UserError(
-                f"The PTB tokenizer returned {len(found)} lines for {len(self.lines)} captions; "
-                "please report this."
-            )
+            counts = f"{len(found)} lines for {len(self.lines)} captions"
+            raise UserError(f"The PTB tokenizer returned {counts}; please report this.")
         words = (line.rstrip().split(" ") for line in found)
         return [" ".join(word for word in line if word not in PUNCTUATION) for line in words]
 
@@ -249,20 +241,14 @@ def spice_class_path(folder: Path) -> str:
 
 
 def spice(
-    java: Java,
-    folder: Path,
-    references: Sequence[Sequence[str]],
-    hypotheses: Sequence[str],
+    java: Java, folder: Path, references: Sequence[Sequence[str]], hypotheses: Sequence[str],
     keep: Path | None = None,
-) -> tuple[float, list[float] | None]:
+) -> tuple[float, list[float] | None]:  # fmt: skip
     """SPICE of tokenised captions -> the mean F-score, and each item's where it can be had.
 
     SPICE prints only the mean, to three decimals. It writes the items through a JavaScript engine,
     which Java has up to version 14. From 15 on put one (Rhino: Debian's ``librhino-java``) beside
-    the jars in ``folder``.
-
-    Args:
-        keep: a folder for parsed captions: parsing them is what takes the time.
+    the jars in ``folder``. ``keep`` is a folder for parsed captions: parsing takes the time.
     """
     class_path = spice_class_path(folder)
     items = [

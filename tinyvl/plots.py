@@ -6,14 +6,17 @@ and the pretrained scale γ, and between the shifts β (https://arxiv.org/abs/23
 r < 0 in the text tower.
 """
 
-import csv
-import io
-import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
-from tinyvl import UserError
+import numpy as np
+import torch
+
+from tinyvl import UserError, models
+from tinyvl.encoders import norm_types
+from tinyvl.files import replace_file
 
 FIELDS = ("tower", "layer", "norm", "parameter", "l1")
 
@@ -25,16 +28,10 @@ def layernorm_shifts(name: str) -> list[dict[str, Any]]:
     final norm behind the last layer. ``norm`` is 1 or 2 inside a layer, else 0; ``parameter`` is
     "scale" or "bias". Layers that training added have no pretrained counterpart and are left out.
 
-    Raises:
-        UserError: the model is no LilT, or its pretrained LayerNorms were all locked.
+    Raises UserError if the model is no LilT, or its pretrained LayerNorms were all locked.
     """
-    import torch
-
-    from tinyvl import models
-    from tinyvl.encoders import norm_types
-
     checkpoint = models.open_checkpoint(name, "retrieve")
-    folder, config = checkpoint.folder, checkpoint.config
+    config = checkpoint.config
     if config.get("method") != "lilt":
         raise UserError(f"{name}: only models of the method lilt have LayerNorms to compare.", 2)
     model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
@@ -51,21 +48,17 @@ def layernorm_shifts(name: str) -> list[dict[str, Any]]:
         for part, tensor in module.named_parameters()
         if model.trainable(f"{prefix}.{part}")
     }
-    models.load_weights(model, folder)
+    models.load_weights(model, checkpoint.folder)
     after = dict(model.named_parameters())
     rows = []
     for parameter, old in before.items():
-        place = position(parameter, depths)
-        if place is not None:
+        if place := position(parameter, depths):
             shift = (after[parameter].detach() - old).abs().sum().item()
-            rows.append(dict(zip(FIELDS, (*place, shift), strict=True)))
+            rows.append((*place, shift))
     if not rows:
-        raise UserError(
-            f"{name}: its LayerNorms were locked; compare a model trained with LayerNorms unlocked "
-            "(--preset lilt-ln, or --text-unlock layernorm).",
-            2,
-        )
-    return sorted(rows, key=lambda row: [row[field] for field in FIELDS[:4]])
+        message = "its LayerNorms were locked; compare a model trained with LayerNorms unlocked"
+        raise UserError(f"{name}: {message} (--preset lilt-ln, or --text-unlock layernorm).", 2)
+    return [dict(zip(FIELDS, row, strict=True)) for row in sorted(rows)]
 
 
 def position(parameter: str, depths: dict[str, int]) -> tuple[str, int, int, str] | None:
@@ -82,39 +75,32 @@ def position(parameter: str, depths: dict[str, int]) -> tuple[str, int, int, str
     return (tower, layer, 1 + second, kind) if layer <= depths[tower] else None
 
 
-def pearson(x: list[float], y: list[float]) -> float | None:
-    """Pearson's r; None where one of the two does not vary."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    dx, dy = [a - mean_x for a in x], [b - mean_y for b in y]
-    spread = math.sqrt(sum(a * a for a in dx) * sum(b * b for b in dy))
-    return sum(a * b for a, b in zip(dx, dy, strict=True)) / spread if spread else None
-
-
-def series(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[list[int], list[float]]]:
-    """(tower, parameter) -> layers and shifts of the LayerNorms inside layers."""
-    out: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+def series(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """tower -> parameter -> layers and shifts of the LayerNorms inside layers."""
+    found: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for row in rows:
         if row["norm"]:
-            layers, shifts = out.setdefault((row["tower"], row["parameter"]), ([], []))
-            layers.append(row["layer"])
-            shifts.append(row["l1"])
-    return out
+            x, y = found.setdefault(row["tower"], {}).setdefault(row["parameter"], ([], []))
+            x.append(row["layer"])
+            y.append(row["l1"])
+    return found
 
 
 def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Pearson's r of depth and shift: {tower: {parameter: r}}."""
-    out: dict[str, dict[str, float | None]] = {}
-    for (tower, parameter), (layers, shifts) in series(rows).items():
-        out.setdefault(tower, {})[parameter] = pearson(layers, shifts)
-    return out
+    """Pearson's r of depth and shift, or None where one does not vary: {tower: {parameter: r}}."""
+    found: dict[str, dict[str, float | None]] = {}
+    for tower, curves in series(rows).items():
+        for parameter, (x, y) in curves.items():
+            varies = len({*x}) > 1 and len({*y}) > 1
+            found.setdefault(tower, {})[parameter] = (
+                statistics.correlation(x, y) if varies else None
+            )
+    return found
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"l1": f"{row['l1']:.6g}"} for row in rows)
-    return text.getvalue()
+    lines = [FIELDS, *([*list(row.values())[:4], f"{row['l1']:.6g}"] for row in rows)]
+    return "".join(",".join(map(str, line)) + "\n" for line in lines)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -122,25 +108,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError(
-            "Drawing needs matplotlib: pip install 'tinyvl[plot]', or leave out --png.", 2
-        ) from None
-    import numpy as np
-
-    from tinyvl.files import replace_file
-
+        advice = "pip install 'tinyvl[plot]', or leave out --png."
+        raise UserError(f"Drawing needs matplotlib: {advice}", 2) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     curves, r = series(rows), correlations(rows)
-    towers = sorted({tower for tower, _ in curves})
-    figure, axes = pyplot.subplots(1, len(towers), figsize=(5 * len(towers), 3.6), squeeze=False)
-    for axis, tower in zip(axes[0], towers, strict=True):
-        for parameter, colour in (("scale", "tab:blue"), ("bias", "tab:orange")):
-            if (tower, parameter) not in curves:
-                continue
-            x, y = map(np.array, curves[tower, parameter])
-            value = r[tower][parameter]
+    colours = {"scale": "tab:blue", "bias": "tab:orange"}
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
+    for axis, tower in zip(axes[0], sorted(curves), strict=True):
+        for parameter in sorted(curves[tower], reverse=True):
+            x, y = map(np.array, curves[tower][parameter])
+            value, colour = r[tower][parameter], colours[parameter]
             label = parameter + ("" if value is None else f" (r = {value:.2f})")
             axis.scatter(x, y, s=14, color=colour, label=label)
             if len(set(x.tolist())) > 2:
@@ -155,10 +134,10 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     pyplot.close(figure)
 
 
-def regression_band(x, y, grid):
+def regression_band(
+    x: np.ndarray, y: np.ndarray, grid: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The least-squares line on ``grid`` and half the width of its 95 % confidence band."""
-    import numpy as np
-
     slope, start = np.polyfit(x, y, 1)
     left = len(x) - 2
     error = np.sqrt(((y - slope * x - start) ** 2).sum() / left)

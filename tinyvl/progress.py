@@ -23,31 +23,24 @@ def bar(title: str, total: int, quiet: bool = False, start: int = 0):
         yield lambda n, text="": None
         return
     if not sys.stderr.isatty():
-        begun = time.monotonic()
-        done, last = [start], [begun]
+        begun = last = time.monotonic()
+        done = start
 
         def advance(n: int, text: str = "") -> None:
-            done[0] += n
-            if time.monotonic() - last[0] > 30 or done[0] == total:
-                last[0] = time.monotonic()
-                pace = (time.monotonic() - begun) / (done[0] - start)
-                left = f"{pace * (total - done[0]) / 60:.0f} min left"
-                say(f"{title}: {done[0]}/{total}  {left}  {text}")
+            nonlocal done, last
+            done, now = done + n, time.monotonic()
+            if now - last > 30 or done == total:
+                last, left = now, (now - begun) / (done - start) * (total - done)
+                say(f"{title}: {done}/{total}  {left / 60:.0f} min left  {text}")
 
         yield advance
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+        "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        "{task.fields[text]}",
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total, completed=start, text="")

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from tinyvl import UserError, media, media_workers
 from tinyvl.device import Pieces
 from tinyvl.files import local
 from tinyvl.index import (
-    SMALLEST,
     Index,
     check_model,
     embed_images,
@@ -29,7 +29,7 @@ from tinyvl.index import (
     read_about,
     read_source,
     update,
-)  # fmt: skip
+)
 from tinyvl.write import computed, gathered
 
 HIDDEN = ".tinyvl"  # the index of a folder, in that folder
@@ -42,19 +42,14 @@ def search(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The ``k`` rows most similar to each query: exact, best first, equal scores by row.
 
+    Rows and queries are unit vectors, float32 (N, d), in memory or mapped, and (Q, d). ``k`` 0: all
+    rows; those that score less than ``threshold`` are left out. Returns (rows int64, scores
+    float64) of each query.
+
     The matrix is read in blocks, once for 256 queries; a mapped file is never copied as a whole.
     The products in fp32 only choose candidates: what is within their error of the k-th best is
     scored again in float64, each row by itself. So a score, and the order of equal ones, depends
     on neither the blocks nor the other queries nor the library that multiplies.
-
-    Args:
-        vectors: unit vectors, float32 (N, d), in memory or mapped.
-        queries: unit vectors, float32 (Q, d).
-        k: how many; 0: all.
-        threshold: leaves out what scores less.
-
-    Returns:
-        (rows int64, scores float64) of each query, at most k of each.
     """
     if not len(vectors):
         return [(np.empty(0, np.int64), np.empty(0)) for _ in queries]
@@ -144,8 +139,7 @@ class Hit:
 def term(text: str) -> Query:
     """What ``--plus`` or ``--minus`` names: the picture of that path, else the text.
 
-    Raises:
-        UserError: it is the name of a picture that is not there.
+    Raises UserError: it is the name of a picture that is not there.
     """
     if os.path.isfile(text):
         return Query(text, True)
@@ -159,7 +153,7 @@ def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
     texts = [one_line(query.name) for query in queries if not query.picture]
     files = [query.name for query in queries if query.picture]
     words = iter(model.embed_texts(texts).float().cpu().numpy() if texts else ())
-    if not files:
+    if not files:  # a model of texts alone has no encoder
         return list(words)
     encoder = model.encoder
     decoded = media_workers.decode_images(files, encoder.transform(), target=encoder.size)
@@ -173,46 +167,33 @@ def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
 
 
 def shift_of(model: Any, plus: list[Query], minus: list[Query]) -> np.ndarray | float:
-    """What ``--plus`` and ``--minus`` add to each query.
-
-    Raises:
-        UserError: a picture that cannot be read.
-    """
-    vectors = embed(model, plus + minus)
-    for error in vectors:
-        if isinstance(error, UserError):
-            raise error
-    signs = [1] * len(plus) + [-1] * len(minus)
-    return sum(sign * vector for sign, vector in zip(signs, vectors, strict=True))
+    """What ``--plus`` and ``--minus`` add to queries. Raises UserError: an unreadable picture."""
+    shift: np.ndarray | float = 0.0
+    for i, vector in enumerate(embed(model, plus + minus)):
+        if isinstance(vector, UserError):
+            raise vector
+        shift = shift + (vector if i < len(plus) else -vector)
+    return shift
 
 
 def answers(
-    index: Index,
-    model: Any,
-    queries: list[Query],
-    *,
-    k: int,
-    threshold: float | None = None,
-    shift: np.ndarray | float = 0.0,
-    captions: bool = False,
-    show: Callable[[str], str] = str,
-) -> Iterator[list[Hit] | UserError]:
+    index: Index, model: Any, queries: list[Query], *, k: int, threshold: float | None = None,
+    shift: np.ndarray | float = 0.0, captions: bool = False, show: Callable[[str], str] = str,
+) -> Iterator[list[Hit] | UserError]:  # fmt: skip
     """For each query its results, best first, or what is wrong with it.
 
-    Args:
-        shift: is added to each query's vector before that is made a unit vector again.
-        captions: among the captions instead of the pictures.
-        show: a row's path -> as it is printed.
+    ``shift`` is added to each query's vector before that is made a unit vector again. Results are
+    pictures, or with ``captions`` captions; ``show`` gives a row's path as it is printed.
     """
     table = index.captions if captions else index.images
-    found = embed(model, queries)
+    found, vectors = embed(model, queries), []
     for i, (query, vector) in enumerate(zip(queries, found, strict=True)):
         if not isinstance(vector, UserError):
             vector = vector + shift
-            found[i] = vector / max(length := np.linalg.norm(vector), 1e-3)
-            if length < 1e-3:
+            if (length := np.linalg.norm(vector)) < 1e-3:
                 found[i] = UserError(f"{query.name}: nothing is left after --plus and --minus.")
-    vectors = [vector for vector in found if not isinstance(vector, UserError)]
+            else:
+                vectors.append(vector / length)
     matrix = np.stack(vectors) if vectors else np.empty((0, model.width))
     results = search(table.vectors, matrix, k, threshold)
     rows = table.pick(n for numbers, _ in results for n in numbers)
@@ -232,25 +213,18 @@ def answers(
 
 
 def read_labels(given: str) -> list[str]:
-    """The lines of a file, or names between commas; each once.
-
-    Raises:
-        UserError: fewer than two.
-    """
+    """The lines of a file, or names between commas; each once. Raises UserError: fewer than two."""
     there = os.path.isfile(given)
     try:
-        text = Path(given).read_text(encoding="utf-8-sig") if there else given
+        lines = Path(given).read_text(encoding="utf-8-sig").splitlines() if there else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{given}: not a list of labels, a line each ({error}).", 2) from error
-    parts = text.splitlines() if there else text.split(",")
-    labels = [label for part in parts if (label := " ".join(part.split()))]
-    labels = list(dict.fromkeys(labels))
+    parts = (" ".join(part.split()) for part in (lines if there else given.split(",")))
+    labels = list(dict.fromkeys(filter(None, parts)))
     if len(labels) < 2:
-        raise UserError(
-            f"--labels takes two names or more, between commas or a line each in a file; {given!r} "
-            f"{'' if there else 'is no file and '}has {len(labels)}.",
-            2,
-        )
+        takes = "--labels takes two names or more, between commas or a line each in a file"
+        has = f"{given!r} {'' if there else 'is no file and '}has {len(labels)}"
+        raise UserError(f"{takes}; {has}.", 2)
     return labels
 
 
@@ -260,18 +234,12 @@ def classify(
 ) -> Iterator[tuple[str, list[dict[str, Any]] | UserError]]:  # fmt: skip
     """(path, its ``top`` likeliest labels, or what is wrong with the picture), in order.
 
-    A picture's probabilities are the softmax of its products with the labels' vectors, divided by
-    the model's temperature: what the model was trained to make right, with the labels in the
-    place of a batch's captions.
-
-    Args:
-        classes: a unit vector for each label (C, d), from `classes.class_embeddings`.
-
-    Yields:
-        for each label the fields that `write.write_rows` writes.
+    A picture's probabilities are the softmax of its products with the labels' vectors (C, d),
+    ``classes``, divided by the model's temperature: what the model was trained to make right, with
+    the labels in the place of a batch's captions. Labels come as the fields of `write_rows`.
     """
     classes, temperature = classes.float().cpu(), float(model.temperature)
-    encoder, pieces = model.encoder, Pieces(*SMALLEST)
+    encoder, pieces = model.encoder, Pieces()
     decoded = media_workers.decode_images(
         paths, encoder.transform(), target=encoder.size, workers=workers
     )
@@ -291,36 +259,24 @@ def classify(
 
 # --------------------------------------------------------------------------------------- commands
 
-# The commands `index` and `retrieve`. ``load`` gives a model of its name, and of its towers those
-# that are named, if not both.
-Load = Callable[..., Any]
+# `tinyvl index` and `tinyvl retrieve`. ``load`` gives a model of its name, and of its towers those
+# that are named, if not both. ``model`` None: the one that made the index, or the default.
 
 
 def bring_up_to_date(
-    data: str,
-    out: Path,
-    model: str | None,
-    load: Load,
-    *,
-    batch: int = 16,
-    workers: int | None = None,
-    say: Callable[[int], str] | None = None,
-    **reading: Any,
-) -> tuple[int, Any]:
+    data: str, out: Path, model: str | None, load: Callable[..., Any], *, batch: int = 16,
+    workers: int | None = None, announce: bool = False, **reading: Any,
+) -> tuple[int, Any]:  # fmt: skip
     """Indexes ``data`` in the folder ``out``. -> the exit status, and the model.
 
-    Args:
-        model: None: the one that made the index, or the default.
-        say: tells about the number of pictures.
-        reading: goes to `index.read_source`.
-
-    Raises:
-        UserError: as `index.update`; stopped by Control-C.
+    ``reading`` goes to `index.read_source`. Raises UserError: as `index.update`; on Control-C.
     """
     about = read_about(out) or {}
     source = read_source(data, **reading)
-    if say:
-        print(f"tinyvl: {say(len(source.captions))}", file=sys.stderr)
+    if announce:
+        there, count = "unfinished" if about else "no", len(source.captions)
+        work = f"{there} index yet; embedding {count:,} pictures into {out}"
+        print(f"tinyvl: {data}: {work}", file=sys.stderr)
     name = local(model or about.get("model", "default"))
     loaded = load(name)
     try:
@@ -332,37 +288,22 @@ def bring_up_to_date(
 
 
 def opened(
-    folder: str | None,
-    home: Path | None,
-    model: str | None,
-    load: Load,
-    queries: list[Query],
-    *,
-    captions: bool = False,
-    workers: int | None = None,
-) -> tuple[int, Index, Any]:
+    folder: str | None, home: Path | None, model: str | None, load: Callable[..., Any],
+    queries: list[Query], *, captions: bool = False, workers: int | None = None,
+) -> tuple[int, Index, Any]:  # fmt: skip
     """The index ``home``, or the folder's own, which is made first where there is none.
 
-    Args:
-        model: None: the one that made the index.
-        queries: these need one of the model's towers, or both.
+    Returns the exit status, the index, and the model, with the towers that ``queries`` need.
 
-    Returns:
-        The exit status, the index, and the model.
-
-    Raises:
-        UserError: there is nothing to search, or ``model`` did not make the index.
+    Raises UserError: there is nothing to search, or ``model`` did not make the index.
     """
     status, loaded, where = 0, None, folder or "."
     if home is None:
         home = Path(where) / HIDDEN
         if not (read_about(home) or {}).get("generation"):
-            there = "unfinished" if (home / "index.json").exists() else "no"
-
-            def say(count: int) -> str:
-                return f"{where}: {there} index yet; embedding {count:,} pictures into {home}"
-
-            status, loaded = bring_up_to_date(where, home, model, load, workers=workers, say=say)
+            status, loaded = bring_up_to_date(
+                where, home, model, load, workers=workers, announce=True
+            )
     found = Index(home)
     if not captions and not len(found.images.vectors):
         raise UserError(f"{home}: this index holds no pictures.")
@@ -378,14 +319,10 @@ def opened(
 
 def shown(index: Index, folder: str | None) -> Callable[[str], str]:
     """How a row's path is printed: below the folder as it was named, else as short as it can be."""
+    if folder is not None:
+        return partial(os.path.join, folder)
     root, here = index.root, os.path.join(os.getcwd(), "")
-
-    def show(path: str) -> str:
-        if folder is not None:
-            return os.path.join(folder, path)
-        return os.path.join(root, path).removeprefix(here)
-
-    return show
+    return lambda path: os.path.join(root, path).removeprefix(here)
 
 
 def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,15 +27,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyvl import UserError, files
-from tinyvl.progress import say
 
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a shard's header
 SHARD = "{:05}.safetensors"
 AGAIN = "restore it, or extract into another folder"
-COPY = 8192  # rows of a table copied at once
 HALF = re.compile(r"\..+\.(?:safetensors|json|f32|jsonl)\.\d+")  # of `files.replace_file`
 OF_TABLES = re.compile(r"\w+\.(\d+|part)\.(?:f32|jsonl)")
 
@@ -78,16 +75,6 @@ def read_head(file: Path, what: str, fields: Iterable[str], status: int) -> dict
         advice = f"of a later tinyvl; update this one, or make the {what} anew"
         raise UserError(f"{file.parent}: {file.name} is {advice}.", 2)
     return head
-
-
-def check_room(folder: Path, need: int, what: str, advice: str, quiet: bool) -> None:
-    """Says that ``what`` takes ``need`` bytes. Raises UserError, with ``advice``: no room."""
-    free = shutil.disk_usage(folder).free
-    takes, left = f"{what} take {need / 1e9:,.2f} GB", f"{free / 1e9:,.2f} GB are free"
-    if need > 0.9 * free:
-        raise UserError(f"{folder}: {takes}, and {left} on that disk; {advice}.", 2)
-    if need:
-        say(f"{takes} in {folder} ({left})", quiet)
 
 
 @dataclass(slots=True)
@@ -156,7 +143,7 @@ class Known:
 
 
 class Shards:
-    """Finished shards: only the rows that are asked for are read."""
+    """Finished shards, memory-mapped: only the rows that are asked for are read."""
 
     def __init__(self, folder: Path, head: dict[str, Any], dtype: torch.dtype):
         """Raises UserError: a file that the head names is missing, or has another size."""
@@ -169,10 +156,9 @@ class Shards:
         self.mapped: dict[tuple[int, str], Tensor] = {}
 
     def __len__(self) -> int:
-        """How many rows there are."""
         return self.ends[-1] if self.ends else 0
 
-    def read(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
+    def rows(self, name: str, indices: Sequence[int], part: tuple[slice, ...] = ()) -> Tensor:
         """Some rows of a tensor, or the same part of each: (n, ...), in the dtype on disk.
 
         Raises UserError: there is no such tensor, or its file is damaged.
@@ -197,39 +183,14 @@ class Shards:
 
 
 def write_shard(
-    folder: Path,
-    number: int,
-    head: dict[str, Any],
-    entries: list[Entry],
-    tensors: dict[str, Tensor],
+    folder: Path, number: int, head: dict, entries: list[Entry], tensors: dict[str, Tensor]
 ) -> None:
     """One file, in one stroke: the tensors; the head and the entries in its header."""
     records = [astuple(entry)[:5] for entry in entries]
     # One key only: of several, safetensors writes the order in which a hash map has them.
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
-    files.replace_file(
-        folder / SHARD.format(number), lambda part: write_safetensors(part, tensors, metadata)
-    )
-
-
-def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The bytes of `safetensors.torch.save_file`, of contiguous tensors.
-
-    That one holds Python's lock while it writes: an encoder on the CPU would wait meanwhile.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
-        code, shape = CODES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(tensors):
-            stream.write(tensors[name].view(torch.uint8).numpy())
+    file = folder / SHARD.format(number)
+    files.replace_file(file, lambda part: save_file(tensors, part, metadata))
 
 
 def read_shards(
@@ -277,11 +238,6 @@ class Row:
         fields = {name: value for name in self.__slots__ if (value := getattr(self, name))}
         return json.dumps(fields) + "\n"  # in ASCII: names that are not UTF-8 survive
 
-    @property
-    def place(self) -> bytes:
-        """What rows are sorted by."""
-        return os.fsencode(self.path) if self.caption is None else self.caption.encode()
-
 
 @contextmanager
 def sound(folder: Path) -> Iterator[None]:
@@ -299,13 +255,6 @@ class Table:
 
     list: BinaryIO | None  # None: it has no rows
     vectors: np.ndarray  # (rows, width) float32, mapped
-
-    @classmethod
-    def open(cls, folder: Path, stem: str, count: int, width: int) -> Table:
-        """Raises UserError: a file is missing or too short."""
-        with sound(folder):
-            lines = (folder / f"{stem}.jsonl").open("rb") if count else None
-            return cls(lines, mapped(folder / f"{stem}.f32", count, width))
 
     def rows(self) -> list[Row]:
         return list(self.pick(range(len(self.vectors))).values())
@@ -325,6 +274,14 @@ class Table:
             if len(rows) < len(wanted):
                 raise ValueError(f"{self.list.name} is cut short")
         return rows
+
+
+def open_table(folder: Path, about: dict[str, Any], name: str) -> Table:
+    """Raises UserError: a file is missing or too short."""
+    stem, count = f"{name}.{about['generation']}", about[name]
+    with sound(folder):
+        lines = (folder / f"{stem}.jsonl").open("rb") if count else None
+        return Table(lines, mapped(folder / f"{stem}.f32", count, about["width"]))
 
 
 def mapped(file: Path, rows: int, width: int) -> np.ndarray:
@@ -376,18 +333,15 @@ class Part:
 def write_table(folder: Path, stem: str, rows: list[Row], vectors: dict[str, tuple]) -> None:
     """A table of ``rows`` in their order. ``vectors``: by digest, a matrix and a row of it."""
 
-    def matrix(part: Path) -> None:
+    def write(part: Path, content: Iterable[bytes]) -> None:
         with part.open("wb") as file:
-            for i in range(0, len(rows), COPY):
-                found = (vectors[row.digest] for row in rows[i : i + COPY])
-                file.write(b"".join(source[n].tobytes() for source, n in found))
+            file.writelines(content)
 
-    def lines(part: Path) -> None:
-        with part.open("w", encoding="ascii") as file:
-            file.writelines(row.line() for row in rows)
-
-    files.replace_file(folder / f"{stem}.f32", matrix)
-    files.replace_file(folder / f"{stem}.jsonl", lines)
+    places = (vectors[row.digest] for row in rows)
+    matrix = (source[n].tobytes() for source, n in places)
+    lines = (row.line().encode("ascii") for row in rows)
+    files.replace_file(folder / f"{stem}.f32", lambda part: write(part, matrix))
+    files.replace_file(folder / f"{stem}.jsonl", lambda part: write(part, lines))
 
 
 def sweep(folder: Path, generation: int) -> None:

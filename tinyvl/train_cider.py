@@ -22,7 +22,7 @@ from torch import Tensor
 from tinyvl import decode
 from tinyvl.captioner import Batch, Captioner
 from tinyvl.data import Record
-from tinyvl.metrics_cider import Cider, tokenise
+from tinyvl.metrics_captions import Cider, tokenise
 
 END = "</s>"
 

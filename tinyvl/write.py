@@ -20,58 +20,45 @@ from torch import Tensor
 from tinyvl import UserError, media_workers
 from tinyvl.decode import Style
 from tinyvl.device import Pieces
+from tinyvl.files import replace_file
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
     from tinyvl.features import FeatureStore
 
 
-SMALLEST = "One picture", "use fewer --beams or --device cpu"  # where even that does not fit
-
+ADVICE = "use fewer --beams or --device cpu"  # where not even one picture fits
 
 # ----------------------------------------------------------------------------------- captions
 
 
 def captions(
-    model: "Captioner",
-    paths: Iterable[str],
-    *,
-    style: Style,
-    batch: int = 16,
-    workers: int | None = None,
-    questions: Iterable[str] | None = None,
+    model: "Captioner", paths: Iterable[str], *, style: Style, batch: int = 16,
+    workers: int | None = None, questions: Iterable[str] | None = None,
     store: "FeatureStore | None" = None,
-) -> Iterator[tuple[str, str | UserError, float]]:
+) -> Iterator[tuple[str, str | UserError, float]]:  # fmt: skip
     """(path, caption or what is wrong with the file, mean log-probability), in order.
 
-    Pictures are decoded ahead in worker processes. What has come is captioned at once: a slow
-    producer at the other end of a pipe makes small batches, not waiting.
-
-    Args:
-        questions: one for each path, to be answered by ``model.answer`` in the captions' place.
-        store: nothing is decoded; what the encoder made of the pictures is read from there.
+    Pictures are decoded ahead in worker processes, or with a ``store`` not at all: the encoder's
+    output is read from there. What has come is captioned at once: a slow producer at the other end
+    of a pipe makes small batches, not waiting. ``questions``, one a path, are answered instead.
     """
-    pieces = Pieces(*SMALLEST)
+    pieces = Pieces(advice=ADVICE)
     for group in gathered(decoded(model, paths, questions, workers, store), batch):
         for path, found in computed(group, lambda good: run(model, good, style, pieces)):
             yield path, *((found, 0.0) if isinstance(found, UserError) else found)
 
 
 def decoded(
-    model: "Captioner",
-    paths: Iterable[str],
-    questions: Iterable[str] | None,
-    workers: int | None,
-    store: "FeatureStore | None",
-) -> Iterator[tuple]:
+    model: "Captioner", paths: Iterable[str], questions: Iterable[str] | None,
+    workers: int | None, store: "FeatureStore | None",
+) -> Iterator[tuple]:  # fmt: skip
     """(path, picture or what is wrong with it), and its question, if there are questions."""
     if store is not None:
         pictures = stored(store, model.reads, paths)
     else:
-        encoder = model.encoder
-        pictures = media_workers.decode_images(
-            paths, encoder.view(), target=encoder.size, workers=workers
-        )
+        view, target = model.encoder.view(), model.encoder.size
+        pictures = media_workers.decode_images(paths, view, target=target, workers=workers)
     with closing(pictures):  # ends the workers when this generator is closed
         if questions is None:
             yield from pictures
@@ -88,19 +75,16 @@ def stored(
         entry = store.find(os.path.abspath(path))
         if entry is None:
             yield path, UserError(f"{path}: not in {store.folder}, or changed since.")
-        elif entry.row is None:
-            yield path, UserError(entry.error)
         else:
-            yield path, store.read(what, [entry.row])[0]
+            yield path, UserError(entry.error) if entry.error else store.read(what, [entry.row])[0]
 
 
 def run(
     model: "Captioner", items: list[tuple], style: Style, pieces: Pieces | None = None
 ) -> list[tuple[str, float]]:
     """Captions of (path, decoded picture), or answers to (path, decoded picture, question)."""
-    pieces = pieces or Pieces(*SMALLEST)
+    pieces, found = pieces or Pieces(advice=ADVICE), {}
     shapes = [item[1].shape for item in items]
-    found: dict[int, tuple[str, float]] = {}
     for shape in dict.fromkeys(shapes):  # several, where pictures are beside videos
         rows = [row for row, own in enumerate(shapes) if own == shape]
         alike = [items[row] for row in rows]
@@ -180,9 +164,7 @@ def computed(
 ) -> Iterator[tuple[str, Any]]:
     """(path, what ``compute`` makes of the item, or what is wrong with its picture), in order.
 
-    Args:
-        group: (path, picture or what is wrong with it, ...).
-        compute: gets those that have a picture, all at once.
+    Of a group of (path, picture or what is wrong with it, ...), those with pictures at once.
     """
     good = [item for item in group if isinstance(item[1], Tensor)]
     found = iter(compute(good) if good else ())
@@ -194,13 +176,9 @@ def computed(
 
 
 def write(
-    results: Iterable[tuple[str, str | UserError, float]],
-    stream: TextIO,
-    *,
-    as_json: bool,
-    bare: bool,
-    question: str | None = None,
-) -> int:
+    results: Iterable[tuple[str, str | UserError, float]], stream: TextIO, *, as_json: bool,
+    bare: bool, question: str | None = None,
+) -> int:  # fmt: skip
     """A line a caption, or answer to a ``question``: see `write_rows`. -> the exit status."""
     name = "caption" if question is None else "answer"
     rows = (
@@ -208,27 +186,18 @@ def write(
         for path, text, score in results
     )
     asked = {} if question is None else {"question": question}
-    text = "{" + name + "}"
-    return write_rows(rows, stream, text, as_json=as_json, bare=bare, fields=asked)
+    return write_rows(rows, stream, f"{{{name}}}", as_json=as_json, bare=bare, fields=asked)
 
 
 def write_rows(
-    results: Iterable[tuple[str, list[dict[str, Any]] | UserError]],
-    stream: TextIO,
-    text: str,
-    *,
-    as_json: bool,
-    bare: bool,
-    fields: dict[str, Any] | None = None,
-) -> int:
+    results: Iterable[tuple[str, list[dict[str, Any]] | UserError]], stream: TextIO, text: str, *,
+    as_json: bool, bare: bool, fields: dict[str, Any] | None = None,
+) -> int:  # fmt: skip
     """A line a row, as they come; what failed goes to standard error. -> the exit status.
 
-    Args:
-        results: (path, its rows, or what is wrong with it).
-        text: what is written of a row, a template for `str.format`.
-        as_json: all fields, and those that failed, as JSON Lines.
-        bare: the text alone (one input); else ``path<TAB>text``.
-        fields: of each line of JSON, after the path.
+    Results are (path, its rows, or what is wrong with it). A line is ``path<TAB>text``, or ``bare``
+    (one input) the text alone, which is made of a row by `str.format`. With ``as_json`` it is the
+    path, the ``fields`` and the row, or what is wrong.
     """
     status = 0
     for path, rows in results:
@@ -249,27 +218,16 @@ def write_rows(
 
 
 def open_output(
-    out: Path,
-    resume: bool,
-    *,
-    field: str = "caption",
-    tabs: int = 1,
-    lines: int = 1,
+    out: Path, resume: bool, *, field: str = "caption", tabs: int = 1, lines: int = 1,
     question: str | None = None,
-) -> tuple[TextIO, set[str]]:
+) -> tuple[TextIO, set[str]]:  # fmt: skip
     """The file to append to, and the paths it already has results for.
 
     A line cut off by a kill, the lines of failed files and those of a path with too few lines are
-    dropped: they are tried again.
+    dropped: they are tried again. Answers to another ``question`` stay and do not count. A line of
+    JSON has ``field`` unless its file failed; in one of text, ``tabs`` columns follow the path.
 
-    Args:
-        field: what a line of JSON has unless its file failed.
-        tabs: how many columns follow the path in a line of text.
-        lines: how many lines a path has.
-        question: to which the results are answers; those to others stay and do not count.
-
-    Raises:
-        UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's.
+    Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's.
     """
     append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
     if not out.exists():
@@ -278,9 +236,8 @@ def open_output(
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror}).", 2) from error
     if not resume:
-        raise UserError(
-            f"{out}: this file exists; go on with it by --resume, or choose another name.", 2
-        )
+        advice = "go on with it by --resume, or choose another name"
+        raise UserError(f"{out}: this file exists; {advice}.", 2)
     kept: list[tuple[str, str]] = []  # path, line
     content = out.read_text(encoding="utf-8", errors="surrogateescape")
     for line in re.findall(r"[^\n]*\n", content):
@@ -297,8 +254,6 @@ def open_output(
         else:
             raise UserError(f"{out}: this file was not written by tinyvl; nothing was changed.", 2)
     counts = Counter(path for path, _ in kept)
-    part = out.with_name(f".{out.name}.part")
     whole = "".join(line for path, line in kept if counts[path] >= lines)
-    part.write_text(whole, encoding="utf-8", errors="surrogateescape")
-    part.replace(out)
+    replace_file(out, lambda part: part.write_text(whole, "utf-8", "surrogateescape"))
     return append(), {path for path, count in counts.items() if count >= lines}

@@ -1,48 +1,23 @@
 """eP-ALM on videos and sounds, with random tiny backbones: train, save, load, ask, evaluate."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import shell
 import torch
-import transformers
-from PIL import Image
-from test_encoders_av import AST, TIMESFORMER
-from test_encoders_av import write as write_backbone
-from tiny import write_decoder, write_vision
-from typer.testing import CliRunner
+import worlds
+from worlds import CPU
 
-from tinyvl import UserError, cli, draw_av, evaluate, models, presets, train, train_batches, write
+from tinyvl import UserError, evaluate, models, presets, train, train_batches, write
 from tinyvl.features import open_store
-
-CPU = torch.device("cpu")
-TINY_AST = AST | {"max_length": 100, "num_mel_bins": 32}
-
-
-def model_of(kind: type, config: dict):
-    settings = {k: v for k, v in config.items() if k != "model_type"}
-    return kind(kind.config_class(**settings))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("av")
-    texts = []
-    for name, make in (("video", draw_av.draw_videos), ("audio", draw_av.draw_sounds)):
-        for r in make(root / name, train=6, held_out=3):
-            texts += [r["captions"][0], f"{r['question']} Answer: {r['answers'][0]}"]
-    write_backbone(root / "timesformer", model_of(transformers.TimesformerModel, TIMESFORMER))
-    write_backbone(root / "ast", model_of(transformers.ASTModel, TINY_AST))
-    write_vision(root / "vit")
-    write_decoder(root / "lm", "opt", texts)
-    pictures = []
-    for i, colour in enumerate(("red", "green", "blue")):
-        Image.new("RGB", (64, 64), colour).save(root / f"{i}.png")
-        pictures.append({"image": f"{i}.png", "question": "what colour is the star?",
-                         "answers": [colour], "split": "train"})  # fmt: skip
-    lines = "".join(json.dumps(line) + "\n" for line in pictures)
-    (root / "pictures.jsonl").write_text(lines)
-    return {path.name: path for path in root.iterdir()} | {"root": root}
+    return worlds.clips(tmp_path_factory.mktemp("av"))
 
 
 ENCODERS = {"video": "timesformer", "audio": "ast", "image": "timesformer"}
@@ -52,13 +27,11 @@ def trained(world, out: Path, modality: str, task: str = "caption", vision=None,
     told = {"video": {"frames": 4}, "audio": {"masks": [8, 20]}, "image": {}}[modality]
     media = {} if modality == "image" else {"modality": modality, **told}
     data = world["pictures.jsonl"] if modality == "image" else world[modality]
-    job = presets.Job(
-        **{
-            "method": "epalm", "data": str(data), "language": str(world["lm"]),
-            "vision": str(world[vision or ENCODERS[modality]]), "fit": "squash",
-            "options": {"task": task}, "recipe": presets.Recipe(batch=4, epochs=3, rate=1e-3),
-            "media": media, **changes,
-        }
+    parts = {"data": data, "language": world["lm"], "vision": world[vision or ENCODERS[modality]]}
+    job = worlds.job(
+        {name: str(path) for name, path in parts.items()},
+        **{"method": "epalm", "fit": "squash", "options": {"task": task}, "media": media,
+           "per_image": 1, "batch": 4, "epochs": 3, "rate": 1e-3, **changes},
     )  # fmt: skip
     return train.train(job, presets.Run(out=out, device=CPU, quiet=True, workers=0))
 
@@ -82,10 +55,9 @@ def test_trained_saved_asked_and_measured(modality, world, tmp_path):
     folder = world[modality] / {"video": "videos", "audio": "sounds"}[modality]
     first = sorted(folder.iterdir())[0]
     (tmp_path / f"bad{first.suffix}").write_bytes(b"no")
-    result = CliRunner().invoke(
-        cli.app,
-        ["ask", str(first), str(tmp_path / f"bad{first.suffix}"), str(tmp_path / "no"), "what is?",
-         "-m", str(tmp_path / "a"), "--json", "--device", "cpu", "--workers", "0"],
+    result = shell.invoke(
+        "ask", str(first), str(tmp_path / f"bad{first.suffix}"), str(tmp_path / "no"), "what is?",
+        "-m", str(tmp_path / "a"), "--json", "--device", "cpu", "--workers", "0",
     )  # fmt: skip
     assert result.exit_code == 1
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -105,10 +77,9 @@ def test_a_folder_gives_its_videos_and_a_batch_does_not_matter(world, tmp_path):
         ((_, text, score),) = write.captions(model, [path], style=style, workers=0)
         assert (path, text) == found[:2]
         assert score == pytest.approx(found[2], abs=1e-4)
-    result = CliRunner().invoke(
-        cli.app,
-        ["caption", str(world["video"]), "-m", str(tmp_path / "a"), "--device", "cpu", "--beams",
-         "1", "--frames", "2", "--workers", "0"],
+    result = shell.invoke(
+        "caption", str(world["video"]), "-m", str(tmp_path / "a"), "--device", "cpu", "--beams",
+        "1", "--frames", "2", "--workers", "0",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 9
@@ -166,17 +137,19 @@ def test_features_of_videos_are_read_by_models_of_the_same_frames(world, tmp_pat
                  "--vision", str(world["timesformer"]), "--fit", "squash", "--what", "summaries",
                  "--out", str(tmp_path / "kept"), "--device", "cpu", "--quiet", "--workers",
                  "0"]  # fmt: skip
-    result = CliRunner().invoke(cli.app, arguments)
+    result = shell.invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["extracted"] == 9
     trained(world, tmp_path / "a", "video")
     source = evaluate.Source(str(world["video"]))
-    run = {"style": GREEDY, "place": PLACE, "scoring": evaluate.Scoring(["BLEU-4"])}
-    one = evaluate.run("caption", str(tmp_path / "a"), source, out=tmp_path / "one", **run)
-    two = evaluate.run(
-        "caption", str(tmp_path / "a"), source, out=tmp_path / "two", features=tmp_path / "kept",
-        **run,
-    )  # fmt: skip
+    places = [
+        replace(PLACE, out=tmp_path / "one"),
+        replace(PLACE, out=tmp_path / "two", features=tmp_path / "kept"),
+    ]
+    run = {"style": GREEDY, "scoring": {"metrics": ["BLEU-4"]}}
+    one, two = (
+        evaluate.run("caption", str(tmp_path / "a"), source, place=place, **run) for place in places
+    )
     assert one["items"] == two["items"] == 3
     vision = models.read_config(tmp_path / "a")["vision"]
     with pytest.raises(UserError, match="frames 4"):
@@ -198,10 +171,6 @@ def test_what_does_not_go_together_is_refused(arguments, words, world, tmp_path)
     arguments = [str(world[places[a]]) if a in places else a for a in arguments]
     if "--data" not in arguments:
         arguments += ["--data", str(world["pictures.jsonl"])]
-    result = CliRunner().invoke(
-        cli.app,
-        ["train", "epalm", *arguments, "--lm", str(world["lm"]), "--out", str(tmp_path / "x")],
-    )
-    assert isinstance(result.exception, UserError)
-    assert words in str(result.exception)
-    assert result.exception.status == 2
+    with pytest.raises(UserError, match=re.escape(words)) as said:
+        shell.invoke("train", "epalm", *arguments, "--lm", world["lm"], "--out", tmp_path / "x")
+    assert said.value.status == 2
