@@ -40,14 +40,12 @@ class Reading:
 
 @command(sets, "check")
 def check_data(
-    paths: Annotated[list[Path], typer.Argument(help="Data sets: files or folders.")],
-    *,
+    paths: Annotated[list[Path], typer.Argument(help="Data sets: files or folders.")], *,
     reading: Reading,
     fast: bool = option("Run", False, "Only look whether files exist; decode none."),
     as_json: bool = option("Output", False, "One JSON object.", name="--json"),
-    quiet: bool = same(Run, "quiet", False),
-    workers: int | None = same(Run, "workers"),
-) -> None:
+    quiet: bool = same(Run, "quiet", False), workers: int | None = same(Run, "workers"),
+) -> None:  # fmt: skip
     """Validate data sets without training on them.
 
     Counts records, files, splits, languages, captions and their lengths, and finds missing and

@@ -74,17 +74,9 @@ class ClipCap(Captioner):
     reads = "summaries"
 
     def __init__(
-        self,
-        encoder: ImageEncoder,
-        decoder: Decoder,
-        text: Text,
-        *,
-        prompt: str = "",
-        mapping: str = "mlp",
-        length: int = 10,
-        layers: int = 8,
-        heads: int = 8,
-    ):
+        self, encoder: ImageEncoder, decoder: Decoder, text: Text, *, prompt: str = "",
+        mapping: str = "mlp", length: int = 10, layers: int = 8, heads: int = 8,
+    ):  # fmt: skip
         """Args:
         mapping: "mlp" or "transformer"; a transformer has ``layers`` and ``heads``.
         length: of the prefix.

@@ -164,17 +164,10 @@ class LilT(DualEncoder):
     """Two towers, two projections and a temperature."""
 
     def __init__(
-        self,
-        encoder: ImageTower | None,
-        text: TextTower | None,
-        *,
-        embed: int = 256,
-        projections: bool = True,
-        map_width: int = 384,
-        dropout: tuple[float, float] = (0.0, 0.0),
-        temperature: float = 0.07,
-        learn_temperature: bool = True,
-    ):
+        self, encoder: ImageTower | None, text: TextTower | None, *, embed: int = 256,
+        projections: bool = True, map_width: int = 384, dropout: tuple[float, float] = (0.0, 0.0),
+        temperature: float = 0.07, learn_temperature: bool = True,
+    ):  # fmt: skip
         """Args:
         encoder, text: None where only the other is wanted, as by `tinyvl retrieve`.
         embed: width d of the common space.

@@ -103,15 +103,9 @@ class TextTower(nn.Module):
     """A BERT of which a part may be trained. ids, mask (B, T) -> vectors (B, D)."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        clean: bool,
-        pool: str,
-        tuned: frozenset[str],
+        self, model: Any, tokenizer: Any, *, clean: bool, pool: str, tuned: frozenset[str],
         prefix: str = "",
-    ):
+    ):  # fmt: skip
         """Args:
         model: transformers', or `encoders_text.Bert`.
         tokenizer: transformers' own; None where only parameters are counted.
@@ -226,13 +220,9 @@ class DualEncoder(Method):
             return self.eval().text(ids.to(self.device), mask.to(self.device)).float()
 
     def collate(
-        self,
-        captions: list[list[int]],
-        rows: list[int],
-        pictures: Tensor,
-        keys: list[int],
+        self, captions: list[list[int]], rows: list[int], pictures: Tensor, keys: list[int],
         states: list[Tensor] | None = None,
-    ) -> Pairs:
+    ) -> Pairs:  # fmt: skip
         ids, mask = self.text.pad(captions)
         if states is not None:
             ids = torch.cat(states)

@@ -53,15 +53,9 @@ def role_of(side: str, part: dict) -> str:
 
 
 def new_config(
-    method: str,
-    language: str,
-    vision: str,
-    *,
-    fit: str,
-    prompt: str,
-    options: dict[str, Any],
+    method: str, language: str, vision: str, *, fit: str, prompt: str, options: dict[str, Any],
     media: dict[str, Any] | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """The ``config.json`` of a model to be trained; fetches its backbones.
 
     ``media``: extra encoder options, as in `encoders_build.build_encoder`. UserError: a backbone is
@@ -84,13 +78,9 @@ def new_config(
 
 
 def build(
-    config: dict,
-    *,
-    device: torch.device,
-    precision: torch.dtype,
-    weights: bool = True,
+    config: dict, *, device: torch.device, precision: torch.dtype, weights: bool = True,
     sides: Iterable[str] = tuple(ROLES),
-) -> "Method":
+) -> "Method":  # fmt: skip
     """The model of a ``config.json``, its trainable modules new.
 
     Args:

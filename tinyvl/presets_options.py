@@ -17,16 +17,9 @@ if TYPE_CHECKING:
 
 
 def option(
-    panel: str,
-    default: Any,
-    help: str,
-    *,
-    name: str = "",
-    shown: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-    choices: tuple[str, ...] = (),
-    **more: Any,
-) -> Any:
+    panel: str, default: Any, help: str, *, name: str = "", shown: str | None = None,
+    parse: Callable[[str], Any] | None = None, choices: tuple[str, ...] = (), **more: Any,
+) -> Any:  # fmt: skip
     """A field of a dataclass that is an option of the command line, too.
 
     Args:

@@ -128,17 +128,9 @@ class Pictures:
     """
 
     def __init__(
-        self,
-        records: list[data.Record],
-        model: Any,
-        run: Run,
-        name: str,
-        views: int = 1,
-        seed: int = 0,
-        store: FeatureStore | None = None,
-        crops: bool = False,
-        dtype: str = "fp16",
-    ):
+        self, records: list[data.Record], model: Any, run: Run, name: str, views: int = 1,
+        seed: int = 0, store: FeatureStore | None = None, crops: bool = False, dtype: str = "fp16",
+    ):  # fmt: skip
         self.paths = [r.path for r in records]
         number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
         self.keys = [number[path] for path in self.paths]  # equal where pictures are the same
@@ -266,15 +258,9 @@ class Feed:
     """The micro-batches of a run: those of each optimizer step, and those to validate on."""
 
     def __init__(
-        self,
-        train: list[data.Record],
-        val: list[data.Record],
-        model: Any,
-        job: Job,
-        run: Run,
-        store: FeatureStore | None = None,
-        dtype: str = "fp16",
-    ):
+        self, train: list[data.Record], val: list[data.Record], model: Any, job: Job, run: Run,
+        store: FeatureStore | None = None, dtype: str = "fp16",
+    ):  # fmt: skip
         """As `Pictures`. UserError: none of the pictures can be read."""
         self.model, self.job = model, job
         self.pictures = Pictures(
@@ -340,13 +326,9 @@ class Feed:
         return (batch for batch in self.batches(*parts) if batch is not None)
 
     def batches(
-        self,
-        groups: list[Group],
-        order: list[list[int]],
-        pictures: Pictures,
-        states: TextStates,
+        self, groups: list[Group], order: list[list[int]], pictures: Pictures, states: TextStates,
         epoch: int = 0,
-    ) -> Iterator[Batch | Pairs | None]:
+    ) -> Iterator[Batch | Pairs | None]:  # fmt: skip
         """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
         wanted = [[groups[g].record for g in micro] for micro in order]
         for micro, seen in zip(order, pictures.stream(wanted, epoch), strict=True):

@@ -38,13 +38,9 @@ class SelfCritical:
     """
 
     def __init__(
-        self,
-        model: Captioner,
-        references: dict[int, list[str]],
-        val_references: dict[int, list[str]],
-        samples: int,
-        max_tokens: int,
-    ):
+        self, model: Captioner, references: dict[int, list[str]],
+        val_references: dict[int, list[str]], samples: int, max_tokens: int,
+    ):  # fmt: skip
         self.model, self.samples, self.max_tokens = model, samples, max_tokens
         self.cider, self.number = scorer(references)
         self.val_cider, self.val_number = scorer(val_references)
