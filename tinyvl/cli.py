@@ -77,18 +77,13 @@ def start(
 
 @command(app, "caption")
 def caption(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is); "
-            "videos or sounds for a model trained on them.",
-            metavar="FILE",
-        ),
-    ] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Pictures, folders, "
+        "globs, or - for paths on standard input (as a pipe is); videos or sounds for a model "
+        "trained on them.")] = None,
     *,
     search: Search,
     how: Teller,
-) -> None:
+) -> None:  # fmt: skip
     """Caption pictures, videos or sounds: a line each, path<TAB>caption where there are several.
 
     With --features DIR pictures are read there, neither decoded nor encoded; without inputs, all
@@ -99,18 +94,13 @@ def caption(
 
 @command(app, "ask")
 def ask(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Pictures, videos or sounds (what the model reads), folders, globs, or - for "
-            'paths on standard input, and last the "question".',
-            metavar="FILE... QUESTION",
-        ),
-    ],
+    inputs: Annotated[list[str], typer.Argument(metavar="FILE... QUESTION", help="Pictures, videos "
+        "or sounds (what the model reads), folders, globs, or - for paths on standard input, and "
+        'last the "question".')],
     *,
     search: Search = Search(beams=3, max_tokens=10),
     how: Teller,
-) -> None:
+) -> None:  # fmt: skip
     """Ask a question about pictures, videos or sounds: a line each, path<TAB>answer for several.
 
     The model is one of `tinyvl train epalm --task vqa`. Without files paths come from a pipe.

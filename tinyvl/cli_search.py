@@ -145,19 +145,14 @@ def line_of(hit: Any, as_json: bool, several: bool) -> str:
 
 @command(app, "classify")
 def classify(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is).",
-            metavar="FILE",
-        ),
-    ] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Pictures, folders, "
+        "globs, or - for paths on standard input (as a pipe is).")] = None,
     *,
     labels: str = option("Data", "", "Names between commas, or a file with one a line."),
     prompt: list[str] | None = PROMPTS,
     top: int = option("Output", 1, "Labels of each picture.", name="--top,-k", min=1),
     how: Reader,
-) -> None:
+) -> None:  # fmt: skip
     """Say which label fits a picture: path<TAB>label<TAB>probability (no path for one picture)."""
     inputs = piped(inputs)
     if not labels:

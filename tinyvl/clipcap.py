@@ -77,10 +77,7 @@ class ClipCap(Captioner):
         self, encoder: ImageEncoder, decoder: Decoder, text: Text, *, prompt: str = "",
         mapping: str = "mlp", length: int = 10, layers: int = 8, heads: int = 8,
     ):  # fmt: skip
-        """Args:
-        mapping: "mlp" or "transformer"; a transformer has ``layers`` and ``heads``.
-        length: of the prefix.
-        """
+        """``mapping``: "mlp" or "transformer", which has ``layers`` and ``heads``."""
         super().__init__(encoder, decoder, text, prompt, length)
         width, vision_width = decoder.config.embed_size, encoder.widths[-1]
         self.mapping: nn.Module

@@ -178,7 +178,7 @@ class AudioEncoder(Layered):
 
 
 def build(vision: dict[str, Any], folder: Path | None, levels: int | None) -> Encoder:
-    """A TimeSformer or an `AudioEncoder`; the arguments are those of `build_encoder`."""
+    """A TimeSformer or an `AudioEncoder`; the arguments are as in `models_build.build_encoder`."""
     model, processor = load_model(vision["config"], folder)
     if vision["config"]["model_type"] == "timesformer":
         return TimeSformer(model, fit=vision["fit"], levels=levels, processor=processor)

@@ -291,8 +291,7 @@ class LilT(DualEncoder):
     def embed_texts(self, texts: list[str], *, max_tokens: int = 30, batch: int = 256) -> Tensor:
         """Texts in any order -> unit vectors (B, d) in that order, float32.
 
-        Args:
-            max_tokens: longer texts are cut; 30 is the authors' length at evaluation.
+        Longer texts than ``max_tokens`` are cut: 30 is the authors' length at evaluation.
         """
         ids = self.text.encode(texts, max_tokens)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

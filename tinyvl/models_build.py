@@ -22,13 +22,14 @@ from tinyvl.text import Questions, Text, read_text
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
     from tinyvl.decoder import DecoderConfig
-    from tinyvl.encoders import ImageEncoder
+    from tinyvl.encoders import Encoder, ImageEncoder
     from tinyvl.lilt import LilT
     from tinyvl.lilt_towers import ImageTower, TextTower
     from tinyvl.method import Method
 
 # A configuration's backbones and the role in which `hub` fetches each.
 ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
+SOUNDS = ("audio-spectrogram-transformer", "whisper")  # model_type in transformers
 QUESTIONS = ("task", "separator", "answer_only")  # options of `text.Questions`
 
 
@@ -58,7 +59,7 @@ def new_config(
 ) -> dict:  # fmt: skip
     """The ``config.json`` of a model to be trained; fetches its backbones.
 
-    ``media``: extra encoder options, as in `encoders_build.build_encoder`. UserError: a backbone is
+    ``media``: extra encoder options, as in `build_encoder`. UserError: a backbone is
     not known, or cannot be fetched.
     """
     config: dict[str, Any] = {"format": 1, "method": method}
@@ -83,12 +84,9 @@ def build(
 ) -> "Method":  # fmt: skip
     """The model of a ``config.json``, its trainable modules new.
 
-    Args:
-        weights: False: on the meta device.
-        sides: of a LilT's "text" and "image" those that are wanted.
-
-    UserError: the method or an option is refused, or a backbone's weights are not those that the
-    model was trained with.
+    Without ``weights`` it is on the meta device; ``sides``: of a LilT's "text" and "image" those
+    that are wanted. UserError: the method or an option is refused, or a backbone's weights are not
+    those that the model was trained with.
     """
     if config.get("format") != 1 or config.get("method") not in METHODS:
         raise UserError(
@@ -130,7 +128,6 @@ def build_captioner(
     """A captioner over the backbones in these folders; None: parameters only, random."""
     from tinyvl.decoder import Decoder
     from tinyvl.decoder_weights import decoder_config, load_decoder
-    from tinyvl.encoders_build import build_encoder
 
     kind = class_of(config["method"])
     lm, vision = config["decoder"], config["vision"]
@@ -222,6 +219,45 @@ def within(name: str, given: list[int] | None, number: int) -> None:
         raise UserError(
             f"--{name} {given[0]}:{given[1]} is not within the {number} there are (0:{number}).", 2
         )
+
+
+def build_encoder(
+    vision: dict[str, Any], folder: Path | None = None, *, levels: int | None = None
+) -> "Encoder":
+    """The encoder as a ``config.json`` describes it; random without a folder.
+
+    Videos' and sounds' code is imported only for them.
+
+    Args:
+        vision: ``config`` and ``fit``. Optional: the number of ``lower`` maps, the side of
+            ``larger`` pictures, the ``modality``, the ``frames`` of a video, and the widest
+            ``masks`` of a sound (mel bins, frames).
+
+    UserError: it does not read this modality, or has no maps for ``lower`` or ``larger``.
+    """
+    modality, kind = vision.get("modality", "image"), vision["config"].get("model_type")
+    if (modality == "audio") != (kind in SOUNDS):
+        reads = "sounds" if kind in SOUNDS else "pictures or videos"
+        raise UserError(
+            f"{vision.get('name', 'This encoder')} reads {reads}, not {modality}; name another "
+            f"--vision for --modality {modality}, or another --modality.",
+            2,
+        )
+    from tinyvl.encoders import FRAMES, build_image_encoder
+
+    maps = {key: vision[key] for key in ("lower", "larger") if vision.get(key)}
+    if kind in (*SOUNDS, "timesformer"):
+        from tinyvl import encoders_av
+
+        for key, value in maps.items():
+            raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
+        encoder = encoders_av.build(vision, folder, levels)
+    else:
+        config, fit = vision["config"], vision["fit"]
+        encoder = build_image_encoder(config, folder, fit=fit, levels=levels, **maps)
+    if modality != "audio":
+        encoder.modality, encoder.frames = modality, vision.get("frames", FRAMES)
+    return encoder
 
 
 # -------------------------------------------------------------------------------------------- LilT

@@ -121,10 +121,7 @@ class Pictures:
     each epoch sees a new random crop (`media_augment.RandomCrop`). Of videos and sounds the encoder
     says what is varied. Features are read from ``store``, or else from caches in the run's folder,
     one for each view. Those are filled first, and a killed run goes on filling them. Crops are
-    never cached, nor are pictures whose encoder is trained.
-
-    Args:
-        dtype: in which the run's own caches keep features: see `cache_dtype`.
+    never cached, nor are pictures whose encoder is trained. ``dtype``: see `cache_dtype`.
     """
 
     def __init__(

@@ -30,11 +30,8 @@ END = "</s>"
 class SelfCritical:
     """The objective in place of cross-entropy: `accumulate` and `validate` of a `Captioner`.
 
-    Args:
-        references: {a picture's key in a `Batch`: its captions}, to train on.
-        val_references: the same for the pictures to validate on.
-        samples: K.
-        max_tokens: the length of a sampled caption at most, its end included.
+    ``references``: {a picture's key in a `Batch`: its captions}; ``samples``: K; ``max_tokens``:
+    the length of a sampled caption at most, its end included.
     """
 
     def __init__(
