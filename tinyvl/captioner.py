@@ -86,12 +86,6 @@ class Captioner(Method):
     def fixed_pictures(self) -> bool:
         return not self.encoder.learns
 
-    def train(self, mode: bool = True) -> "Captioner":
-        """As in PyTorch, but the encoder's batch statistics and dropout stay frozen."""
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
     def checkpoint(self, on: bool) -> None:
         self.decoder.checkpointing = on
 

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
@@ -64,15 +64,15 @@ def taken(parameter: inspect.Parameter) -> Taken | None:
     """None: the parameter is Typer's own."""
     kind, default = parameter.annotation, parameter.default
     if is_dataclass(kind):
-        start = kind if default is parameter.empty else lambda **asked: replace(default, **asked)
+        own = {} if default is parameter.empty else vars(default)
 
         def make(asked: dict[str, Any]) -> Any:
-            made = start(**asked)
+            made = kind(**own | asked)
             if hasattr(made, "given"):
                 made.given = asked
             return made
 
-        return Taken(declared(kind), make, {} if default is parameter.empty else vars(default))
+        return Taken(declared(kind), make, own)
     if get_origin(kind) is Annotated and kind.__origin__ is dict:
         method = kind.__metadata__[0]
         return Taken(options_of(method), lambda asked: asked, small_defaults(method), needed=False)

@@ -61,13 +61,10 @@ def encoder_of(
     maps = chosen(asked, "lower", "larger")
     if kind == "image" and not summaries:
         return row, kind, maps_read(row, vision, maps)
-    for option, value in maps.items():
-        if value:
-            raise UserError(f"--{option} is about the tokens of pictures.", 2)
-    if kind == "image":
-        return row, kind, {}
-    frames = {"frames": asked.get("frames", 8)} if kind == "video" else {}
-    return row, kind, {"modality": kind} | frames
+    if idle := [name for name, value in maps.items() if value]:
+        raise UserError(f"--{idle[0]} is about the tokens of pictures.", 2)
+    told = {} if kind == "image" else {"modality": kind}
+    return row, kind, told | ({"frames": asked.get("frames", 8)} if kind == "video" else {})
 
 
 def chosen(asked: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ heavy is imported: `tinyvl --help` reads this file too.
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,13 +66,10 @@ def amount(text: str) -> int | str:
     """ "512" -> 512; "1%" stays."""
     if text.isdigit() and int(text):
         return int(text)
-    try:
-        share = float(text.removesuffix("%")) if text.endswith("%") else -1
-    except ValueError:
-        share = -1
-    if not 0 < share <= 100:
-        raise ValueError("is a number, or a percentage like 1%")
-    return text
+    with suppress(ValueError):
+        if text.endswith("%") and 0 < float(text[:-1]) <= 100:
+            return text
+    raise ValueError("is a number, or a percentage like 1%")
 
 
 def commas(text: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import sys
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 from tinyvl import UserError, data, media, media_workers
 from tinyvl.features import FeatureStore, contents, extract
 from tinyvl.presets import Job, Run
-from tinyvl.progress import bar, say
+from tinyvl.progress import bar, say, skip
 from tinyvl.train_run import Interrupted
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ class Pictures:
         self.bad = set(errors)  # records whose picture cannot be read
         if store is not None:  # else `extract` has named them
             for _, error in sorted(errors.items()):
-                print(f"tinyvl: skipping {error}", file=sys.stderr)
+                skip(error)
 
     def stream(
         self, wanted: Sequence[Sequence[int]], epoch: int
@@ -334,7 +333,7 @@ class Feed:
                 if isinstance(picture, Tensor):
                     good.append((groups[g], picture))
                 else:
-                    print(f"tinyvl: skipping {picture}", file=sys.stderr)
+                    skip(str(picture))
             if not good:
                 yield None  # keeps its place, so that a resumed run counts the same
                 continue
