@@ -168,13 +168,12 @@ def list_models(as_json: bool = JSON) -> None:
             print(json.dumps(row, ensure_ascii=False))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     for title, entries in (("Presets", rows), ("Backbones", backbones)):
-        table = Table(title=title, title_justify="left")
-        for column in entries[0]:
-            table.add_column(column, overflow="fold")
+        columns = (Column(name, overflow="fold") for name in entries[0])
+        table = Table(*columns, title=title, title_justify="left")
         for entry in entries:
             table.add_row(*(cell(value) for value in entry.values()))
         console.print(table)

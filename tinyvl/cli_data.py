@@ -92,12 +92,10 @@ def show(report: dict[str, Any]) -> None:
             print(f"{name}\t{value}")
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     columns = ("files", "records", "captions", "questions")
-    table = Table("split")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table("split", *(Column(column, justify="right") for column in columns))
     for name, split in report["splits"].items():
         table.add_row(name, *(f"{split.get(column, 0):,}" for column in columns))
     facts = Table(show_header=False)
