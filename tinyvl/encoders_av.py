@@ -145,9 +145,6 @@ class AudioEncoder(Layered):
         """A file to a spectrogram with masks new in every epoch; ``area`` is for pictures."""
         return Sounds(self.extractor, self.seconds, key=f"{seed}/{epoch}/crop", masks=self.masks)
 
-    def transform(self) -> Sounds:
-        return self.view()
-
     def probe(self) -> Tensor:
         """A silent input."""
         return torch.zeros(1, 1, *self.shape)

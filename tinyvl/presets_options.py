@@ -77,9 +77,6 @@ def commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-CAPTIONERS = ("itune", "epalm", "clipcap")
-
-
 # fmt: off
 @dataclass(frozen=True)
 class Recipe:
@@ -114,7 +111,8 @@ class Job:
         choices=("crop", "squash", "jpeg"))
     options: dict[str, Any]
     recipe: Recipe
-    prompt: str = option("Model", "", "Text before every caption or question.", of=CAPTIONERS)
+    prompt: str = option("Model", "", "Text before every caption or question.",
+        of=("itune", "epalm", "clipcap"))
     val: str | None = option("Data", None, "Validation data.", shown="the data's own, or 2 % of it")
     images: str | None = option("Data", None, "Folder of the pictures, videos or sounds.",
         shown="beside the data")
