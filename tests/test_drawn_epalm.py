@@ -26,7 +26,7 @@ from shell import apart as tinyvl
 from tiny import DRAWN_VIT, SEEING, fit_encoder, fit_seeing_decoder, write_vision
 
 from tinyvl import data, draw, draw_av
-from tinyvl.encoders_build import build_encoder
+from tinyvl.models_build import build_encoder
 
 PICTURES, CLIPS, RENDERS, HELD_OUT = 6000, 1600, 3200, 240
 VIT = DRAWN_VIT | {"embed_dim": 96, "num_heads": 6}

@@ -290,12 +290,12 @@ def test_a_picture_imports_no_code_for_videos_and_sounds(tmp_path):
     folder = write_vision(tmp_path / "v")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code = (
-        "import json, sys; from pathlib import Path; from tinyvl import encoders_build, hub\n"
+        "import json, sys; from pathlib import Path; from tinyvl import models_build, hub\n"
         f"folder = hub.fetch({str(folder)!r}, 'vision')\n"
         "config = json.loads((folder / 'config.json').read_text())\n"
-        "encoder = encoders_build.build_encoder({'config': config, 'fit': 'crop'}, folder)\n"
+        "encoder = models_build.build_encoder({'config': config, 'fit': 'crop'}, folder)\n"
         f"view = encoder.view(); encoder(view(view.load({str(tmp_path / 'a.png')!r}, 8))[None])\n"
-        "rooms = ('media_av', 'encoders_av', 'hub_wheels', 'hub_convert')\n"
+        "rooms = ('encoders_av', 'hub_wheels', 'hub_convert')\n"
         "print([m for m in ('av', *(f'tinyvl.{r}' for r in rooms)) if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

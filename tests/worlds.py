@@ -35,7 +35,7 @@ from tiny import (
 )
 
 from tinyvl import draw, draw_av, features, presets, train
-from tinyvl.encoders_build import build_encoder
+from tinyvl.models_build import build_encoder
 from tinyvl.train_run import Interrupted
 
 CPU = torch.device("cpu")

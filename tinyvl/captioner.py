@@ -67,13 +67,9 @@ class Captioner(Method):
         """What the picture adds to the decoder, as arguments of `Decoder.forward`."""
 
     def run(
-        self,
-        x: Tensor,
-        visual: Any,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
+        self, x: Tensor, visual: Any, cache: Cache | None = None, mask: Tensor | None = None,
         first: int = 0,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """One pass of the decoder, ids (B, T) -> final hidden states (B, T, d).
 
         Rows are grouped by picture, the same number for each row of ``visual``. With first > 0,
@@ -89,12 +85,6 @@ class Captioner(Method):
     @property
     def fixed_pictures(self) -> bool:
         return not self.encoder.learns
-
-    def train(self, mode: bool = True) -> "Captioner":
-        """As in PyTorch, but the encoder's batch statistics and dropout stay frozen."""
-        super().train(mode)
-        self.encoder.eval()
-        return self
 
     def checkpoint(self, on: bool) -> None:
         self.decoder.checkpointing = on
@@ -149,13 +139,9 @@ class Captioner(Method):
         return states[real].to(self.decoder.embed.weight.dtype)
 
     def collate(
-        self,
-        captions: list[list[int]],
-        rows: list[int],
-        pictures: Tensor,
-        keys: list[int],
+        self, captions: list[list[int]], rows: list[int], pictures: Tensor, keys: list[int],
         states: list[Tensor] | None = None,
-    ) -> Batch:
+    ) -> Batch:  # fmt: skip
         """A `Batch` of bare ids.
 
         Padding is on the right: with a causal decoder no real token sees it, so no mask is needed

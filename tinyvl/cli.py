@@ -16,19 +16,7 @@ import typer.core
 import typer.main
 
 from tinyvl import UserError, __version__
-from tinyvl.cli_options import (
-    FEATURES,
-    FRAMES,
-    MODEL,
-    Lines,
-    Place,
-    Search,
-    batch_of,
-    command,
-    group,
-    load_model,
-    same,
-)
+from tinyvl.cli_options import Lines, Search, Teller, command, group, load_model, piped, same
 from tinyvl.presets_options import EPalm, option
 
 # In the order a person meets them. A command that stands in another module is imported when it is
@@ -89,111 +77,73 @@ def start(
 
 @command(app, "caption")
 def caption(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is); "
-            "videos or sounds for a model trained on them.",
-            metavar="FILE",
-        ),
-    ] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Pictures, folders, "
+        "globs, or - for paths on standard input (as a pipe is); videos or sounds for a model "
+        "trained on them.")] = None,
     *,
-    model: str = MODEL,
     search: Search,
-    batch: int = batch_of(),
-    lines: Lines,
-    frames: int | None = FRAMES,
-    features: Path | None = FEATURES,
-    place: Place,
-) -> None:
+    how: Teller,
+) -> None:  # fmt: skip
     """Caption pictures, videos or sounds: a line each, path<TAB>caption where there are several.
 
     With --features DIR pictures are read there, neither decoded nor encoded; without inputs, all
     that are there.
     """
-    if not inputs and features is None:
-        if sys.stdin.isatty():
-            raise UserError("Name pictures or folders, or pipe their paths in.", 2)
-        inputs = ["-"]
-    texts(inputs or [], None, model, search, batch, lines, frames, features, place)
+    texts((inputs or []) if how.features else piped(inputs), None, search, how)
 
 
 @command(app, "ask")
 def ask(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Pictures, videos or sounds (what the model reads), folders, globs, or - for "
-            'paths on standard input, and last the "question".',
-            metavar="FILE... QUESTION",
-        ),
-    ],
+    inputs: Annotated[list[str], typer.Argument(metavar="FILE... QUESTION", help="Pictures, videos "
+        "or sounds (what the model reads), folders, globs, or - for paths on standard input, and "
+        'last the "question".')],
     *,
-    model: str = MODEL,
     search: Search = Search(beams=3, max_tokens=10),
-    batch: int = batch_of(),
-    lines: Lines,
-    frames: int | None = FRAMES,
-    features: Path | None = FEATURES,
-    place: Place,
-) -> None:
+    how: Teller,
+) -> None:  # fmt: skip
     """Ask a question about pictures, videos or sounds: a line each, path<TAB>answer for several.
 
     The model is one of `tinyvl train epalm --task vqa`. Without files paths come from a pipe.
     """
     *files, question = inputs
     question = " ".join(question.split())
-    if not files:
-        if Path(question).exists():
-            raise UserError(f'Put a question behind {question}: tinyvl ask FILE "question".', 2)
-        if sys.stdin.isatty():
-            raise UserError("Name pictures before the question, or pipe their paths in.", 2)
-        files = ["-"]
+    if not files and Path(question).exists():
+        raise UserError(f'Put a question behind {question}: tinyvl ask FILE "question".', 2)
+    files = piped(files, "pictures before the question")
     if not question:
         raise UserError("The question, which comes last, is empty.", 2)
-    texts(files, question, model, search, batch, lines, frames, features, place)
+    texts(files, question, search, how)
 
 
-def texts(
-    files: list[str],
-    question: str | None,
-    model: str,
-    search: Search,
-    batch: int,
-    lines: Lines,
-    frames: int | None,
-    features: Path | None,
-    place: Place,
-) -> NoReturn:
+def texts(files: list[str], question: str | None, search: Search, how: Teller) -> NoReturn:
     """Writes a caption of each file, or the answer to a question, and leaves with the status."""
     style = search.style()
     from tinyvl import media, models, write
 
     task, field = ("caption", "caption") if question is None else ("vqa", "answer")
-    one = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file()
-    checkpoint = models.open_checkpoint(model, task)
+    bare = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file() and how.out is None
+    checkpoint = models.open_checkpoint(how.model, task)
     suffixes = media.SUFFIXES[checkpoint.modality]
-    paths = media.expand(files, sys.stdin, null=lines.null, suffixes=suffixes)
+    paths = media.expand(files, sys.stdin, null=how.null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
-    if features is not None:
+    if how.features is not None:
         from tinyvl.features import open_store
 
-        store = open_store(features, checkpoint.image, checkpoint.reads)
+        store = open_store(how.features, checkpoint.image, checkpoint.reads)
         paths = paths if files else iter([entry.path for entry in store.entries])
-    loaded = load_model(checkpoint, place, task)
-    models.take_frames(loaded, frames)
+    loaded = load_model(checkpoint, how, task)
+    models.take_frames(loaded, how.frames)
     if store is not None:
         store.check(loaded)
-    if lines.out is not None:
-        stream, done = write.open_output(lines.out, lines.resume, field=field, question=question)
+    if how.out is not None:
+        stream, done = write.open_output(how.out, how.resume, field=field, question=question)
         paths = (path for path in paths if path not in done)
     results = write.captions(
-        loaded, paths, style=style, batch=batch, workers=place.workers, store=store,
+        loaded, paths, style=style, batch=how.batch, workers=how.workers, store=store,
         questions=None if question is None else repeat(question),
     )  # fmt: skip
-    bare = one and lines.out is None
     raise typer.Exit(
-        write.write(results, stream, as_json=lines.as_json, bare=bare, question=question)
+        write.write(results, stream, as_json=how.as_json, bare=bare, question=question)
     )
 
 
@@ -218,13 +168,12 @@ def list_models(as_json: bool = JSON) -> None:
             print(json.dumps(row, ensure_ascii=False))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     for title, entries in (("Presets", rows), ("Backbones", backbones)):
-        table = Table(title=title, title_justify="left")
-        for column in entries[0]:
-            table.add_column(column, overflow="fold")
+        columns = (Column(name, overflow="fold") for name in entries[0])
+        table = Table(*columns, title=title, title_justify="left")
         for entry in entries:
             table.add_row(*(cell(value) for value in entry.values()))
         console.print(table)
@@ -256,9 +205,7 @@ analyze = group("Look into what training changed.")
 app.add_typer(analyze, name="analyze")
 
 
-@analyze.callback()
-def analyzes() -> None:
-    """Look into what training changed."""
+analyze.callback()(lambda: None)  # else a group of one command is that command
 
 
 @command(analyze, "layernorm")

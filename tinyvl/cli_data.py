@@ -40,14 +40,12 @@ class Reading:
 
 @command(sets, "check")
 def check_data(
-    paths: Annotated[list[Path], typer.Argument(help="Data sets: files or folders.")],
-    *,
+    paths: Annotated[list[Path], typer.Argument(help="Data sets: files or folders.")], *,
     reading: Reading,
     fast: bool = option("Run", False, "Only look whether files exist; decode none."),
     as_json: bool = option("Output", False, "One JSON object.", name="--json"),
-    quiet: bool = same(Run, "quiet", False),
-    workers: int | None = same(Run, "workers"),
-) -> None:
+    quiet: bool = same(Run, "quiet", False), workers: int | None = same(Run, "workers"),
+) -> None:  # fmt: skip
     """Validate data sets without training on them.
 
     Counts records, files, splits, languages, captions and their lengths, and finds missing and
@@ -94,12 +92,10 @@ def show(report: dict[str, Any]) -> None:
             print(f"{name}\t{value}")
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     columns = ("files", "records", "captions", "questions")
-    table = Table("split")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table("split", *(Column(column, justify="right") for column in columns))
     for name, split in report["splits"].items():
         table.add_row(name, *(f"{split.get(column, 0):,}" for column in columns))
     facts = Table(show_header=False)

@@ -1,8 +1,9 @@
 """How the command line is made of dataclasses, and the options that several commands share."""
 
 import inspect
+import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin
@@ -63,15 +64,15 @@ def taken(parameter: inspect.Parameter) -> Taken | None:
     """None: the parameter is Typer's own."""
     kind, default = parameter.annotation, parameter.default
     if is_dataclass(kind):
-        start = kind if default is parameter.empty else lambda **asked: replace(default, **asked)
+        own = {} if default is parameter.empty else vars(default)
 
         def make(asked: dict[str, Any]) -> Any:
-            made = start(**asked)
+            made = kind(**own | asked)
             if hasattr(made, "given"):
                 made.given = asked
             return made
 
-        return Taken(declared(kind), make, {} if default is parameter.empty else vars(default))
+        return Taken(declared(kind), make, own)
     if get_origin(kind) is Annotated and kind.__origin__ is dict:
         method = kind.__metadata__[0]
         return Taken(options_of(method), lambda asked: asked, small_defaults(method), needed=False)
@@ -214,6 +215,29 @@ class Lines:
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
             raise UserError("--resume goes with -o FILE: it skips what that file already has.", 2)
+
+
+@dataclass
+class Reader(Place, Lines):
+    """A model that reads files and writes lines."""
+
+    model: str = MODEL
+    batch: int = batch_of()
+
+
+@dataclass
+class Teller(Reader):
+    """One that writes captions or answers."""
+
+    frames: int | None = FRAMES
+    features: Path | None = FEATURES
+
+
+def piped(inputs: list[str] | None, what: str = "pictures or folders") -> list[str]:
+    """The inputs, or - for a pipe. UserError: there is neither."""
+    if not inputs and sys.stdin.isatty():
+        raise UserError(f"Name {what}, or pipe their paths in.", 2)
+    return inputs or ["-"]
 
 
 DRAWN = ("temperature", "top_k", "top_p", "seed")  # options of sampling

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +11,15 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import (
-    MODEL,
     PROMPTS,
     Lines,
     Place,
+    Reader,
     batch_of,
     command,
     group,
     load_model,
+    piped,
     same,
 )
 from tinyvl.presets_options import Job, option
@@ -28,13 +29,9 @@ ANY_MODEL = option("Model", None, "Checkpoint folder, hf://owner/name, or defaul
     name="--model,-m", shown="what made the index")  # fmt: skip
 
 
-def load_towers(name: str, place: Place, sides: Iterable[str] = ("text", "image")) -> Any:
-    return load_model(name, place, task="retrieve", sides=sides)
-
-
 def loader(place: Place) -> Callable[..., Any]:
-    """What `search` loads a model with."""
-    return lambda name, *sides: load_towers(name, place, *sides)
+    """Loads the model of a name, or of its sides those that are wanted."""
+    return lambda name, sides=("text", "image"): load_model(name, place, "retrieve", sides=sides)
 
 
 @command(app, "index")
@@ -148,27 +145,16 @@ def line_of(hit: Any, as_json: bool, several: bool) -> str:
 
 @command(app, "classify")
 def classify(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Pictures, folders, globs, or - for paths on standard input (as a pipe is).",
-            metavar="FILE",
-        ),
-    ] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Pictures, folders, "
+        "globs, or - for paths on standard input (as a pipe is).")] = None,
     *,
     labels: str = option("Data", "", "Names between commas, or a file with one a line."),
     prompt: list[str] | None = PROMPTS,
     top: int = option("Output", 1, "Labels of each picture.", name="--top,-k", min=1),
-    model: str = MODEL,
-    batch: int = batch_of(),
-    lines: Lines,
-    place: Place,
-) -> None:
+    how: Reader,
+) -> None:  # fmt: skip
     """Say which label fits a picture: path<TAB>label<TAB>probability (no path for one picture)."""
-    if not inputs:
-        if sys.stdin.isatty():
-            raise UserError("Name pictures or folders, or pipe their paths in.", 2)
-        inputs = ["-"]
+    inputs = piped(inputs)
     if not labels:
         raise UserError('Name the labels: --labels "cat,dog", or a file with one a line.', 2)
     from tinyvl import media
@@ -177,15 +163,15 @@ def classify(
     from tinyvl.write import open_output, write_rows
 
     names, prompts = read_labels(labels), templates(prompt)
-    one = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file()
-    paths = media.expand(inputs, sys.stdin, null=lines.null)
+    bare = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file() and how.out is None
+    paths = media.expand(inputs, sys.stdin, null=how.null)
     stream, done = sys.stdout, set()
-    loaded = load_towers(model, place)
+    loaded = loader(how)(how.model)
     classes = class_embeddings(loaded.embed_texts, names, prompts)
-    if lines.out is not None:
+    if how.out is not None:
         many = min(top, len(names))
-        stream, done = open_output(lines.out, lines.resume, field="label", tabs=2, lines=many)
+        stream, done = open_output(how.out, how.resume, field="label", tabs=2, lines=many)
         paths = (path for path in paths if path not in done)
-    results = classify(loaded, paths, names, classes, top=top, batch=batch, workers=place.workers)
-    text, bare = "{label}\t{probability:.4f}", one and lines.out is None
-    raise typer.Exit(write_rows(results, stream, text, as_json=lines.as_json, bare=bare))
+    results = classify(loaded, paths, names, classes, top=top, batch=how.batch, workers=how.workers)
+    text = "{label}\t{probability:.4f}"
+    raise typer.Exit(write_rows(results, stream, text, as_json=how.as_json, bare=bare))

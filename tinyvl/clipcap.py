@@ -74,21 +74,10 @@ class ClipCap(Captioner):
     reads = "summaries"
 
     def __init__(
-        self,
-        encoder: ImageEncoder,
-        decoder: Decoder,
-        text: Text,
-        *,
-        prompt: str = "",
-        mapping: str = "mlp",
-        length: int = 10,
-        layers: int = 8,
-        heads: int = 8,
-    ):
-        """Args:
-        mapping: "mlp" or "transformer"; a transformer has ``layers`` and ``heads``.
-        length: of the prefix.
-        """
+        self, encoder: ImageEncoder, decoder: Decoder, text: Text, *, prompt: str = "",
+        mapping: str = "mlp", length: int = 10, layers: int = 8, heads: int = 8,
+    ):  # fmt: skip
+        """``mapping``: "mlp" or "transformer", which has ``layers`` and ``heads``."""
         super().__init__(encoder, decoder, text, prompt, length)
         width, vision_width = decoder.config.embed_size, encoder.widths[-1]
         self.mapping: nn.Module

@@ -60,13 +60,9 @@ class Hypothesis:
 
 
 def greedy(
-    step: Step,
-    prompt: Tensor,
-    *,
-    eos: int | Collection[int],
-    max_new_tokens: int,
+    step: Step, prompt: Tensor, *, eos: int | Collection[int], max_new_tokens: int,
     forbid: Sequence[int] = (),
-) -> list[Hypothesis]:
+) -> list[Hypothesis]:  # fmt: skip
     """Takes the likeliest token at every step.
 
     Args:
@@ -84,18 +80,10 @@ def greedy(
 
 
 def sample(
-    step: Step,
-    prompt: Tensor,
-    *,
-    eos: int | Collection[int],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int,
-    indices: Sequence[int] | None = None,
-    forbid: Sequence[int] = (),
-) -> list[Hypothesis]:
+    step: Step, prompt: Tensor, *, eos: int | Collection[int], max_new_tokens: int,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int,
+    indices: Sequence[int] | None = None, forbid: Sequence[int] = (),
+) -> list[Hypothesis]:  # fmt: skip
     """Draws every token from the model's distribution, after temperature, top-k and top-p.
 
     Args:
@@ -162,17 +150,10 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def beam(
-    step: Step,
-    prompt: Tensor,
-    *,
-    beams: int,
-    eos: int | Collection[int],
-    max_new_tokens: int,
-    length_penalty: float = 1.0,
-    early_stopping: bool | Literal["never"] = False,
-    returned: int = 1,
+    step: Step, prompt: Tensor, *, beams: int, eos: int | Collection[int], max_new_tokens: int,
+    length_penalty: float = 1.0, early_stopping: bool | Literal["never"] = False, returned: int = 1,
     forbid: Sequence[int] = (),
-) -> list[list[Hypothesis]]:
+) -> list[list[Hypothesis]]:  # fmt: skip
     """Beam search with the rules of transformers' ``generate``.
 
     Each step finds the best (1 + number of end tokens) * beams continuations of a prompt. Of the
@@ -258,13 +239,9 @@ def _extended(running: Tensor, logits: Tensor, width: int) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def _single(
-    step: Step,
-    prompt: Tensor,
-    pick: Callable[[Tensor, Tensor, int], Tensor],
-    eos: int | Collection[int],
-    max_new_tokens: int,
-    forbid: Sequence[int],
-) -> list[Hypothesis]:
+    step: Step, prompt: Tensor, pick: Callable[[Tensor, Tensor, int], Tensor],
+    eos: int | Collection[int], max_new_tokens: int, forbid: Sequence[int],
+) -> list[Hypothesis]:  # fmt: skip
     """One text per prompt; ``pick(logits (n, V), prompts (n,), position)`` chooses (n,) tokens."""
     stop, banned = _ids(prompt, eos, max_new_tokens, forbid)
     texts = prompt.new_full((len(prompt), max_new_tokens), -1)

@@ -230,18 +230,11 @@ class Decoder(nn.Module):
         self.checkpointing = False  # recompute layers that carry gradients in backward
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        cache: Cache | None = None,
-        branches: Branches | None = None,
-        adapters: Adapters | None = None,
-        prefix: Prefix | None = None,
-        first: int = 0,
-        last: int | None = None,
+        self, x: Tensor, mask: Tensor | None = None, *, cache: Cache | None = None,
+        branches: Branches | None = None, adapters: Adapters | None = None,
+        prefix: Prefix | None = None, first: int = 0, last: int | None = None,
         start: int | None = 0,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Hidden states of the layers [first, last), normalised if last is the last.
 
         Args:
@@ -339,15 +332,9 @@ class Decoder(nn.Module):
         return attention.heads(attention.k(x)), attention.heads(attention.v(x))
 
     def read(
-        self,
-        x: Tensor,
-        *,
-        adapters: Adapters | None = None,
-        prefix: Prefix | None = None,
-        first: int = 0,
-        last: int | None = None,
-        start: int | None = None,
-    ) -> tuple[Tensor, Prefix]:
+        self, x: Tensor, *, adapters: Adapters | None = None, prefix: Prefix | None = None,
+        first: int = 0, last: int | None = None, start: int | None = None,
+    ) -> tuple[Tensor, Prefix]:  # fmt: skip
         """Tokens (I, P, d) that stand before the text, through the layers [first, last).
 
         -> their states behind these layers, and the keys and values that the text sees of them

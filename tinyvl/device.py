@@ -80,11 +80,8 @@ def peak_memory(device: torch.device) -> int:
 class Pieces:
     """Cuts a batch into twice as many pieces whenever memory runs out.
 
-    The number of pieces stays for the batches that follow, which are about as large.
-
-    Args:
-        what: the smallest batch there is.
-        advice: what the user can do where even that does not fit.
+    The number of pieces stays for the batches that follow, which are about as large. ``what`` is
+    the smallest batch there is; ``advice``: what to do where even that does not fit.
     """
 
     def __init__(self, what: str = "One picture", advice: str = "use --device cpu"):
@@ -93,9 +90,8 @@ class Pieces:
     def run(self, attempt: Callable[[int], T], most: int, quiet: bool = False) -> T:
         """``attempt(number)``, called again with twice the number after an out-of-memory error.
 
-        Args:
-            attempt: does the whole work from the start, in that many pieces.
-            most: into how many pieces the batch can be cut; a UserError where these do not fit.
+        It does the whole work from the start, in that many pieces of at most ``most``. UserError:
+        these do not fit either.
         """
         while True:
             try:

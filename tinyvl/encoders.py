@@ -77,14 +77,9 @@ class ImageEncoder(Encoder):
     std: Tensor
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        fit: str = "crop",
-        levels: int | None = None,
-        lower: int = 0,
+        self, model: nn.Module, *, fit: str = "crop", levels: int | None = None, lower: int = 0,
         larger: int = 0,
-    ):
+    ):  # fmt: skip
         """Args:
             fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
                 whole picture to the model's square, so that its edges stay; "jpeg" is "squash"

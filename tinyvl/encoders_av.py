@@ -65,10 +65,9 @@ def cls(norm: nn.Module, states: Tensor) -> Tensor:
 class TimeSformer(Layered, ImageEncoder):
     """Bertasius, Wang and Torresani, https://arxiv.org/abs/2102.05095. uint8 (B, T, 3, H, W)."""
 
-    def __init__(self, model: Any, *, fit: str, levels: int | None, processor: dict | None = None):
+    def __init__(self, model: Any, *, fit: str, levels: int | None, processor: dict):
         Encoder.__init__(self)
         self.watch(model, "timesformer", levels)
-        processor = processor or {}
         side = model.config.image_size
         config = {
             "input_size": (3, side, side),
@@ -111,9 +110,7 @@ class AudioEncoder(Layered):
     modality = "audio"
     extractor: Any
 
-    def __init__(
-        self, model: Any, *, levels: int | None, masks: tuple, processor: dict | None = None
-    ):
+    def __init__(self, model: Any, *, levels: int | None, masks: tuple, processor: dict):
         super().__init__()
         kind, c, self.masks = model.config.model_type, model.config, tuple(masks)
         self.watch(model, kind, levels)
@@ -129,7 +126,7 @@ class AudioEncoder(Layered):
         else:
             from transformers import ASTFeatureExtractor
 
-            given = {k: v for k, v in (processor or {}).items() if k in ("mean", "std")}
+            given = {k: v for k, v in processor.items() if k in ("mean", "std")}
             with warnings.catch_warnings():  # some of AST's own 128 mel bins are empty
                 warnings.simplefilter("ignore")
                 self.extractor = ASTFeatureExtractor(
@@ -147,9 +144,6 @@ class AudioEncoder(Layered):
     def crop(self, epoch: int, seed: int, area: float) -> Sounds:
         """A file to a spectrogram with masks new in every epoch; ``area`` is for pictures."""
         return Sounds(self.extractor, self.seconds, key=f"{seed}/{epoch}/crop", masks=self.masks)
-
-    def transform(self) -> Sounds:
-        return self.view()
 
     def probe(self) -> Tensor:
         """A silent input."""
@@ -178,7 +172,7 @@ class AudioEncoder(Layered):
 
 
 def build(vision: dict[str, Any], folder: Path | None, levels: int | None) -> Encoder:
-    """A TimeSformer or an `AudioEncoder`; the arguments are those of `build_encoder`."""
+    """A TimeSformer or an `AudioEncoder`; the arguments are as in `models_build.build_encoder`."""
     model, processor = load_model(vision["config"], folder)
     if vision["config"]["model_type"] == "timesformer":
         return TimeSformer(model, fit=vision["fit"], levels=levels, processor=processor)

@@ -11,7 +11,7 @@ transformers' names: checkpoints load as they are, and LilT's adapters go to the
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,51 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from tinyvl import UserError
-from tinyvl.text import clean_caption, tidy
-
-
-class TextEncoder(nn.Module):
-    """A transformers text encoder: ids (B, T) and mask (B, T) -> final hidden states (B, T, D)."""
-
-    def __init__(self, model: Any, tokenizer: Any = None, *, clean: bool = False, prefix: str = ""):
-        """``tokenizer``: transformers' own, or None. ``prefix``: every text begins with this.
-
-        ``clean``: texts go through `clean_caption` first.
-        """
-        super().__init__()
-        self.model, self.tokenizer, self.clean, self.prefix = model, tokenizer, clean, prefix
-        self.width: int = model.config.hidden_size
-
-    def encode(self, texts: list[str], max_tokens: int) -> list[list[int]]:
-        """Ids of each text with the tokenizer's begin and end, cut to ``max_tokens`` in all.
-
-        The prefix's tokens come on top of these.
-        """
-        texts = [clean_caption(text) if self.clean else tidy(text) for text in texts]
-        longest = self.model.config.max_position_embeddings
-
-        def ids(texts: list[str], length: int) -> list[list[int]]:
-            return self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-
-        if self.prefix:
-            texts = [self.prefix + text for text in texts]
-            own, nothing = ids([self.prefix.strip(), ""], longest)
-            max_tokens += len(own) - len(nothing)
-        return ids(texts, min(max_tokens, longest))
-
-    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T)."""
-        rows = [torch.tensor(line, dtype=torch.long) for line in ids]
-        padding = self.tokenizer.pad_token_id or 0
-        out = pad_sequence(rows, batch_first=True, padding_value=padding)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return out, mask
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 def pool_tokens(tokens: Tensor, mask: Tensor, how: str) -> Tensor:
@@ -107,12 +64,6 @@ def build_text_model(config: dict[str, Any], *, grow: int = 0) -> Any:
             "name one of the BERT family (BERT, RoBERTa, XLM-R, MPNet, ELECTRA's kin).",
             2,
         ) from error
-
-
-def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load_text_model(folder: Path, *, grow: int = 0) -> nn.Module:

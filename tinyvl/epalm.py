@@ -97,22 +97,11 @@ class EPalm(Captioner):
     reads = "summaries"
 
     def __init__(
-        self,
-        encoder: ImageEncoder,
-        decoder: Decoder,
-        text: Text,
-        *,
-        prompt: str = "",
-        shared: bool = False,
-        soft: int = 10,
-        mlp: bool = True,
-        deep: bool = False,
-        adapters: int | None = None,
-        extract: list[int] | None = None,
-        inject: list[int] | None = None,
-        tokens: str = "cls",
-        unfreeze: list[str] | None = None,
-    ):
+        self, encoder: ImageEncoder, decoder: Decoder, text: Text, *, prompt: str = "",
+        shared: bool = False, soft: int = 10, mlp: bool = True, deep: bool = False,
+        adapters: int | None = None, extract: list[int] | None = None,
+        inject: list[int] | None = None, tokens: str = "cls", unfreeze: list[str] | None = None,
+    ):  # fmt: skip
         """Args:
         shared: one connection for all levels, which then have one width.
         soft: length of the soft prompt, 0: none; ``mlp``: through an MLP.

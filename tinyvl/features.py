@@ -22,7 +22,7 @@ from torch import Tensor
 from tinyvl import UserError, files, hub, media_workers, models, store
 from tinyvl.device import PRECISIONS, Pieces, precision_name
 from tinyvl.encoders import Encoder, Percept
-from tinyvl.encoders_build import build_encoder
+from tinyvl.models_build import build_encoder
 from tinyvl.presets import Run
 from tinyvl.progress import bar, say, skip
 from tinyvl.store import Entry, Known, Shards

@@ -39,13 +39,9 @@ class ITuneModule(nn.Module):
     """Equations 1 to 5 for one layer."""
 
     def __init__(
-        self,
-        hidden_size: int,
-        vision_width: int,
-        bottleneck: int,
-        scale: float = 1.0,
+        self, hidden_size: int, vision_width: int, bottleneck: int, scale: float = 1.0,
         dropout: float = 0.0,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.scale, self.dropout = scale, dropout  # λ
         self.q = nn.Linear(hidden_size, bottleneck)
@@ -97,18 +93,10 @@ class ITune(Captioner):
     """A captioner with an `ITuneModule` in every decoder layer but the first ``drop``."""
 
     def __init__(
-        self,
-        encoder: ImageEncoder,
-        decoder: Decoder,
-        text: Text,
-        *,
-        prompt: str = "",
-        bottleneck: int | None = None,
-        drop: int = 0,
-        scale: float = 1.0,
-        dropout: float = 0.0,
+        self, encoder: ImageEncoder, decoder: Decoder, text: Text, *, prompt: str = "",
+        bottleneck: int | None = None, drop: int = 0, scale: float = 1.0, dropout: float = 0.0,
         rank: int = 128,
-    ):
+    ):  # fmt: skip
         """Args:
         bottleneck: r; None: half of the decoder's width.
         drop: layers without a module, from the first one on (section 3, "dropping").

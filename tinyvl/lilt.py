@@ -164,17 +164,10 @@ class LilT(DualEncoder):
     """Two towers, two projections and a temperature."""
 
     def __init__(
-        self,
-        encoder: ImageTower | None,
-        text: TextTower | None,
-        *,
-        embed: int = 256,
-        projections: bool = True,
-        map_width: int = 384,
-        dropout: tuple[float, float] = (0.0, 0.0),
-        temperature: float = 0.07,
-        learn_temperature: bool = True,
-    ):
+        self, encoder: ImageTower | None, text: TextTower | None, *, embed: int = 256,
+        projections: bool = True, map_width: int = 384, dropout: tuple[float, float] = (0.0, 0.0),
+        temperature: float = 0.07, learn_temperature: bool = True,
+    ):  # fmt: skip
         """Args:
         encoder, text: None where only the other is wanted, as by `tinyvl retrieve`.
         embed: width d of the common space.
@@ -298,8 +291,7 @@ class LilT(DualEncoder):
     def embed_texts(self, texts: list[str], *, max_tokens: int = 30, batch: int = 256) -> Tensor:
         """Texts in any order -> unit vectors (B, d) in that order, float32.
 
-        Args:
-            max_tokens: longer texts are cut; 30 is the authors' length at evaluation.
+        Longer texts than ``max_tokens`` are cut: 30 is the authors' length at evaluation.
         """
         ids = self.text.encode(texts, max_tokens)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -7,28 +7,30 @@ still the same batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyvl import UserError
-from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, normal
-from tinyvl.encoders_text import TextEncoder, pool_tokens
-from tinyvl.method import Method, MicroBatch
+from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, normal, refuse_missing
+from tinyvl.encoders_text import pool_tokens
+from tinyvl.method import Method, MicroBatch, pad
+from tinyvl.text import clean_caption, tidy
 
 
 def image_model(
-    config: dict, *, size: int | None, grow: bool, state: dict[str, Tensor] | None = None
+    config: dict, folder: Path | None = None, *, size: int | None, grow: bool
 ) -> tuple[nn.Module, int]:
     """A timm model, and how many pretrained transformer blocks it has (a CNN: 0).
 
     Args:
+        folder: of the weights (UserError: one is missing); a ViT's position embeddings are
+            interpolated (bicubic). None: random.
         size: of its pictures, in pixels; None: its own.
         grow: put one more block on top; it is random.
-        state: pretrained weights, or a UserError where one is missing; a ViT's position embeddings
-            are interpolated (bicubic).
     """
+    from safetensors.torch import load_file
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     changes: dict[str, Any] = {}
@@ -43,15 +45,13 @@ def image_model(
     depth = len(model.blocks) if isinstance(model, VisionTransformer) else 0
     if grow and depth:
         model = build_timm(config, depth=depth + 1, **changes)
-    if state is None:
+    if folder is None:
         return model, depth
+    state = load_file(folder / "model.safetensors")
     if depth:  # as the authors: no antialiasing
-        state = checkpoint_filter_fn(dict(state), model, antialias=False)
+        state = checkpoint_filter_fn(state, model, antialias=False)
     missing, _ = model.load_state_dict(state, strict=False)  # a classifier may be extra
-    if missing := [n for n in missing if not (grow and n.startswith(f"blocks.{depth}."))]:
-        raise UserError(
-            f"The image encoder's weights of {missing[0]} (and maybe more) are missing."
-        )
+    refuse_missing([n for n in missing if not (grow and n.startswith(f"blocks.{depth}."))], folder)
     return model, depth
 
 
@@ -99,21 +99,50 @@ class ImageTower(ImageEncoder):
         return self
 
 
-class TextTower(TextEncoder):
+class TextTower(nn.Module):
     """A BERT of which a part may be trained. ids, mask (B, T) -> vectors (B, D)."""
 
-    model: Any  # transformers', or `encoders_text.Bert`
-
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, clean: bool, prefix: str, pool: str,
-        tuned: frozenset[str],
+        self, model: Any, tokenizer: Any, *, clean: bool, pool: str, tuned: frozenset[str],
+        prefix: str = "",
     ):  # fmt: skip
-        """``pool`` and ``tuned`` as in `ImageTower`, else as in `TextEncoder`."""
-        super().__init__(model, tokenizer, clean=clean, prefix=prefix)
+        """Args:
+        model: transformers', or `encoders_text.Bert`.
+        tokenizer: transformers' own; None where only parameters are counted.
+        clean: texts go through `clean_caption` first.
+        pool, tuned: as in `ImageTower`.
+        prefix: every text then begins with this.
+        """
+        super().__init__()
+        self.model, self.tokenizer, self.clean, self.prefix = model, tokenizer, clean, prefix
         self.pool, self.tuned = pool, tuned
+        self.width: int = model.config.hidden_size
+
+    def encode(self, texts: list[str], max_tokens: int) -> list[list[int]]:
+        """Ids of each text with the tokenizer's begin and end, cut to ``max_tokens`` in all.
+
+        The prefix's tokens come on top of these.
+        """
+        texts = [clean_caption(text) if self.clean else tidy(text) for text in texts]
+        longest = self.model.config.max_position_embeddings
+
+        def ids(texts: list[str], length: int) -> list[list[int]]:
+            return self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+
+        if self.prefix:
+            texts = [self.prefix + text for text in texts]
+            own, nothing = ids([self.prefix.strip(), ""], longest)
+            max_tokens += len(own) - len(nothing)
+        return ids(texts, min(max_tokens, longest))
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T) of 1 and 0."""
+        out, real = pad(ids, self.tokenizer.pad_token_id or 0)
+        return out, real.long()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return pool_tokens(super().forward(ids, mask), mask, self.pool)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return pool_tokens(states, mask, self.pool)
 
     def checkpoint(self) -> None:
         """Recompute the layers in the backward pass."""
@@ -122,7 +151,7 @@ class TextTower(TextEncoder):
 
     def train(self, mode: bool = True) -> "TextTower":
         """A locked tower stays in eval mode: no dropout."""
-        return nn.Module.train(self, mode and bool(self.tuned))
+        return super().train(mode and bool(self.tuned))
 
 
 @dataclass
@@ -191,13 +220,9 @@ class DualEncoder(Method):
             return self.eval().text(ids.to(self.device), mask.to(self.device)).float()
 
     def collate(
-        self,
-        captions: list[list[int]],
-        rows: list[int],
-        pictures: Tensor,
-        keys: list[int],
+        self, captions: list[list[int]], rows: list[int], pictures: Tensor, keys: list[int],
         states: list[Tensor] | None = None,
-    ) -> Pairs:
+    ) -> Pairs:  # fmt: skip
         ids, mask = self.text.pad(captions)
         if states is not None:
             ids = torch.cat(states)

@@ -135,13 +135,9 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def collate(
-        self,
-        captions: list[list[int]],
-        rows: list[int],
-        pictures: Tensor,
-        keys: list[int],
+        self, captions: list[list[int]], rows: list[int], pictures: Tensor, keys: list[int],
         states: list[Tensor] | None = None,
-    ) -> MicroBatch:
+    ) -> MicroBatch:  # fmt: skip
         """A micro-batch of captions' ids; the arguments are as in `MicroBatch`.
 
         ``keys`` are equal where pictures are the same; ``states``: each caption's, if kept.

@@ -218,13 +218,10 @@ def fingerprint(folder: Path, config: dict) -> str:
 
 
 def load(
-    name: str | Checkpoint = "default",
-    *,
-    task: str = "caption",
-    device: torch.device | None = None,
-    precision: torch.dtype | None = None,
+    name: str | Checkpoint = "default", *, task: str = "caption",
+    device: torch.device | None = None, precision: torch.dtype | None = None,
     sides: Iterable[str] = tuple(ROLES),
-) -> Any:
+) -> Any:  # fmt: skip
     """A trained model, ready to run.
 
     It is a `Captioner` for captions and for answers ("vqa"), a `LilT` to retrieve.

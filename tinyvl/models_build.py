@@ -16,27 +16,20 @@ import torch
 from torch import nn
 
 from tinyvl import UserError, hub
-from tinyvl.presets_options import (
-    METHODS,
-    ImageTuning,
-    TextTuning,
-    Tuning,
-    check_choice,
-    declared,
-    flat,
-)
+from tinyvl.presets_options import METHODS, ImageTuning, TextTuning, Tuning, check_choices
 from tinyvl.text import Questions, Text, read_text
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
     from tinyvl.decoder import DecoderConfig
-    from tinyvl.encoders import ImageEncoder
+    from tinyvl.encoders import Encoder, ImageEncoder
     from tinyvl.lilt import LilT
     from tinyvl.lilt_towers import ImageTower, TextTower
     from tinyvl.method import Method
 
 # A configuration's backbones and the role in which `hub` fetches each.
 ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
+SOUNDS = ("audio-spectrogram-transformer", "whisper")  # model_type in transformers
 QUESTIONS = ("task", "separator", "answer_only")  # options of `text.Questions`
 
 
@@ -61,18 +54,12 @@ def role_of(side: str, part: dict) -> str:
 
 
 def new_config(
-    method: str,
-    language: str,
-    vision: str,
-    *,
-    fit: str,
-    prompt: str,
-    options: dict[str, Any],
+    method: str, language: str, vision: str, *, fit: str, prompt: str, options: dict[str, Any],
     media: dict[str, Any] | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """The ``config.json`` of a model to be trained; fetches its backbones.
 
-    ``media``: extra encoder options, as in `encoders_build.build_encoder`. UserError: a backbone is
+    ``media``: extra encoder options, as in `build_encoder`. UserError: a backbone is
     not known, or cannot be fetched.
     """
     config: dict[str, Any] = {"format": 1, "method": method}
@@ -92,21 +79,14 @@ def new_config(
 
 
 def build(
-    config: dict,
-    *,
-    device: torch.device,
-    precision: torch.dtype,
-    weights: bool = True,
+    config: dict, *, device: torch.device, precision: torch.dtype, weights: bool = True,
     sides: Iterable[str] = tuple(ROLES),
-) -> "Method":
+) -> "Method":  # fmt: skip
     """The model of a ``config.json``, its trainable modules new.
 
-    Args:
-        weights: False: on the meta device.
-        sides: of a LilT's "text" and "image" those that are wanted.
-
-    UserError: the method or an option is refused, or a backbone's weights are not those that the
-    model was trained with.
+    Without ``weights`` it is on the meta device; ``sides``: of a LilT's "text" and "image" those
+    that are wanted. UserError: the method or an option is refused, or a backbone's weights are not
+    those that the model was trained with.
     """
     if config.get("format") != 1 or config.get("method") not in METHODS:
         raise UserError(
@@ -139,12 +119,6 @@ def place(model: "Method", device: torch.device, precision: torch.dtype) -> "Met
     return model.to(device)
 
 
-def check_choices(method: str, options: dict[str, Any]) -> None:
-    """Raises a UserError for an option that is none of its choices, as the command line does."""
-    for name, of in declared(METHODS[method]).items():
-        check_choice(name, of, flat(options).get(name))
-
-
 # -------------------------------------------------------------------------------------- captioners
 
 
@@ -154,7 +128,6 @@ def build_captioner(
     """A captioner over the backbones in these folders; None: parameters only, random."""
     from tinyvl.decoder import Decoder
     from tinyvl.decoder_weights import decoder_config, load_decoder
-    from tinyvl.encoders_build import build_encoder
 
     kind = class_of(config["method"])
     lm, vision = config["decoder"], config["vision"]
@@ -248,6 +221,45 @@ def within(name: str, given: list[int] | None, number: int) -> None:
         )
 
 
+def build_encoder(
+    vision: dict[str, Any], folder: Path | None = None, *, levels: int | None = None
+) -> "Encoder":
+    """The encoder as a ``config.json`` describes it; random without a folder.
+
+    Videos' and sounds' code is imported only for them.
+
+    Args:
+        vision: ``config`` and ``fit``. Optional: the number of ``lower`` maps, the side of
+            ``larger`` pictures, the ``modality``, the ``frames`` of a video, and the widest
+            ``masks`` of a sound (mel bins, frames).
+
+    UserError: it does not read this modality, or has no maps for ``lower`` or ``larger``.
+    """
+    modality, kind = vision.get("modality", "image"), vision["config"].get("model_type")
+    if (modality == "audio") != (kind in SOUNDS):
+        reads = "sounds" if kind in SOUNDS else "pictures or videos"
+        raise UserError(
+            f"{vision.get('name', 'This encoder')} reads {reads}, not {modality}; name another "
+            f"--vision for --modality {modality}, or another --modality.",
+            2,
+        )
+    from tinyvl.encoders import FRAMES, build_image_encoder
+
+    maps = {key: vision[key] for key in ("lower", "larger") if vision.get(key)}
+    if kind in (*SOUNDS, "timesformer"):
+        from tinyvl import encoders_av
+
+        for key, value in maps.items():
+            raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
+        encoder = encoders_av.build(vision, folder, levels)
+    else:
+        config, fit = vision["config"], vision["fit"]
+        encoder = build_image_encoder(config, folder, fit=fit, levels=levels, **maps)
+    if modality != "audio":
+        encoder.modality, encoder.frames = modality, vision.get("frames", FRAMES)
+    return encoder
+
+
 # -------------------------------------------------------------------------------------------- LilT
 
 
@@ -279,13 +291,12 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
 
 def check_lilt(tunings: tuple[Tuning, Tuning], random: bool) -> None:
     """Raises a UserError for tunings that contradict themselves, or random towers."""
-    for tuning in tunings:
-        if tuning.layers and tuning.unlock == "none":
-            raise UserError(
-                "Layers are chosen of what is unlocked: name that too, as by --text-unlock "
-                "layernorm or --image-unlock layernorm.",
-                2,
-            )
+    if any(tuning.layers and tuning.unlock == "none" for tuning in tunings):
+        raise UserError(
+            "Layers are chosen of what is unlocked: name that too, as by --text-unlock layernorm "
+            "or --image-unlock layernorm.",
+            2,
+        )
     if random and not all(tuning.unlock == "all" and not tuning.layers for tuning in tunings):
         raise UserError(
             "--random-init is for towers that are trained whole; add --preset clip-base, or "
@@ -298,14 +309,12 @@ def image_tower(
     image: dict, tuning: Tuning, folder: Path | None, size: int | None, random: bool
 ) -> "ImageTower":
     """The image tower, tuned; a UserError where it lacks what the tuning asks for."""
-    from safetensors.torch import load_file
-
     from tinyvl.lilt import add_layerwise_adapters
     from tinyvl.lilt_towers import ImageTower, image_model
 
     where, deep = image["name"], tuning.adapter == "deep"
-    state = load_file(folder / "model.safetensors") if folder and not random else None
-    model, depth = image_model(image["config"], size=size, grow=deep, state=state)
+    weights = None if random else folder
+    model, depth = image_model(image["config"], weights, size=size, grow=deep)
     if tuning.adapter == "layerwise" and not (depth and add_layerwise_adapters(model)):
         raise UserError(
             f"{where} has no transformer blocks to put layerwise adapters in; use a deep "
@@ -333,21 +342,23 @@ def text_tower(
     transformers takes longer than a query.
     """
     from tinyvl import encoders_text
-    from tinyvl.encoders_text import build_text_model, load_text_model, load_tokenizer
     from tinyvl.lilt import add_layerwise_adapters
     from tinyvl.lilt_towers import TextTower
 
     grow, where = tuning.adapter == "deep", text["name"]
     model: Any
-    tokenizer: Any
+    tokenizer: Any = None
     if folder and not plain and encoders_text.readable(folder):
         model, tokenizer = encoders_text.load(folder, grow=grow)
     else:
-        tokenizer = load_tokenizer(folder) if folder else None
         if folder and not random:
-            model = load_text_model(folder, grow=grow)
+            model = encoders_text.load_text_model(folder, grow=grow)
         else:
-            model = build_text_model(text["config"], grow=grow)
+            model = encoders_text.build_text_model(text["config"], grow=grow)
+        if folder:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
         raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
     tuned = tuned_names(model, tuning, model.config.num_hidden_layers - grow, where)

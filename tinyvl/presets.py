@@ -47,13 +47,9 @@ def encoder_of(
 ) -> tuple[Preset, str, dict[str, Any]]:
     """What `tinyvl features` encodes with: a preset, the modality, and extra encoder options.
 
-    Args:
-        name: a preset; None: the default model.
-        vision: another encoder than the preset's.
-        asked: of modality, frames, lower and larger those that were given.
-        summaries: no tokens are kept.
-
-    UserError: no such preset, or options that would do nothing.
+    ``vision``: another encoder than the preset's; ``asked``: of modality, frames, lower and larger
+    those that were given; ``summaries``: no tokens are kept. UserError: no such preset, or options
+    that would do nothing.
     """
     modality = asked.get("modality")
     row = PRESETS.get(name or "") or preset(
@@ -65,13 +61,10 @@ def encoder_of(
     maps = chosen(asked, "lower", "larger")
     if kind == "image" and not summaries:
         return row, kind, maps_read(row, vision, maps)
-    for option, value in maps.items():
-        if value:
-            raise UserError(f"--{option} is about the tokens of pictures.", 2)
-    if kind == "image":
-        return row, kind, {}
-    frames = {"frames": asked.get("frames", 8)} if kind == "video" else {}
-    return row, kind, {"modality": kind} | frames
+    if idle := [name for name, value in maps.items() if value]:
+        raise UserError(f"--{idle[0]} is about the tokens of pictures.", 2)
+    told = {} if kind == "image" else {"modality": kind}
+    return row, kind, told | ({"frames": asked.get("frames", 8)} if kind == "video" else {})
 
 
 def chosen(asked: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -82,11 +75,9 @@ def chosen(asked: dict[str, Any], *names: str) -> dict[str, Any]:
 def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = None) -> Job:
     """The preset's job, or the small recipe's, with the options that were given.
 
-    Args:
-        asked: the given options, by their names in `options_of`.
-        start: with --init, the checkpoint's parts (`models.start_of`), which stay as they are.
-
-    UserError: options that do not go together, or would do nothing.
+    ``asked``: the given options, by their names in `options_of`; ``start``: with --init, the
+    checkpoint's parts (`models.start_of`), which stay as they are. UserError: options that do not
+    go together, or would do nothing.
     """
     row = preset(asked.get("preset"), method, asked.get("modality"))
     parts = new_parts(method, row, asked) if start is None else kept_parts(method, start, asked)

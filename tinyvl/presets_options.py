@@ -6,6 +6,7 @@ heavy is imported: `tinyvl --help` reads this file too.
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,9 @@ if TYPE_CHECKING:
 
 
 def option(
-    panel: str,
-    default: Any,
-    help: str,
-    *,
-    name: str = "",
-    shown: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-    choices: tuple[str, ...] = (),
-    **more: Any,
-) -> Any:
+    panel: str, default: Any, help: str, *, name: str = "", shown: str | None = None,
+    parse: Callable[[str], Any] | None = None, choices: tuple[str, ...] = (), **more: Any,
+) -> Any:  # fmt: skip
     """A field of a dataclass that is an option of the command line, too.
 
     Args:
@@ -72,21 +66,15 @@ def amount(text: str) -> int | str:
     """ "512" -> 512; "1%" stays."""
     if text.isdigit() and int(text):
         return int(text)
-    try:
-        share = float(text.removesuffix("%")) if text.endswith("%") else -1
-    except ValueError:
-        share = -1
-    if not 0 < share <= 100:
-        raise ValueError("is a number, or a percentage like 1%")
-    return text
+    with suppress(ValueError):
+        if text.endswith("%") and 0 < float(text[:-1]) <= 100:
+            return text
+    raise ValueError("is a number, or a percentage like 1%")
 
 
 def commas(text: str) -> list[str]:
     """ "a, b" -> ["a", "b"]."""
     return [part.strip() for part in text.split(",")]
-
-
-CAPTIONERS = ("itune", "epalm", "clipcap")
 
 
 # fmt: off
@@ -123,7 +111,8 @@ class Job:
         choices=("crop", "squash", "jpeg"))
     options: dict[str, Any]
     recipe: Recipe
-    prompt: str = option("Model", "", "Text before every caption or question.", of=CAPTIONERS)
+    prompt: str = option("Model", "", "Text before every caption or question.",
+        of=("itune", "epalm", "clipcap"))
     val: str | None = option("Data", None, "Validation data.", shown="the data's own, or 2 % of it")
     images: str | None = option("Data", None, "Folder of the pictures, videos or sounds.",
         shown="beside the data")
@@ -367,6 +356,13 @@ def check_choice(name: str, of: Field, value: Any) -> None:
         raise UserError(
             f"{flag(name, of)} is {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}.", 2
         )
+
+
+def check_choices(method: str, options: dict[str, Any]) -> None:
+    """`check_choice` for a method's options as a checkpoint has them."""
+    own = flat(options)
+    for name, of in declared(METHODS[method]).items():
+        check_choice(name, of, own.get(name))
 
 
 def flag(name: str, of: Field) -> str:

@@ -80,14 +80,9 @@ class Questions:
     """
 
     def __init__(
-        self,
-        text: Text,
-        rows: int,
-        *,
-        lead: str = "",
-        separator: str | None = None,
+        self, text: Text, rows: int, *, lead: str = "", separator: str | None = None,
         answer_only: bool = False,
-    ):
+    ):  # fmt: skip
         """Args:
             rows: of the decoder's embedding.
             lead: what stands before a question: a space, where a prompt ends in a word.

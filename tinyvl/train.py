@@ -171,13 +171,9 @@ def starting_config(job: Job, source: models.Checkpoint | None) -> dict[str, Any
 
 
 def accumulate(
-    model: models.Method,
-    objective: Any,
-    taken: list[Any],
-    scaler: torch.amp.GradScaler,
-    pieces: Pieces,
-    quiet: bool = False,
-) -> dict[str, float]:
+    model: models.Method, objective: Any, taken: list[Any], scaler: torch.amp.GradScaler,
+    pieces: Pieces, quiet: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """One step's gradients, -> the metrics of the objective: the model or a `SelfCritical`.
 
     ``taken``: the step's micro-batches, cut up where they do not fit.

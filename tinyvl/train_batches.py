@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import sys
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 from tinyvl import UserError, data, media, media_workers
 from tinyvl.features import FeatureStore, contents, extract
 from tinyvl.presets import Job, Run
-from tinyvl.progress import bar, say
+from tinyvl.progress import bar, say, skip
 from tinyvl.train_run import Interrupted
 
 if TYPE_CHECKING:
@@ -121,24 +120,13 @@ class Pictures:
     each epoch sees a new random crop (`media_augment.RandomCrop`). Of videos and sounds the encoder
     says what is varied. Features are read from ``store``, or else from caches in the run's folder,
     one for each view. Those are filled first, and a killed run goes on filling them. Crops are
-    never cached, nor are pictures whose encoder is trained.
-
-    Args:
-        dtype: in which the run's own caches keep features: see `cache_dtype`.
+    never cached, nor are pictures whose encoder is trained. ``dtype``: see `cache_dtype`.
     """
 
     def __init__(
-        self,
-        records: list[data.Record],
-        model: Any,
-        run: Run,
-        name: str,
-        views: int = 1,
-        seed: int = 0,
-        store: FeatureStore | None = None,
-        crops: bool = False,
-        dtype: str = "fp16",
-    ):
+        self, records: list[data.Record], model: Any, run: Run, name: str, views: int = 1,
+        seed: int = 0, store: FeatureStore | None = None, crops: bool = False, dtype: str = "fp16",
+    ):  # fmt: skip
         self.paths = [r.path for r in records]
         number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
         self.keys = [number[path] for path in self.paths]  # equal where pictures are the same
@@ -163,7 +151,7 @@ class Pictures:
         self.bad = set(errors)  # records whose picture cannot be read
         if store is not None:  # else `extract` has named them
             for _, error in sorted(errors.items()):
-                print(f"tinyvl: skipping {error}", file=sys.stderr)
+                skip(error)
 
     def stream(
         self, wanted: Sequence[Sequence[int]], epoch: int
@@ -266,15 +254,9 @@ class Feed:
     """The micro-batches of a run: those of each optimizer step, and those to validate on."""
 
     def __init__(
-        self,
-        train: list[data.Record],
-        val: list[data.Record],
-        model: Any,
-        job: Job,
-        run: Run,
-        store: FeatureStore | None = None,
-        dtype: str = "fp16",
-    ):
+        self, train: list[data.Record], val: list[data.Record], model: Any, job: Job, run: Run,
+        store: FeatureStore | None = None, dtype: str = "fp16",
+    ):  # fmt: skip
         """As `Pictures`. UserError: none of the pictures can be read."""
         self.model, self.job = model, job
         self.pictures = Pictures(
@@ -340,13 +322,9 @@ class Feed:
         return (batch for batch in self.batches(*parts) if batch is not None)
 
     def batches(
-        self,
-        groups: list[Group],
-        order: list[list[int]],
-        pictures: Pictures,
-        states: TextStates,
+        self, groups: list[Group], order: list[list[int]], pictures: Pictures, states: TextStates,
         epoch: int = 0,
-    ) -> Iterator[Batch | Pairs | None]:
+    ) -> Iterator[Batch | Pairs | None]:  # fmt: skip
         """Micro-batches of the groups that each list of ``order`` names; None: all unreadable."""
         wanted = [[groups[g].record for g in micro] for micro in order]
         for micro, seen in zip(order, pictures.stream(wanted, epoch), strict=True):
@@ -355,7 +333,7 @@ class Feed:
                 if isinstance(picture, Tensor):
                     good.append((groups[g], picture))
                 else:
-                    print(f"tinyvl: skipping {picture}", file=sys.stderr)
+                    skip(str(picture))
             if not good:
                 yield None  # keeps its place, so that a resumed run counts the same
                 continue

@@ -30,21 +30,14 @@ END = "</s>"
 class SelfCritical:
     """The objective in place of cross-entropy: `accumulate` and `validate` of a `Captioner`.
 
-    Args:
-        references: {a picture's key in a `Batch`: its captions}, to train on.
-        val_references: the same for the pictures to validate on.
-        samples: K.
-        max_tokens: the length of a sampled caption at most, its end included.
+    ``references``: {a picture's key in a `Batch`: its captions}; ``samples``: K; ``max_tokens``:
+    the length of a sampled caption at most, its end included.
     """
 
     def __init__(
-        self,
-        model: Captioner,
-        references: dict[int, list[str]],
-        val_references: dict[int, list[str]],
-        samples: int,
-        max_tokens: int,
-    ):
+        self, model: Captioner, references: dict[int, list[str]],
+        val_references: dict[int, list[str]], samples: int, max_tokens: int,
+    ):  # fmt: skip
         self.model, self.samples, self.max_tokens = model, samples, max_tokens
         self.cider, self.number = scorer(references)
         self.val_cider, self.val_number = scorer(val_references)

@@ -82,9 +82,8 @@ def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None)
         shutil.rmtree(run.out / "features", ignore_errors=True)  # of a start that saved nothing
         run.out.mkdir(parents=True, exist_ok=True)
         return
-    changed = [name for name in settings if settings[name] != started.get(name)]
-    if changed:
-        name = changed[0]
+    name = next((n for n in settings if settings[n] != started.get(n)), None)
+    if name is not None:
         old, new = started.get(name), settings[name]
         if isinstance(old, dict) and isinstance(new, dict):  # a recipe, options
             part = next(n for n in {**new, **old} if old.get(n) != new.get(n))
