@@ -146,7 +146,7 @@ def slow_epalm(theirs, model: EPalm, seen: Percept, image: int, ids: list[int]) 
         if kind == "llama":  # slot and prompt are not turned, the text counts from 0
             positions = torch.cat((torch.zeros(rows - len(text)).long(), place))
             options["position_embeddings"] = body.rotary_emb(hidden[None], positions[None])
-        with inserted(kind, layer, model.added.get(number)):
+        with inserted(kind, layer, model.pairs.get(number)):
             hidden = layer(hidden[None], **options)
         hidden = (hidden[0] if isinstance(hidden, tuple) else hidden)[0]
         before = len(slot)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import VIT, write_decoder, write_vision
 
-from tinyvl import UserError, itune, models, presets
+from tinyvl import UserError, itune, models, presets, presets_table
 from tinyvl.decoder import Cache
 from tinyvl.encoders import Percept
 from tinyvl.itune import ITune, ITuneModule
@@ -290,8 +290,8 @@ def test_dropping_everything_is_refused(model):
 
 
 def test_the_documentation_names_the_file_of_the_rates():
-    """Of I-Tuning the rates are ours, and they stand in `presets.PAPER`."""
-    assert presets.PRESETS["itune-base"].recipe.rate == presets.PAPER.rate
+    """Of I-Tuning the rates are ours, and they stand in `presets_table.PAPER`."""
+    assert presets.PRESETS["itune-base"].recipe.rate == presets_table.PAPER.rate
     assert "rates are in ``presets_table.py``" in itune.__doc__
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert "`presets_table.py`" in readme
