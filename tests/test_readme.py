@@ -103,3 +103,20 @@ def test_the_rows_of_lilt_are_commands(monkeypatch):
         assert (bert, image) in towers
     assert any(job.options.get("random_init") for job in jobs)
     assert {5000, 50000} <= {job.limit for job in jobs}
+
+
+def test_every_room_named_exists():
+    root = Path(__file__).parent.parent
+    for file in re.findall(r"\]\(((?:tinyvl|tests)/[^)]+)\)|`(tests/\w+\.py)`", README):
+        assert (root / "".join(file)).exists(), file
+    section = README.split("## Change it")[1].split("\n## ")[0]
+    for name in re.findall(r"`(\w+)\.py`", section):
+        assert (root / f"tinyvl/{name}.py").exists(), name
+    for code, room in re.findall(
+        r"`(?:\w+\.)?(\w+)`(?: and `\w+`|, `\w+`)? in `(\S+?\.py)`", section
+    ):
+        file = root / room if "/" in room else root / "tinyvl" / room
+        assert re.search(rf"^\s*(class|def) {code}\b", file.read_text(), re.MULTILINE), code
+    for room, code in re.findall(r"`([a-z_]+)\.(?!py`)(\w+)`", section):
+        file = root / f"tinyvl/{room}.py"
+        assert re.search(rf"^(class |def )?{code}\b", file.read_text(), re.MULTILINE), code
