@@ -58,5 +58,5 @@ class Dual:
 if __name__ == "__main__":
     from tinyvl import cli, cli_search
 
-    cli_search.load_towers = lambda name, *rest, **more: Dual(os.environ.get("DUAL", "one"))
+    cli_search.load_model = lambda name, *rest, **more: Dual(os.environ.get("DUAL", "one"))
     cli.main()

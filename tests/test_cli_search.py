@@ -27,7 +27,7 @@ def loads() -> list[tuple]:
 def tinyvl(monkeypatch, loads):
     """The command line in this process, with the little dual encoder."""
 
-    def load(name, place, sides=("text", "image")):
+    def load(name, place, task, sides=("text", "image")):
         loads.append(tuple(sides))
         return Dual("two" if name == "two" else "one")
 
@@ -35,7 +35,7 @@ def tinyvl(monkeypatch, loads):
         done = shell.run(*args, stdin=stdin, tty=tty)
         return Done(done.returncode, done.stdout, done.stderr)
 
-    monkeypatch.setattr(cli_search, "load_towers", load)
+    monkeypatch.setattr(cli_search, "load_model", load)
     return run
 
 
