@@ -121,7 +121,7 @@ def open_store(
 ) -> FeatureStore:
     """The cache in a folder, checked before a model is loaded, which may take a while.
 
-    ``vision`` is the encoder's part of the model's ``config.json`` (`models.image_side`), and
+    ``vision`` is the encoder's part of the model's ``config.json`` (`models.Checkpoint.image`), and
     ``what`` is what the model reads of it, "tokens" or "summaries".
 
     Raises UserError: as `FeatureStore.open`; it is of another encoder, or lacks ``what`` or some of
