@@ -4,10 +4,11 @@ A text becomes ``[CLS] tokens [SEP]``, padded on the right under a mask. LilT
 (https://arxiv.org/abs/2301.04558) reads token 0 of the last layer; sentence encoders such as
 all-MiniLM-L6-v2 were trained for the mean over the tokens.
 
-Training uses transformers' models. Importing them takes three seconds and encoding a query a
-hundredth of one, so `tinyvl retrieve` reads texts with `Bert` (Devlin et al.,
-https://arxiv.org/abs/1810.04805), which gives the same vectors. Its modules and parameters have
-transformers' names: checkpoints load as they are, and LilT's adapters go to the same places.
+Importing transformers' models takes three seconds and encoding a query a hundredth of one, so
+texts are read with `Bert` (Devlin et al., https://arxiv.org/abs/1810.04805), which gives the same
+vectors and trains faster on a CPU. Its modules and parameters have transformers' names: checkpoints
+load as they are, and LilT's adapters go to the same places. Towers that are trained whole or grow a
+layer, and those that `Bert` cannot read, are transformers' own.
 """
 
 import json
@@ -19,8 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyvl import UserError
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # BertConfig's own
 
 
 def pool_tokens(tokens: Tensor, mask: Tensor, how: str) -> Tensor:
@@ -101,11 +105,11 @@ def load_text_model(folder: Path, *, grow: int = 0) -> nn.Module:
 class Residual(nn.Module):
     """LayerNorm(dense(h) + x)."""
 
-    def __init__(self, inner: int, width: int, eps: float):
+    def __init__(self, inner: int, width: int, config: SimpleNamespace):
         super().__init__()
         self.dense = nn.Linear(inner, width)
-        self.dropout = nn.Identity()  # an adapter's place
-        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)  # an adapter's place, behind it
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         return self.LayerNorm(self.dropout(self.dense(h)) + x)
@@ -116,14 +120,14 @@ class Layer(nn.Module):
 
     def __init__(self, config: SimpleNamespace):
         super().__init__()
-        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        self.heads = config.num_attention_heads
+        width, inner = config.hidden_size, config.intermediate_size
+        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
         qkv = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
         self.attention: Any = nn.ModuleDict(
-            {"self": nn.ModuleDict(qkv), "output": Residual(width, width, eps)}
+            {"self": nn.ModuleDict(qkv), "output": Residual(width, width, config)}
         )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
-        self.output = Residual(inner, width, eps)
+        self.output = Residual(inner, width, config)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (B, T, D), mask (B, 1, 1, T) True where there is a token."""
@@ -131,17 +135,19 @@ class Layer(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in self.attention["self"].values()
         )  # (B, heads, T, D / heads)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        dropout = self.dropout if self.training else 0.0
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         x = self.attention["output"](seen.transpose(1, 2).flatten(2), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
 
 class Bert(nn.Module):
-    """ids and mask (B, T) -> ``last_hidden_state`` (B, T, D); no dropout, no pooler."""
+    """ids and mask (B, T) -> ``last_hidden_state`` (B, T, D); no pooler."""
 
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         self.config, width = config, config.hidden_size
+        self.recompute = False  # layers, in the backward pass
         rows = {
             "word_embeddings": config.vocab_size,
             "position_embeddings": config.max_position_embeddings,
@@ -151,17 +157,24 @@ class Bert(nn.Module):
         tables = {n: nn.Embedding(r, width, _weight=torch.empty(r, width)) for n, r in rows.items()}
         self.embeddings: Any = nn.ModuleDict(tables)
         self.embeddings["LayerNorm"] = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.embeddings["dropout"] = nn.Dropout(config.hidden_dropout_prob)
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.encoder: Any = nn.ModuleDict({"layer": layers})
+
+    def gradient_checkpointing_enable(self, _: dict[str, Any]) -> None:
+        self.recompute = True
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         table = self.embeddings
         positions = table["position_embeddings"].weight[: input_ids.shape[1]]
         x = table["word_embeddings"](input_ids).float() + table["token_type_embeddings"].weight[0]
-        x = table["LayerNorm"](x + positions)
+        x = table["dropout"](table["LayerNorm"](x + positions))
         mask = attention_mask.bool()[:, None, None]
         for layer in self.encoder["layer"]:
-            x = layer(x, mask)
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, mask, use_reentrant=False)
+            else:
+                x = layer(x, mask)
         return SimpleNamespace(last_hidden_state=x)
 
 
@@ -199,7 +212,7 @@ def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
     from safetensors.torch import load_file
 
     raw = read_config(folder)
-    config = SimpleNamespace(**{"layer_norm_eps": 1e-12, "type_vocab_size": 2, **raw})
+    config = SimpleNamespace(**{"layer_norm_eps": 1e-12, "type_vocab_size": 2, **DROPOUT, **raw})
     depth = config.num_hidden_layers
     config.num_hidden_layers += grow
     with torch.device("meta"):

@@ -282,8 +282,8 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
         image = image_tower(config["image"], tuned, folder, size, random)
     if folders is None or "text" in folders:
         folder = folders and folders["text"]
-        locked = (read.adapter, read.unlock) == ("none", "none")  # without dropout
-        plain = random or not (locked or image is None)  # transformers' model, not our own
+        whole = read.adapter == "deep" or read.unlock == "all"
+        plain = random or (whole and image is not None)  # transformers' model, not our own
         text = text_tower(config["text"], read, folder, clean, random, plain)
     dropout = (tuned.dropout, read.dropout)
     return LilT(image, text, map_width=tuned.width, dropout=dropout, **options)
