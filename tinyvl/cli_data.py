@@ -113,23 +113,13 @@ def listed(values: dict[str, Any], most: int = 12) -> str:
     return ", ".join(pairs[:most]) + (f", … ({len(pairs):,} in all)" if len(pairs) > most else "")
 
 
-@command(sets, "convert")
-def convert_data(
-    path: Annotated[Path, typer.Argument(help="A data set: a file or a folder.")],
-    *,
-    out: Path = option("Output", MISSING, "The JSON Lines file to write.", name="--out,-o"),
-    reading: Reading,
-) -> None:
-    """Write a data set as JSON Lines, the paths in it relative to that file.
-
-    A WebDataset's pictures stay where they were unpacked, in the cache. Prints the file's path.
-    """
-    if out.exists():
-        raise UserError(f"{out}: this file exists; choose another name, or delete it first.", 2)
+def write_records(records: list, out: Path) -> None:
+    """A new JSON Lines file; UserError: it exists."""
     from tinyvl import data
     from tinyvl.files import replace_file
 
-    records = data.read(path, **vars(reading))
+    if out.exists():
+        raise UserError(f"{out}: this file exists; choose another name, or delete it first.", 2)
 
     def write(part: Path) -> None:
         with open(part, "w", encoding="utf-8") as file:
@@ -138,6 +128,39 @@ def convert_data(
     replace_file(out, write)
     print(f"tinyvl: {len(records):,} records", file=sys.stderr)
     print(out)
+
+
+@command(sets, "convert")
+def convert_data(
+    paths: Annotated[list[Path], typer.Argument(help="Data sets: files or folders.")],
+    *,
+    out: Path = option("Output", MISSING, "The JSON Lines file to write.", name="--out,-o"),
+    reading: Reading,
+) -> None:
+    """Write data sets as one JSON Lines file, the paths in it relative to that file.
+
+    A WebDataset's pictures stay where they were unpacked, in the cache. Prints the file's path.
+    """
+    from tinyvl import data
+
+    records = [record for path in paths for record in data.read(path, **vars(reading))]
+    write_records(records, out)
+
+
+@command(sets, "questions")
+def make_questions(
+    path: Annotated[Path, typer.Argument(help="A data set with captions.")],
+    *,
+    out: Path = option("Output", MISSING, "The JSON Lines file to write.", name="--out,-o"),
+    reading: Reading,
+) -> None:
+    """Write questions and answers made from captions in English: what, how many, what color.
+
+    Each is about what several captions of a picture agree on. Prints the file's path.
+    """
+    from tinyvl import data, data_make
+
+    write_records(data_make.make(data.read(path, **vars(reading))), out)
 
 
 @command(app, "features")
