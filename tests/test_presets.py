@@ -49,7 +49,7 @@ def test_every_option_has_a_panel_and_one_sentence_of_help(method):
 def test_the_help_shows_what_the_small_recipe_does():
     shown = presets.small_defaults("lilt")
     assert (shown["batch"], shown["text_pool"], shown["image_dropout"]) == (2500, "mean", 0.5)
-    assert presets.small_defaults("itune")["larger"] == 390
+    assert presets.small_defaults("itune")["drop"] == 24
     assert LilT.embed == 256
 
 
@@ -78,3 +78,22 @@ def test_init_keeps_the_checkpoints_parts():
     for name, flag in (("drop", "--drop"), ("language", "--lm"), ("fit", "--fit")):
         with pytest.raises(UserError, match=f"--init brings its own {flag}: leave"):
             presets.job_of("itune", {"init": "x", name: 1}, start)
+
+
+def test_the_shipped_models_recipe_reads_fresh_views():
+    """Its pictures are encoded anew, but where features are given, which have one view."""
+
+    def made(**asked):
+        job = presets.job_of("itune", asked)
+        run = presets.run_of(job, asked, None)
+        return job.views, run.cache
+
+    assert made() == (1, True)
+    assert made(preset="itune-default") == (5, False)
+    assert made(preset="itune-default", features="f") == (1, True)
+    start = {
+        "language": "lm", "vision": "eye", "fit": "crop", "prompt": "", "media": {"lower": 1},
+        "options": {"drop": 2},
+    }  # fmt: skip
+    job = presets.job_of("itune", {"init": "hf://a/b", "preset": "itune-default"}, start)
+    assert (job.options, job.media, job.recipe.batch) == ({"drop": 2}, {"lower": 1}, 80)

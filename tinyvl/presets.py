@@ -86,7 +86,7 @@ def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = No
     changes = {name: value for name, value in row.job.items() if name != "media"}
     if "preset" in asked and kind != "image":
         changes.setdefault("crops", True)  # as in the presets of videos and sounds
-    if method == "epalm" and "features" in asked:  # they hold one view of each
+    if method in ("epalm", "itune") and "features" in asked:  # they hold one view of each
         changes = {name: value for name, value in changes.items() if name not in ("views", "crops")}
     changes |= chosen(asked, "crops", *(name for name in declared(Job) if name not in parts))
     check_method(method, asked, parts, changes)
@@ -250,8 +250,9 @@ def recipe_of(
 
 def run_of(job: Job, asked: dict[str, Any], device: Any) -> Run:
     """How the job is carried out."""
-    own = chosen(asked, *declared(Run)) | {"device": device}
-    run = Run(**{"out": Path("runs") / job.method} | own)
+    row = preset(asked.get("preset"), job.method, asked.get("modality"))
+    own = {"out": Path("runs") / job.method, "cache": row.cache or "features" in asked}
+    run = Run(**own | chosen(asked, *declared(Run)) | {"device": device})
     if job.method == "lilt" and "micro" not in asked and run.cache and not job.crops:
         sides = [job.options.get(side, {}) for side in ("text", "image")]
         learns = [side.get(what, "none") for side in sides for what in ("unlock", "adapter")]

@@ -187,11 +187,12 @@ class Run:
 
 @dataclass
 class ITune:
-    preset: str | None = option("Model", None, "A paper's row, itune-base say; other options "
-        "override it.", into="")
+    preset: str | None = option("Model", None, "A paper's row, itune-base say, or itune-default, "
+        "the shipped model's shape and recipe; other options override it.", into="")
     bottleneck: int | None = option("Model", None, "Width r of the modules; with another decoder "
         "than the default, half its width.", min=1)
-    drop: int = option("Model", 0, "No modules in the first N layers.", min=0)
+    drop: int = option("Model", 0, "No modules in the first N layers; with another decoder: 0.",
+        min=0)
     scale: float = option("Model", 1.0, "λ of equation 5.")
     lower: int = option("Model", 0, "Read N more stages of a CNN below its last map (not the "
         "paper). With another encoder than the default: 0.", min=0, into="media")
