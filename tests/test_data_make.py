@@ -64,5 +64,8 @@ def test_the_command_writes_a_set_that_training_reads(tmp_path):
     assert {"image": "a.jpg", "split": "train"}.items() <= made[0].items()
     assert all(each["question"] and each["answers"] for each in made)
     both = tmp_path / "both.jsonl"
-    assert shell.run("data", "convert", out, out, "-o", both).returncode == 0
-    assert len(both.read_text().splitlines()) == 2 * len(made)
+    other = tmp_path / "other_val.jsonl"
+    other.write_text(json.dumps({"image": "a.jpg", "question": "who?", "answers": ["a dog"]}))
+    assert shell.run("data", "convert", out, other, "-o", both).returncode == 0
+    merged = [json.loads(line) for line in both.read_text().splitlines()]
+    assert [each["split"] for each in merged] == ["train"] * len(made) + ["val"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BertModel
 
 from tinyvl import UserError, hub, hub_table, lilt, models, presets
+from tinyvl.encoders_text import load_text_model
 from tinyvl.lilt import LilT, Pairs
 from tinyvl.text import clean_caption
 
@@ -161,13 +162,15 @@ def test_layerwise_adapters_stand_where_the_authors_have_them(folders):
             model.encoder(pictures(2)).tokens[:, 0], expected, atol=1e-5, rtol=0
         )
         ids, mask = model.text.pad(model.text.encode(CAPTIONS[:1], 25))
-        h = bert.embeddings(input_ids=ids)
-        for layer in bert.encoder.layer:  # LayerNorm(adapter(dense(...)) + residual), twice
-            out = layer.attention.output
+        theirs = load_text_model(Path(folders["text"]))  # transformers'
+        h = theirs.embeddings(input_ids=ids)
+        ours = bert.encoder["layer"]
+        for layer, own in zip(theirs.encoder.layer, ours, strict=True):
+            out = layer.attention.output  # LayerNorm(adapter(dense(...)) + residual), twice
             a = out.dense(layer.attention.self(h)[0])
-            h = out.LayerNorm(slow_adapter(a, out.dropout.adapter) + h)
+            h = out.LayerNorm(slow_adapter(a, own.attention["output"].dropout.adapter) + h)
             a = layer.output.dense(layer.intermediate(h))
-            h = layer.output.LayerNorm(slow_adapter(a, layer.output.dropout.adapter) + h)
+            h = layer.output.LayerNorm(slow_adapter(a, own.output.dropout.adapter) + h)
         torch.testing.assert_close(model.text(ids, mask), h[:, 0], atol=1e-5, rtol=0)
     adapter = vit.blocks[0].norm1.adapter
     assert adapter.down.weight.shape == (8, 32)  # a quarter of the width

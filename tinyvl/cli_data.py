@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,11 +139,18 @@ def convert_data(
 ) -> None:
     """Write data sets as one JSON Lines file, the paths in it relative to that file.
 
-    A WebDataset's pictures stay where they were unpacked, in the cache. Prints the file's path.
+    Of several sets, records that name no part are of the part in the file's name (a_train.jsonl). A
+    WebDataset's pictures stay where they were unpacked, in the cache. Prints the file's path.
     """
     from tinyvl import data
+    from tinyvl.data_records import split_in
 
-    records = [record for path in paths for record in data.read(path, **vars(reading))]
+    records = []
+    for path in paths:
+        for record in data.read(path, **vars(reading)):
+            if len(paths) > 1 and record.split is None:
+                record = replace(record, split=split_in(path.name))
+            records.append(record)
     write_records(records, out)
 
 
