@@ -192,7 +192,7 @@ SMALL: dict[str, Preset] = {
     ),
     "epalm": Preset(
         "epalm", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
-        Recipe(batch=32, epochs=5, rate=1e-3), fit="jpeg",
+        Recipe(batch=32, epochs=1.5, rate=1e-3), fit="jpeg",
     ),
     "epalm-video": Preset(  # the mean over the frames, as in Table 13
         "epalm", "SmolLM2-135M", "EfficientNet-Lite2", "ours", {},
