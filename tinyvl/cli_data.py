@@ -10,7 +10,7 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import Place, batch_of, command, group, same
-from tinyvl.files import local
+from tinyvl.files import dump, local, write_text
 from tinyvl.presets import small_defaults
 from tinyvl.presets_options import EPalm, ITune, Job, Run, option
 
@@ -63,7 +63,7 @@ def check_data(
     if report["problems"].get("missing") == sum(report["files"].values()):
         print("tinyvl: none of the files is there; --images says where they are", file=sys.stderr)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(dump(report))
     else:
         show(report)
     raise typer.Exit(bool(report["details"]))
@@ -105,7 +105,7 @@ def show(report: dict[str, Any]) -> None:
     for row in problems:
         wrong.add_row(*row, style="red" if report["details"] else "green")
     for each in (table, facts, wrong):
-        Console().print(each)
+        Console(markup=False).print(each)
 
 
 def listed(values: dict[str, Any], most: int = 12) -> str:
@@ -127,15 +127,9 @@ def convert_data(
     if out.exists():
         raise UserError(f"{out}: this file exists; choose another name, or delete it first.", 2)
     from tinyvl import data
-    from tinyvl.files import replace_file
 
     records = data.read(path, **vars(reading))
-
-    def write(part: Path) -> None:
-        with open(part, "w", encoding="utf-8") as file:
-            file.writelines(f"{data.line_of(record, out.parent)}\n" for record in records)
-
-    replace_file(out, write)
+    write_text(out, "".join(f"{data.line_of(record, out.parent)}\n" for record in records))
     print(f"tinyvl: {len(records):,} records", file=sys.stderr)
     print(out)
 

@@ -21,9 +21,10 @@ from tinyvl import data_folders as folders
 from tinyvl import data_questions as questions
 from tinyvl.data_files import locate, locate_own
 from tinyvl.data_folders import SYNSET, first_synonyms, read_names
-from tinyvl.data_records import Record, line_of, read_jsonl, text_lines
+from tinyvl.data_records import Record, line_of, read_jsonl
+from tinyvl.files import open_text
 
-__all__ = ["SYNSET", "Record", "first_synonyms", "line_of", "read_names", "text_lines"]
+__all__ = ["SYNSET", "Record", "first_synonyms", "line_of", "read_names"]
 log = logging.getLogger(__name__)
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -254,8 +255,8 @@ def sniff(path: Path) -> str | None:
         return "webdataset"
     if captions.XTD10.fullmatch(path.name) or path.name == "test_image_names.txt":
         return "xtd10"
-    with open(path, "rb") as file:
-        text = file.read(2**20).decode("utf-8-sig", errors="ignore").lstrip()
+    with open_text(path, errors="ignore") as file:
+        text = file.read(2**20).lstrip()
     if text.startswith(("{", "[")):
         return _json_format(text)
     lines = [line.strip() for line in text.split("\n") if line.strip() and line[0] != "#"]

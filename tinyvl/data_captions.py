@@ -16,7 +16,6 @@ from tinyvl.data_records import (
     OR,
     PARTS,
     Record,
-    decoded,
     entries,
     get,
     json_items,
@@ -25,9 +24,8 @@ from tinyvl.data_records import (
     name_in,
     split_in,
     splits_beside,
-    text_lines,
-    whole_text,
 )
+from tinyvl.files import open_text, read_text, text_lines
 from tinyvl.media import is_image
 
 log = logging.getLogger(__name__)
@@ -106,7 +104,7 @@ def read_flickr(path: Path) -> Iterator[Record]:
         if FLICKR_HEADER.fullmatch(line):
             continue
         match = FLICKR_TOKEN.fullmatch(line) or FLICKR_RESULTS.fullmatch(line)
-        name, *rest = match.groups() if match else next(csv.reader([line]))
+        name, *rest = match.groups() if match else _row(line, where)
         if not rest or not any(map(is_image, [name, Path(name).stem])):
             wanted = "'x.jpg#0<tab>caption', 'x.jpg,caption' or 'x.jpg| 0| caption'"
             raise UserError(f"{where}: expected {wanted}, found {line[:60]!r}")
@@ -180,7 +178,9 @@ def read_xtd10(path: Path) -> Iterator[Record]:
     for file in files:
         lang = matched(XTD10, file.name, f"{file}", "test_1kcaptions_de.txt")[1]
         # Not text_lines: a blank line is a picture without a caption.
-        captions = whole_text(file).removesuffix("\n").split("\n")
+        captions = read_text(file).removesuffix("\n").split("\n")
+        while len(captions) > len(names) and not captions[-1].strip():
+            captions.pop()
         if len(captions) != len(names):
             counts = f"{len(captions)} captions, but {listing} names {len(names)} pictures"
             raise UserError(f"{file}: has {counts}")
@@ -288,13 +288,25 @@ def read_clotho(path: Path) -> Iterator[Record]:
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV file, which must have all the columns: ("FILE, line 3", row)."""
-    with decoded(path), open(path, encoding="utf-8-sig", newline="") as file:
+    with open_text(path) as file:
         rows = csv.DictReader(file)
         try:
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
+                if not any(map(str.strip, filter(None, row.values()))) and None not in row:
+                    continue  # a line of blanks
+                if None in row:
+                    raise UserError(f"{where}: has more columns than the first line; quote commas")
                 if lacks := next((name for name in columns if row.get(name) is None), None):
                     raise UserError(f"{where}: {lacks!r} is missing; it should be a text")
                 yield where, row
         except csv.Error as error:
             raise UserError(f"{path}, line {rows.line_num}: is not CSV ({error})") from None
+
+
+def _row(line: str, where: str) -> list[str]:
+    """The columns of a line of CSV."""
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise UserError(f"{where}: is not CSV ({error})") from None

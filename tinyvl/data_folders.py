@@ -16,7 +16,8 @@ from itertools import product
 from pathlib import Path
 
 from tinyvl import UserError, files
-from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in, text_lines
+from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in
+from tinyvl.files import text_lines
 from tinyvl.media import KIND_OF, MODALITIES
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from tinyvl.data_records import (
     matched,
     split_in,
     splits_beside,
-    text_lines,
 )
+from tinyvl.files import text_lines
 
 log = logging.getLogger(__name__)
 

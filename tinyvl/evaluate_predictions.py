@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyvl import UserError
 from tinyvl.data_records import Record, get, parsed
-from tinyvl.files import replace_file, write_text
+from tinyvl.files import dump, read_text, write_text
 from tinyvl.metrics import Scores
 from tinyvl.progress import bar, say
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 IDS = ("id", "question_id", "image_id")
 PATHS = ("path", "image", "video", "audio")
-OPEN = {"encoding": "utf-8", "errors": "surrogateescape"}
+OPEN = {"encoding": "utf-8", "errors": "surrogateescape"}  # earlier runs wrote names as they are
 
 
 class Log:
@@ -48,16 +48,15 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
-        write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-        kept = "".join(map(dump, self.lines.values()))
-        replace_file(folder / FILE, lambda part: part.write_text(kept, **OPEN))
-        self.stream = (folder / FILE).open("a", **OPEN)
+        write_text(folder / RUN, dump(run, indent=1) + "\n")
+        write_text(folder / FILE, "".join(f"{dump(line)}\n" for line in self.lines.values()))
+        self.stream = (folder / FILE).open("a", encoding="utf-8", newline="\n")
 
     def add(self, line: dict[str, Any]) -> None:
         """Keeps a prediction, on disk at once."""
         self.lines[line["id"]] = line
         if self.stream:
-            self.stream.write(dump(line))
+            self.stream.write(dump(line) + "\n")
             self.stream.flush()
 
     def fill(
@@ -114,10 +113,6 @@ def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
     return True
 
 
-def dump(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """A folder's ``run.json``; empty where there is none."""
     try:
@@ -142,7 +137,7 @@ def report(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -
     if scores.groups:
         whole["groups"] = scores.groups
     if out is not None:
-        write_text(out / REPORT, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        write_text(out / REPORT, dump(whole, indent=1) + "\n")
     return whole
 
 
@@ -154,7 +149,7 @@ def export(file: Path, texts: dict[str, str], field: str) -> None:
         return int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
 
     results = [{key: number(name), field: text} for name, text in texts.items()]
-    write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
+    write_text(file, dump(results) + "\n")
 
 
 def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
@@ -166,14 +161,12 @@ def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
     """
     path = path.expanduser()
     file = path / FILE if path.is_dir() else path
-    try:
-        content = file.read_text(**OPEN | {"encoding": "utf-8-sig"})
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+    content = read_text(file, "surrogateescape")
     if content.lstrip().startswith("["):
         entries = [(f"{file}, [{i}]", e) for i, e in enumerate(parsed(content, file))]
     else:
         lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
+        lines = [(where, line.removeprefix("\ufeff")) for where, line in lines]
         entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
     find, texts = finder(records), {}
     for where, entry in entries:

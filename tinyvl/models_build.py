@@ -69,7 +69,7 @@ def new_config(
         config[side] = {
             "name": name,
             "sha256": hub.fingerprint(folder),
-            "config": json.loads((folder / "config.json").read_text()),
+            "config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
         }
         if ROLES[side] == "vision":
             config[side] |= {"fit": fit, **extra}
