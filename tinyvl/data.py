@@ -23,6 +23,7 @@ from tinyvl.data_files import locate, locate_own
 from tinyvl.data_folders import SYNSET, first_synonyms, read_names
 from tinyvl.data_records import Record, line_of, read_jsonl
 from tinyvl.files import open_text
+from tinyvl.text import has_words
 
 __all__ = ["SYNSET", "Record", "first_synonyms", "line_of", "read_names"]
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def read(
         lang: keep the records in this language, and those that name none; "en,de" are two, and
             "all" is every one.
         files: False keeps records whose file is missing (to score predictions, say).
-        blank: keep captions that are blank, and images without captions in a list of captions.
+        blank: keep captions without words, and images without captions in a list of captions.
 
     Raises UserError if there is no such file, the format is unknown, a record is malformed,
     pictures are missing, or nothing is left to keep.
@@ -95,7 +96,7 @@ def read(
     if not records:
         raise UserError(f"{path} holds no {'pictures' if format in FOLDERS else 'records'}")
     if not blank:
-        records = _without_blanks(records, path, format)
+        records = _worded(records, path, format)
     if format in OWN and images is None:
         locate_own(records, path if path.is_dir() else path.parent, path, files)
     else:
@@ -114,9 +115,13 @@ def read(
         raise UserError(f"{path}: {error}", 2) from None
 
 
-def _without_blanks(records: list[Record], path: Path, format: str) -> list[Record]:
+def _worded(records: list[Record], path: Path, format: str) -> list[Record]:
+    """Leaves out captions without words, and COCO's images without a caption; says how many."""
+    total = sum(len(record.captions) for record in records)
     for record in records:
-        record.captions = [caption for caption in record.captions if caption.strip()]
+        record.captions = [caption for caption in record.captions if has_words(caption)]
+    if bare := total - sum(len(record.captions) for record in records):
+        log.warning("%s: left out %d of %d captions: no words in them", path, bare, total)
     if format not in ("coco", "nocaps"):
         return records
     # COCO lists images and captions apart, and its test set has no captions at all.

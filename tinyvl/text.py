@@ -1,6 +1,7 @@
 """Text as models read and write it: token ids, questions, and captions tidied for training."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,46 @@ from tinyvl import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def has_words(text: str) -> bool:
+    """Whether a text has a letter or a digit: "...", emoji and U+200B have none."""
+    return any(map(str.isalnum, text))
+
+
+def plain(tokenizer: "Tokenizer", texts: list[str]) -> list[list[int]]:
+    """Ids of the bare texts. What spells a special token, as "</s>", is characters as others are.
+
+    What is no Unicode is read as a question mark.
+    """
+    tokenizer.encode_special_tokens = True  # tokenizers' word for not looking for them
+    tokens = tokenizer.get_added_tokens_decoder().items()
+    special = {i: token.content for i, token in tokens if token.special}
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    lines = []
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for text, found in zip(texts, encoded, strict=True):
+        line = found.ids
+        if not special.keys().isdisjoint(line):  # XLM-R's vocabulary has them as words, too
+            line = []
+            for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+                spelt = special[i] if special.get(i) == text[start:end].strip() else ""
+                line += [one.id for c in spelt for one in tokenizer.model.tokenize(c)] or [i]
+        lines.append(line)
+    return lines
+
+
+def cut(lines: list, longest: int, what: str, tail: int = 0) -> list:
+    """Lines of at most ``longest`` items, the last ``tail`` kept; says how many were longer."""
+    if over := sum(len(line) > longest for line in lines):
+        log.warning("tinyvl: cut %d of %d texts to %d %s", over, len(lines), longest, what)
+    ends = [line[len(line) - tail :] for line in lines]
+    return [
+        line if len(line) <= longest else line[: longest - tail] + end
+        for line, end in zip(lines, ends, strict=True)
+    ]
 
 
 class Text:
@@ -21,7 +62,7 @@ class Text:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of the bare texts, without begin and end."""
-        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return plain(self.tokenizer, texts)
 
     def spare(self, rows: int) -> range:
         """The ids that an embedding of so many rows has and no text uses (OPT: 50265 to 50271)."""
