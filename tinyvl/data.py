@@ -21,11 +21,11 @@ from tinyvl import data_folders as folders
 from tinyvl import data_questions as questions
 from tinyvl.data_files import locate, locate_own
 from tinyvl.data_folders import SYNSET, first_synonyms, read_names
-from tinyvl.data_records import Record, line_of, read_jsonl
+from tinyvl.data_records import Record, clashes, line_of, part_of, read_jsonl
 from tinyvl.files import open_text
 from tinyvl.text import has_words
 
-__all__ = ["SYNSET", "Record", "first_synonyms", "line_of", "read_names"]
+__all__ = ["SYNSET", "Record", "clashes", "first_synonyms", "line_of", "part_of", "read_names"]
 log = logging.getLogger(__name__)
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -76,10 +76,11 @@ def read(
         lang: keep the records in this language, and those that name none; "en,de" are two, and
             "all" is every one.
         files: False keeps records whose file is missing (to score predictions, say).
-        blank: keep captions without words, and images without captions in a list of captions.
+        blank: keep captions without words, images without captions in a list of captions, and
+            two pictures, or two questions, of one id.
 
     Raises UserError if there is no such file, the format is unknown, a record is malformed,
-    pictures are missing, or nothing is left to keep.
+    pictures are missing, two have one id, or nothing is left to keep.
     """
     path = Path(path).expanduser()
     if format is None:
@@ -95,6 +96,8 @@ def read(
         records = list(READERS[format](path))
     if not records:
         raise UserError(f"{path} holds no {'pictures' if format in FOLDERS else 'records'}")
+    for record in records:
+        record.split = part_of(record.split)
     if not blank:
         records = _worded(records, path, format)
     if format in OWN and images is None:
@@ -103,6 +106,8 @@ def read(
         folder = None if images is None else Path(images).expanduser()
         drop = files and format in LINKS
         records = locate(records, path, images=folder, required=files, drop=drop)
+    if not blank and (clash := next(clashes(records), None)):
+        raise UserError(f"{path}: {clash[2]}; give each its own")
     if lang not in (None, "all"):
         found = {record.lang for record in records}
         wanted = {None, *(name.strip() for name in lang.split(","))}
@@ -138,6 +143,7 @@ def select_split(records: list[Record], want: str) -> list[Record]:
 
     ``"train"`` includes Karpathy's ``restval`` (COCO: 113,287 images).
     """
+    want = part_of(want)
     names = {"train", "restval"} if want == "train" else {want}
     chosen = [record for record in records if record.split in names]
     if not chosen:

@@ -115,10 +115,9 @@ def _numbers(values: Iterable[int]) -> dict[str, float]:
 
 
 def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
-    """Texts without words, texts missing where others have some, repeated question ids."""
+    """Texts without words, texts missing where others have some, ids that are not one's own."""
     captioned = {(record.modality, record.split) for record in records if record.captions}
     answered = {record.split for record in records if any(map(str.strip, record.answers))}
-    ids: set[tuple[str | None, str]] = set()
     for record in records:
         for i, caption in enumerate(record.captions, 1):
             if not caption.strip():
@@ -139,11 +138,7 @@ def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
             yield _problem("no words", record, error)
         if record.split in answered and not any(map(str.strip, record.answers)):
             yield _problem("no answer", record, "the question has no answer, and others have")
-        if record.question_id is not None:
-            key = record.split, record.question_id
-            if key in ids:
-                yield _problem("repeated question", record, "another question has this id")
-            ids.add(key)
+    yield from (_problem(*clash) for clash in data.clashes(records))
 
 
 def shared_files(records: list[Record], compare: Iterable[str]) -> Iterator[dict[str, str]]:

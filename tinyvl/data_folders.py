@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from tinyvl import UserError, files
-from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in
+from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in, unlike
 from tinyvl.files import text_lines
 from tinyvl.media import KIND_OF, MODALITIES
 
@@ -137,12 +137,15 @@ def read_names(file: Path, label: str = SYNSET) -> tuple[list[dict[str, str]], l
             if not labels or not isinstance(words, str):
                 raise odd
             for table, one in zip(tables, labels, strict=False):
-                table[str(one)] = words
+                unlike(table, str(one), words, file)
         return [table for table in tables if table], []
     lines = [line for _, line in text_lines(file)]
     pairs = [re.fullmatch(rf"([^\t]+)\t\s*(.+)|({label})[ ,]\s*(.+)", line) for line in lines]
     if lines and all(pairs):
-        return [{pair[1] or pair[3]: pair[2] or pair[4] for pair in pairs}], []
+        table: dict[str, str] = {}
+        for pair in pairs:
+            unlike(table, pair[1] or pair[3], pair[2] or pair[4], file)
+        return [table], []
     return [], lines
 
 

@@ -125,6 +125,30 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
         yield record
 
 
+def unlike(known: dict, name: Any, value: Any, where: object) -> None:
+    """Keeps a value under its name. UserError: another one has that name."""
+    if (first := known.setdefault(name, value)) != value:
+        both = f"{str(first)[:99]!r} and {str(value)[:99]!r}"
+        raise UserError(f"{where}: {name!r} names both {both}; give each a name of its own")
+
+
+def clashes(records: list[Record]) -> Iterator[tuple[str, Record, str]]:
+    """(kind, record, what is wrong) where a picture's or a question's id is another one's, too."""
+    pictures: dict[str, str] = {}
+    questions: dict[tuple, tuple] = {}
+    for record in records:
+        if (first := pictures.setdefault(record.id, record.path)) != record.path:
+            both = f"the id {record.id!r} names both {first} and {record.path}"
+            yield "two pictures of one id", record, both
+        if record.question_id is not None:
+            own = record.question, record.path
+            key = record.split, record.lang, record.question_id
+            if (asked := questions.setdefault(key, own)) != own:
+                both = " and ".join(f"{question!r} ({path})" for question, path in (asked, own))
+                error = f"the question id {record.question_id!r} names both {both}"
+                yield "repeated question", record, error
+
+
 def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re.Match[str]:
     """The line's match of the whole pattern, or a `UserError` that shows an example."""
     if match := pattern.fullmatch(line):
@@ -134,11 +158,11 @@ def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re
 
 def splits_beside(path: Path, **lists: str) -> dict[str, str]:
     """The split of each name in the lists (``train="train.txt"``) that are beside a file."""
-    return {
-        line: split
-        for split, name in lists.items()
-        for _, line in text_lines(path.with_name(name), optional=True)
-    }
+    found: dict[str, str] = {}
+    for split, name in lists.items():
+        for where, line in text_lines(path.with_name(name), optional=True):
+            unlike(found, line, split, where)
+    return found
 
 
 def json_document(path: Path) -> Any:
@@ -250,6 +274,14 @@ PARTS = {
     **dict.fromkeys(("test", "testing", "evaluation"), "test"),
     **{name: name for name in ("testdev", "challenge", "submission")},
 }
+
+
+def part_of(split: str | None) -> str | None:
+    """A split by its usual name: ``validation``, ``valid`` and ``dev`` are ``val``."""
+    word = (split or "").strip().lower()
+    if word == "development":  # train in Clotho, val elsewhere
+        return split
+    return PARTS.get(word, split) if word else None
 
 
 def split_in(name: str) -> str | None:

@@ -152,8 +152,12 @@ def export(file: Path, texts: dict[str, str], field: str) -> None:
     write_text(file, dump(results) + "\n")
 
 
-def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
+def read(
+    path: Path, records: list[Record], field: str, paths: dict[str, str] | None = None
+) -> dict[str, str]:
     """The ``field`` of the predictions of a file or of a run's folder, by the record's id.
+
+    ``paths``: the picture of each id that the data has; a record may stand for several.
 
     The file is JSON Lines, or a JSON array. Lines that have an ``error`` instead, as `tinyvl
     caption --json` writes for a file it cannot read, are left out. Raises UserError if there is no
@@ -168,7 +172,7 @@ def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
         lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
         lines = [(where, line.removeprefix("\ufeff")) for where, line in lines]
         entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
-    find, texts = finder(records), {}
+    find, texts = finder(records, paths or {}), {}
     for where, entry in entries:
         if isinstance(entry, dict) and "error" in entry and field not in entry:
             continue
@@ -176,7 +180,7 @@ def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
         if not any(entry.get(key) is not None for key in IDS + PATHS):
             raise UserError(f"{where}: nothing names the record; give an {', '.join(IDS)} or path")
         key = find(where, entry)
-        if key in texts:
+        if texts.get(key, entry[field]) != entry[field]:
             raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
         texts[key] = entry[field]
     if not texts:
@@ -184,7 +188,7 @@ def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
     return texts
 
 
-def finder(records: list[Record]) -> Callable[[str, dict[str, Any]], str]:
+def finder(records: list[Record], known: dict[str, str]) -> Callable[[str, dict[str, Any]], str]:
     """``find(where, entry)`` is the id of the record that an entry names; UserError without one.
 
     It is named by id or by path: the same path, or the same file name where only one record has it;
@@ -203,7 +207,7 @@ def finder(records: list[Record]) -> Callable[[str, dict[str, Any]], str]:
         for name in names:
             if name in ids:
                 return name
-        for name in paths:
+        for name in [known[name] for name in names if name in known] + paths:
             hits = named.get(os.path.abspath(name)) or named.get(os.path.basename(name), [])
             if "question" in entry:
                 hits = [record for record in hits if record.question == entry["question"]]
