@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_data import touch
 
-from tinyvl import UserError, data, data_check, evaluate_compare
+from tinyvl import UserError, data, data_check, evaluate_compare, index
 from tinyvl.evaluate import Source, choose, read, task_of
 
 
@@ -124,6 +124,20 @@ def test_validation_has_several_words(tmp_path, word):
     records, split = read(Source(str(file), split=word), opened=False)
     assert (split, len(choose(records, Source(str(file)), split))) == ("val", 1)
     assert read(Source(str(file)), opened=False)[1] == "val"
+
+
+def test_records_without_a_part_are_counted_where_one_is_chosen(tmp_path, caplog):
+    touch(tmp_path, "a.jpg", "b.jpg", "c.mp4")
+    entries = [{"image": "a.jpg", "split": "test", "caption": "x"}, {"image": "b.jpg"}]
+    file = lines(tmp_path / "a.jsonl", *entries, {"video": "c.mp4"})
+    assert len(data.read(file, split="test")) == 1
+    assert "left out 2 of 3 records: they name no split" in caplog.text
+    index.read_source(str(file))
+    assert "left out 1 of 3 records: not of a picture" in caplog.text
+    said = lines(tmp_path / "p.jsonl", {"id": "a.jpg", "caption": "x"})
+    options = {"scoring": {"metrics": ["BLEU-1"]}}
+    evaluate_compare.score_files("caption", [said], Source(str(file), split="all"), **options)
+    assert "left out 2 of 3 records: no captions to score against" in caplog.text
 
 
 def test_development_is_left_to_its_data_set(tmp_path):

@@ -1,14 +1,17 @@
 """Text and ids: special tokens that are spelt, captions without words, what is cut."""
 
+from types import SimpleNamespace
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tinyvl import data, data_check, train_cider
+from tinyvl.captioner import Captioner
 from tinyvl.data import Record
 from tinyvl.encoders_text import Tokenizer as Framed
 from tinyvl.metrics_captions import caption_scores, tokenise
-from tinyvl.text import Text, cut, has_words, plain
+from tinyvl.text import Questions, Text, cut, has_words, plain
 
 TEXTS = ["a sign that says SEP on a wall", "end of text", "/s", "a b c d e f g h i j k l m n"]
 
@@ -88,6 +91,18 @@ def test_what_is_cut_is_counted_and_keeps_its_end(caplog):
     assert cut([[1, 2, 3, 4], [1, 2], []], 3, "tokens", tail=1) == [[1, 2, 4], [1, 2], []]
     assert cut([[1, 2], [1]], 2, "tokens") == [[1, 2], [1]]
     assert [record.message for record in caplog.records] == ["tinyvl: cut 1 of 3 texts to 3 tokens"]
+
+
+def test_a_captioners_texts_are_cut_and_counted(caplog):
+    model = SimpleNamespace(prompt=[], room=9, text=Text(bpe(), 0, 0))
+    assert [len(ids) for ids in Captioner.encode(model, ["q q q q q", "q"], 3)] == [3, 1]
+    assert [len(ids) for ids in Captioner.encode(model, ["q" * 20], 99)] == [8]
+    asked = Questions(model.text, 0)
+    size = len(asked.separator)
+    assert [len(ids) - size for ids in asked.ask(["q" * 20, "q"], 10 + size)] == [10, 1]
+    assert [len(ids) - size for ids in asked.encode([("q", "z" * 20)], 10 + size, 4)] == [5]
+    said = [message.removeprefix("tinyvl: cut ") for message in caplog.messages]
+    assert said == [f"1 of {n} texts to {m} tokens" for n, m in ((2, 3), (1, 8), (2, 10), (1, 4))]
 
 
 WORDLESS = [".", "...", "😀", "\u200b", "♥ !!!", "\ufffd", "\ue000", "- — -", "\U0010ffff"]

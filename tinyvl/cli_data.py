@@ -181,10 +181,12 @@ def features(
         for path in data
         for record in readers.read(path, format=format, split=split, images=images)
     ]
-    pictures = list(dict.fromkeys((r.path, r.id) for r in records if r.modality == kind))[:limit]
+    found = [record for record in records if record.modality == kind]
+    pictures = list(dict.fromkeys((r.path, r.id) for r in found))[:limit]
     if not pictures:
         nouns = {"image": "pictures", "video": "videos", "audio": "sounds"}
         raise UserError(f"{', '.join(data)}: no {nouns[kind]} there.", 2)
+    readers.say_left_out(", ".join(data), records, found, f"not {kind}")
     keep_memory()
     description, encoder = kept.load_encoder(
         local(vision or row.vision), fit or row.fit, device=target, precision=precision, media=told

@@ -20,12 +20,14 @@ from tinyvl import data_captions as captions
 from tinyvl import data_folders as folders
 from tinyvl import data_questions as questions
 from tinyvl.data_files import locate, locate_own
-from tinyvl.data_folders import SYNSET, first_synonyms, read_names
-from tinyvl.data_records import Record, clashes, line_of, part_of, read_jsonl
+from tinyvl.data_records import Record, clashes, part_of, read_jsonl, split_in
 from tinyvl.files import open_text
 from tinyvl.text import has_words
 
-__all__ = ["SYNSET", "Record", "clashes", "first_synonyms", "line_of", "part_of", "read_names"]
+__all__ = [
+    *("SYNSET", "Record", "clashes", "first_synonyms", "line_of", "part_of", "read_names"),
+    "split_in",
+]
 log = logging.getLogger(__name__)
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -111,8 +113,11 @@ def read(
     if lang not in (None, "all"):
         found = {record.lang for record in records}
         wanted = {None, *(name.strip() for name in lang.split(","))}
-        records = [record for record in records if record.lang in wanted]
-        if not records:
+        everything = records
+        records = [record for record in everything if record.lang in wanted]
+        if records:
+            say_left_out(path, everything, records, f"not in {lang!r}; --lang all reads them")
+        else:
             raise UserError(f"{path} has no records in {lang!r}, only in {_listed(found)}", 2)
     try:
         return records if split is None else select_split(records, split)
@@ -138,6 +143,12 @@ def _worded(records: list[Record], path: Path, format: str) -> list[Record]:
     return records
 
 
+def say_left_out(where: object, records: list[Record], kept: list[Record], why: str) -> None:
+    """Says on standard error how many records are not kept, and why, if any are not."""
+    if missing := len(records) - len(kept):
+        log.warning("%s: left out %d of %d records: %s", where, missing, len(records), why)
+
+
 def select_split(records: list[Record], want: str) -> list[Record]:
     """The records of one split, or UserError if there is none.
 
@@ -146,6 +157,9 @@ def select_split(records: list[Record], want: str) -> list[Record]:
     want = part_of(want)
     names = {"train", "restval"} if want == "train" else {want}
     chosen = [record for record in records if record.split in names]
+    bare = sum(record.split is None for record in records)
+    if chosen and bare:
+        log.warning("left out %d of %d records: they name no split", bare, len(records))
     if not chosen:
         found = {record.split for record in records} - {None}
         has = f"only {_listed(found)}" if found else "as its records name no split"

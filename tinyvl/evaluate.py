@@ -287,6 +287,8 @@ def run(
     if not scored and place.out is None and results is None:
         message = f"no {task.truth} to score against; --out or --results keeps the predictions."
         raise UserError(f"{source.path}: {message}", 2)
+    if scored:
+        data.say_left_out(source.path, records, scored, f"no {task.truth} to score against")
     records = scored or records
     checkpoint = Checkpoint(models.open_checkpoint(name, kind), place)
     modality = checkpoint.found.modality

@@ -16,6 +16,7 @@ import numpy as np
 
 from tinyvl import UserError
 from tinyvl import evaluate_predictions as predictions
+from tinyvl.data import say_left_out
 from tinyvl.evaluate import Source, choose, described, prepared, read, task_of
 from tinyvl.metrics import Scores
 
@@ -37,9 +38,11 @@ def scored(
     task = task_of(kind, scoring)
     rows, split = read(source, opened=False)
     everything, paths_of = prepared(rows, source, task), {row.id: row.path for row in rows}
-    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
+    part = choose(everything, source, split)
+    records = [record for record in part if getattr(record, task.truth)]
     if not records:
         raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
+    say_left_out(source.path, part, records, f"no {task.truth} to score against")
     files = []
     for path in paths:
         texts = predictions.read(path, everything, task.field, paths_of)

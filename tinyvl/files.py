@@ -57,6 +57,14 @@ def not_null(text: str, where: object) -> str:
     return text
 
 
+def decode(content: bytes, where: object) -> str:
+    """Bytes as text, as `open_text` reads a file. UserError: they are in another encoding."""
+    try:
+        return not_null(content.decode(encoding_of(content)), where)
+    except UnicodeError:
+        raise UserError(f"{where} is not text in UTF-8; save it in that encoding") from None
+
+
 def read_text(file: Path, errors: str = "strict") -> str:
     """A text file. UserError: as `open_text`."""
     with open_text(file, errors) as stream:

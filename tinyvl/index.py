@@ -140,10 +140,12 @@ def read_source(
         file = os.path.abspath(os.path.expanduser(name))
         root = os.path.dirname(file)
         source = Source(file, root)
-        for record in data.read(file, format=format, images=images):
-            if record.image:
-                path = record.image.removeprefix(os.path.join(root, ""))
-                source.captions.setdefault(path, []).extend(record.captions)
+        records = data.read(file, format=format, images=images)
+        pictures = [record for record in records if record.image]
+        data.say_left_out(name, records, pictures, "not of a picture")
+        for record in pictures:
+            path = record.image.removeprefix(os.path.join(root, ""))
+            source.captions.setdefault(path, []).extend(record.captions)
     if not source.captions:
         raise UserError(f"{name}: no pictures to index.")
     return source

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, normal, refuse_missing
 from tinyvl.encoders_text import pool_tokens
 from tinyvl.method import Method, MicroBatch, pad
-from tinyvl.text import clean_caption, cut, tidy
+from tinyvl.text import WORDS, clean_caption, cut, tidy
 
 
 def image_model(
@@ -119,11 +119,17 @@ class TextTower(nn.Module):
         self.width: int = model.config.hidden_size
 
     def encode(self, texts: list[str], max_tokens: int | None) -> list[list[int]]:
-        """Ids of each text with begin and end, cut to ``max_tokens`` in all, or as the model needs.
+        """Ids of each text with begin and end, cut to ``max_tokens`` in all.
 
-        The prefix's tokens come on top of these.
+        The prefix's tokens come on top of these. None: as many as the model reads.
         """
-        texts = [clean_caption(text) if self.clean else tidy(text) for text in texts]
+        if self.clean:
+            words = [clean_caption(text, None).split() for text in texts]
+            if max_tokens is not None:
+                words = cut(words, WORDS, "words")
+            texts = list(map(" ".join, words))
+        else:
+            texts = list(map(tidy, texts))
         positions = self.model.embeddings.position_embeddings
         longest = positions.num_embeddings
         if positions.padding_idx is not None:  # RoBERTa's kin count from the one behind it

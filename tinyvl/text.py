@@ -144,7 +144,7 @@ class Questions:
         """Ids of ``question</a>``, at most ``room`` of them (but one): a long question is cut."""
         longest = max(1, room - len(self.separator))
         ids = self.text.encode([self.lead + " ".join(q.split()) for q in questions])
-        return [line[:longest] + self.separator for line in ids]
+        return [line + self.separator for line in cut(ids, longest, "tokens")]
 
     def encode(self, pairs: list[tuple[str, str]], room: int, max_tokens: int) -> list[list[int]]:
         """Ids of ``question</a>answer``, the question in ``room``, the answer in ``max_tokens``.
@@ -156,8 +156,9 @@ class Questions:
         questions = list(dict.fromkeys(question for question, _ in pairs))
         answers = list(dict.fromkeys(answer for _, answer in pairs))
         asked = dict(zip(questions, self.ask(questions, room), strict=True))
-        ids = dict(zip(answers, self.text.encode(answers), strict=True))
-        return [asked[question] + ids[answer][:max_tokens] for question, answer in pairs]
+        lines = cut(self.text.encode(answers), max_tokens, "tokens")
+        ids = dict(zip(answers, lines, strict=True))
+        return [asked[question] + ids[answer] for question, answer in pairs]
 
     def answer_at(self, ids: list[int]) -> int:
         """Where the answer starts in the ids of ``question</a>answer``."""
@@ -178,7 +179,10 @@ def tidy(caption: str) -> str:
     return text.replace("``", '"').replace("''", '"').rstrip(" .")
 
 
-def clean_caption(text: str, max_words: int = 30) -> str:
+WORDS = 30  # the longest caption that LilT's authors train on
+
+
+def clean_caption(text: str, max_words: int | None = WORDS) -> str:
     """A caption as LilT's authors (and ALBEF's) read it: lower case, hardly any punctuation.
 
     In their order: ``,.'!?"()*#:;~`` go, ``-`` and ``/`` become spaces, ``<person>``, which is a
