@@ -20,11 +20,13 @@ def run(*args: object, stdin: str = "", tty: bool = False) -> subprocess.Complet
     source = io.TextIOWrapper(io.BytesIO(os.fsencode(stdin)))
     source.isatty = lambda: tty
     streams = [io.BytesIO(), io.BytesIO()]  # names that are not UTF-8 come out too
+    kept = []  # a wrapper that nobody holds closes its stream
     arguments = list(map(str, args))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", source)
         for name, stream in zip(("stdout", "stderr"), streams, strict=True):
             wrapped = io.TextIOWrapper(stream, errors="backslashreplace", write_through=True)
+            kept.append(wrapped)
             patch.setattr(sys, name, wrapped)
         patch.setattr(sys, "argv", ["tinyvl", *arguments])
         with pytest.raises(SystemExit) as exit:

@@ -190,13 +190,13 @@ def test_webdataset_unpacks_once_and_anew_when_the_tar_changes(tmp_path, cache, 
 
 def test_webdataset_killed_while_unpacking_starts_again(tmp_path, cache, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", MEMBERS)
-    samples = data_folders._samples
+    parts = data_folders._parts
 
     def killed(path):
-        yield next(samples(path))
+        yield next(parts(path))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data_folders, "_samples", killed)
+    monkeypatch.setattr(data_folders, "_parts", killed)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)  # as kill -9 would have it
     with pytest.raises(KeyboardInterrupt):
         data.read(tar)
@@ -222,6 +222,36 @@ def test_webdataset_killed_while_unpacking_starts_again(tmp_path, cache, monkeyp
 def test_webdataset_names_the_malformed_sample(tmp_path, cache, members, complaint):
     with pytest.raises(UserError, match=complaint):
         data.read(write_tar(tmp_path / "a.tar", members))
+
+
+def test_webdataset_parts_have_other_keys_and_need_not_be_neighbours(tmp_path, cache, caplog):
+    members = [
+        ("0.jpg", b"0"), ("1.img", b"1"), ("2.image.JPG", b"2"), ("3.0.png", b"3"),
+        ("3.1.png", b"-"), ("4.video", b"4"), ("0.caption", b"\xef\xbb\xbfzero\r\n"),
+        ("1.text", "one".encode("utf-16")), ("2.caption.txt", b"two"),
+        ("4.json", b'{"caption": "four"}'), ("5.txt", b"five"),
+        ("3.txt", b"three"), ("6.jpg", b"6"), ("6.wav", b"-"), ("6.seg.png", b"-"), ("6.npy", b"-"),
+    ]  # fmt: skip
+    tar = write_tar(tmp_path / "a.tar", members)
+    for _ in range(2):  # unpacked, and found unpacked
+        caplog.clear()
+        records = data.read(tar)
+        assert [(r.id, Path(r.path).read_bytes().decode()) for r in records] == [
+            (name, name) for name in "012346"
+        ]
+        said = [["zero"], ["one"], ["two"], ["three"], ["four"], []]
+        assert [record.captions for record in records] == said
+        assert [record.modality for record in records][3:] == ["image", "video", "image"]
+        text = caplog.text
+        assert "left out 1 of 7 samples: no picture, video or sound; the first is '5'" in text
+        for key in ("1.png", "audio", "seg.png", "npy"):
+            assert f"left out parts called {key}: 1" in text
+
+
+def test_webdataset_tars_that_count_from_zero_have_ids_of_their_own(tmp_path, cache):
+    for name in ("a", "b"):
+        write_tar(tmp_path / "set" / f"{name}.tar", [("0.jpg", name.encode()), ("0.txt", b"x")])
+    assert [record.id for record in data.read(tmp_path / "set")] == ["0", "b/0"]
 
 
 def test_webdataset_damaged_leaves_nothing_behind(tmp_path, cache):

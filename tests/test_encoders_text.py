@@ -10,6 +10,7 @@ from tiny import write_text, write_vision
 from transformers import AutoTokenizer, BertModel
 
 from tinyvl import UserError, encoders_text, hub, models
+from tinyvl.lilt_towers import TextTower
 
 TEXTS = ["a red dog runs", "two cats sleep on the mat", "sky", "", "an unknown zebra " * 30]
 CPU = torch.device("cpu")
@@ -30,7 +31,8 @@ def same_as_transformers(folder) -> None:
     theirs = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     known = AutoTokenizer.from_pretrained(folder)
     for longest in (30, 8):
-        ids = tokenizer(TEXTS, truncation=True, max_length=longest)["input_ids"]
+        tower = TextTower(ours, tokenizer, clean=False, pool="token", tuned=frozenset())
+        ids = tower.encode(TEXTS, longest)
         assert ids == known(TEXTS, truncation=True, max_length=longest)["input_ids"]
     assert tokenizer.pad_token_id == known.pad_token_id
     rows = [torch.tensor(row) for row in ids]

@@ -48,7 +48,7 @@ class Colours:
         self.batches.append(len(pixels))
         return self.embed(pixels.float().mean((2, 3)).tolist())
 
-    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+    def embed_texts(self, texts: list[str], max_tokens: int | None = None) -> torch.Tensor:
         known = COLOURS | {"rot": COLOURS["red"], "grün": COLOURS["green"]}
         named = [next((c for w, c in known.items() if w in text), (9, 9, 9)) for text in texts]
         shade = [zlib.crc32(text.encode()) % 60 for text in texts]  # no two texts are quite alike

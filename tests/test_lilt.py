@@ -282,6 +282,37 @@ def test_random_towers_are_trained_whole(folders):
         build(folders, random_init=True)
 
 
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_query_is_as_long_as_its_tower_reads(folders, caplog, clean):
+    """30 tokens are LilT's evaluation's, 30 words its training's; what is cut is counted."""
+    words = CAPTIONS[0].split()
+    queries = [" ".join((words * 9)[:n]) for n in (35, 36, 46, 47, 90)]  # 48 positions in all
+    model = build(folders, clean=clean)
+    vectors = model.embed_texts(queries)
+    assert caplog.messages == ["tinyvl: cut 2 of 5 texts to 48 tokens"]
+    assert not torch.allclose(vectors[0], vectors[1], atol=1e-4)
+    assert [len(line) for line in model.text.encode(queries[:2], 30)] == [30, 30]
+    assert "cut 2 of 2 texts to 30 tokens" in caplog.text
+    assert ("cut 2 of 2 texts to 30 words" in caplog.text) == clean
+
+
+def test_robertas_positions_count_from_behind_the_padding(folders):
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    from tinyvl.lilt_towers import TextTower
+
+    model = build(folders)
+    config = XLMRobertaConfig(
+        vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=20, pad_token_id=1,
+    )  # fmt: skip
+    roberta = XLMRobertaModel(config, add_pooling_layer=False).eval()
+    tower = TextTower(roberta, model.text.tokenizer, clean=False, pool="mean", tuned=frozenset())
+    ids = tower.encode([CAPTIONS[0] * 30], None)
+    assert len(ids[0]) == 18
+    assert tower(*tower.pad(ids)).shape == (1, 8)
+
+
 def test_captions_are_cleaned_as_the_authors_do():
     assert clean_caption('A man\'s "Red-hot" and/or   blue; car. (fast!)') == (
         "a mans red hot and or blue car fast"

@@ -290,6 +290,18 @@ def test_empty_captions_stay_in_their_place(captions):
 
 
 @needs_java
+def test_captions_of_characters_that_it_drops_stay_in_their_place():
+    odd = ["😀", "\u200b", "𠀀", "\ue000", "\uffff", "\U0010ffff", "\u2063", "."]
+    for captions in (
+        ["a", "𠀀"],
+        ["a", "😀", "\u200b"],
+        ["a", *odd, "a", "."],
+        ["𠀀", "a", "𠀀", "𠀀"],
+    ):
+        assert java_tokens(captions) == ["a" if caption == "a" else "" for caption in captions]
+
+
+@needs_java
 def test_one_image_with_a_newline_in_its_caption(capfd):
     """METEOR needs no others, CIDEr is 0 by definition and a warning says so."""
     scores = caption_scores({"3": REFS["3"]}, {"3": "a blue bike\nnext to\u2028 a wall\r\n"})

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,61 @@ from worlds import files, job, losses, run, stopped
 
 from tinyvl import UserError, data, models, train, train_batches
 from tinyvl.data import Record
+
+
+def loaded(folder: Path, *entries: dict, val: list[dict] | None = None, **options):
+    """What `load_records` gives of JSON Lines: the pictures' names."""
+    for file, lines in (("set.jsonl", entries), ("val.jsonl", val or ())):
+        (folder / file).write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    for entry in (*entries, *(val or ())):
+        (folder / next(iter(entry.values()))).touch()
+    asked = {
+        "data": str(folder / "set.jsonl"), "val": str(folder / "val.jsonl") if val else None,
+        "format": None, "images": None, "lang": "en", "task": "caption", "modality": "image",
+        "seed": 0, "limit": None, "method": "itune",
+    }  # fmt: skip
+    parts = train_batches.load_records(SimpleNamespace(**asked | options))
+    return [[Path(record.path).name for record in part] for part in parts]
+
+
+DOG = {"captions": ["a dog"]}
+
+
+def test_what_a_run_does_not_read_is_counted_with_its_reason(tmp_path, caplog):
+    found = loaded(
+        tmp_path,
+        *({"image": f"{i}.jpg", "split": "train", **DOG} for i in range(2)),
+        *({"image": f"{i}.jpg", **DOG} for i in range(2, 5)),
+        {"image": "v.jpg", "split": "validation", **DOG},
+        {"image": "t.jpg", "split": "test", **DOG},  # the test part is meant to stay out
+        {"image": "o.jpg", "split": "other", **DOG},
+        {"video": "a.mp4", "split": "train", **DOG},
+        {"image": "n.jpg", "split": "train"},
+        {"image": "e.jpg", "split": "train", "captions": ["...", "😀"]},
+        {"image": "d.jpg", "split": "train", "lang": "de", **DOG},
+    )
+    assert found == [["0.jpg", "1.jpg"], ["v.jpg"]]
+    text = caplog.text
+    assert "left out 2 of 12 captions: no words in them" in text
+    assert "left out 1 of 12 records: not in 'en'; --lang all reads them" in text
+    reasons = "3 without a split, where others have one; 1 of the part 'other'; 1 video, not image"
+    assert f"left out 7 of 11 records: {reasons}; 2 without a caption" in text
+
+
+def test_nothing_is_said_where_everything_is_read(tmp_path, caplog):
+    pictures = [{"image": f"{i}.jpg", **DOG} for i in range(3)]
+    assert sum(map(len, loaded(tmp_path, *pictures))) == 3
+    found = loaded(tmp_path, *pictures, val=[{"image": "v.jpg", **DOG}])
+    assert found == [["0.jpg", "1.jpg", "2.jpg"], ["v.jpg"]]
+    assert caplog.text == ""
+
+
+def test_questions_without_words_or_answers_are_counted(tmp_path, caplog):
+    asked = [{"image": f"{i}.jpg", "question": "what?", "answers": ["dog"]} for i in range(2)]
+    odd = [{"image": "b.jpg", "question": "??", "answers": ["dog"]}]
+    odd += [{"image": "c.jpg", "question": "what?"}]
+    assert sum(map(len, loaded(tmp_path, *asked, *odd, task="vqa"))) == 2
+    assert "left out 2 of 4 records: 2 without a question and answer" in caplog.text
 
 
 def test_groups_hold_captions_of_one_picture_by_length():

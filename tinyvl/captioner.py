@@ -21,7 +21,7 @@ from tinyvl.decode import Style
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import Method, MicroBatch, pad
-from tinyvl.text import Questions, Text, tidy
+from tinyvl.text import Questions, Text, cut, tidy
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Captioner(Method):
         """Bare ids: without begin, prompt and end."""
         lead = " " if self.prompt else ""  # a prompt ends in a word
         longest = min(max_tokens, self.room - 1)
-        return [ids[:longest] for ids in self.text.encode([lead + tidy(c) for c in captions])]
+        return cut(self.text.encode([lead + tidy(c) for c in captions]), longest, "tokens")
 
     def encode_answers(self, pairs: list[tuple[str, str]], max_tokens: int) -> list[list[int]]:
         """As `encode`, of (question, answer)."""

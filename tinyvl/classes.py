@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tinyvl import UserError
-from tinyvl.data import SYNSET, first_synonyms, read_names, text_lines
+from tinyvl.data import SYNSET, first_synonyms, read_names
+from tinyvl.files import text_lines
 
 PROMPT = "a photo of {}"  # LilT's one, section 6.5
 # CLIP's seven for ImageNet (Radford et al. 2021, the notebook "Prompt engineering").

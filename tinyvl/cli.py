@@ -17,6 +17,7 @@ import typer.main
 
 from tinyvl import UserError, __version__
 from tinyvl.cli_options import Lines, Search, Teller, command, group, load_model, piped, same
+from tinyvl.files import ESCAPED, Unmarked, dump
 from tinyvl.presets_options import EPalm, option
 
 # In the order a person meets them. A command that stands in another module is imported when it is
@@ -124,7 +125,7 @@ def texts(files: list[str], question: str | None, search: Search, how: Teller) -
     bare = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file() and how.out is None
     checkpoint = models.open_checkpoint(how.model, task)
     suffixes = media.SUFFIXES[checkpoint.modality]
-    paths = media.expand(files, sys.stdin, null=how.null, suffixes=suffixes)
+    paths = media.expand(files, Unmarked(sys.stdin), null=how.null, suffixes=suffixes)
     stream, done, store = sys.stdout, set(), None
     if how.features is not None:
         from tinyvl.features import open_store
@@ -165,12 +166,12 @@ def list_models(as_json: bool = JSON) -> None:
     ]
     if as_json:
         for row in rows + backbones:
-            print(json.dumps(row, ensure_ascii=False))
+            print(dump(row))
         return
     from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console()
+    console = Console(markup=False)
     for title, entries in (("Presets", rows), ("Backbones", backbones)):
         columns = (Column(name, overflow="fold") for name in entries[0])
         table = Table(*columns, title=title, title_justify="left")
@@ -296,8 +297,9 @@ def main() -> None:
     atexit.register(gc.freeze)  # else a last search of torch's modules for garbage takes a second
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # quiet beside worker processes
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdin, sys.stdout):  # file names that are not UTF-8 pass through
-        stream.reconfigure(errors="surrogateescape")
+    # As the files that it writes, output is in UTF-8; a terminal may have another encoding.
+    encoding = None if sys.stdout.isatty() else "utf-8"
+    sys.stdout.reconfigure(encoding=encoding, errors=ESCAPED)
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

@@ -10,7 +10,7 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import Place, batch_of, command, group, same
-from tinyvl.files import local
+from tinyvl.files import dump, local, write_text
 from tinyvl.presets import small_defaults
 from tinyvl.presets_options import EPalm, ITune, Job, Run, option
 
@@ -63,7 +63,7 @@ def check_data(
     if report["problems"].get("missing") == sum(report["files"].values()):
         print("tinyvl: none of the files is there; --images says where they are", file=sys.stderr)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(dump(report))
     else:
         show(report)
     raise typer.Exit(bool(report["details"]))
@@ -105,7 +105,7 @@ def show(report: dict[str, Any]) -> None:
     for row in problems:
         wrong.add_row(*row, style="red" if report["details"] else "green")
     for each in (table, facts, wrong):
-        Console().print(each)
+        Console(markup=False).print(each)
 
 
 def listed(values: dict[str, Any], most: int = 12) -> str:
@@ -116,16 +116,10 @@ def listed(values: dict[str, Any], most: int = 12) -> str:
 def write_records(records: list, out: Path) -> None:
     """A new JSON Lines file; UserError: it exists."""
     from tinyvl import data
-    from tinyvl.files import replace_file
 
     if out.exists():
         raise UserError(f"{out}: this file exists; choose another name, or delete it first.", 2)
-
-    def write(part: Path) -> None:
-        with open(part, "w", encoding="utf-8") as file:
-            file.writelines(f"{data.line_of(record, out.parent)}\n" for record in records)
-
-    replace_file(out, write)
+    write_text(out, "".join(f"{data.line_of(record, out.parent)}\n" for record in records))
     print(f"tinyvl: {len(records):,} records", file=sys.stderr)
     print(out)
 
@@ -217,10 +211,12 @@ def features(
         for path in data
         for record in readers.read(path, format=format, split=split, images=images)
     ]
-    pictures = list(dict.fromkeys((r.path, r.id) for r in records if r.modality == kind))[:limit]
+    found = [record for record in records if record.modality == kind]
+    pictures = list(dict.fromkeys((r.path, r.id) for r in found))[:limit]
     if not pictures:
         nouns = {"image": "pictures", "video": "videos", "audio": "sounds"}
         raise UserError(f"{', '.join(data)}: no {nouns[kind]} there.", 2)
+    readers.say_left_out(", ".join(data), records, found, f"not {kind}")
     keep_memory()
     description, encoder = kept.load_encoder(
         local(vision or row.vision), fit or row.fit, device=target, precision=precision, media=told

@@ -1,6 +1,5 @@
 """`tinyvl eval TASK [MODEL] DATA`: a model over a data set, one report on standard output."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from tinyvl import UserError
 from tinyvl.cli_options import FRAMES, PROMPTS, Place, Search, batch_of, command, group, same
+from tinyvl.files import dump
 from tinyvl.presets_options import Job, Run, commas, option
 
 app = group()
@@ -193,7 +193,7 @@ def retrieval(
     arguments: ModelData = None,
     *,
     asked: Evaluation = Evaluation(batch=32),
-    lang: list[str] | None = option("Data", None, "Languages, by commas: a row each.", parse=commas,
+    lang: list[str] | None = option("Data", None, "Languages, by commas, or all: a row each.", parse=commas,
         shown="all that the data has"),
     protocol: str = option("Data", "full", "full; lilt: the 200 pictures of XTD10 of the paper's "
         "Table 2.", choices=("full", "lilt")),
@@ -253,7 +253,7 @@ def of_pairs(kind: str, arguments: list[str] | None, asked: Evaluation, **option
 def show(report: dict[str, Any], as_json: bool) -> None:
     """The report on standard output; leaves with status 1 where a picture failed."""
     if as_json or not sys.stdout.isatty():
-        print(json.dumps(report, ensure_ascii=False))
+        print(dump(report))
     else:
         from tinyvl.evaluate_compare import draw
 

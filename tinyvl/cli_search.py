@@ -1,6 +1,5 @@
 """`tinyvl index`, `tinyvl retrieve`, `tinyvl classify`: the commands of two aligned encoders."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from tinyvl.cli_options import (
     piped,
     same,
 )
+from tinyvl.files import Unmarked, dump, quoted
 from tinyvl.presets_options import Job, option
 
 app = group()
@@ -129,18 +129,20 @@ def retrieve(
                 print(f"tinyvl: {hits}", file=sys.stderr)
                 continue
             for hit in hits:
-                print(line_of(hit, as_json, several and not null), end="\0" if null else "\n")
+                print(line_of(hit, as_json, several, null), end="\0" if null else "\n")
         sys.stdout.flush()
     raise typer.Exit(status)
 
 
-def line_of(hit: Any, as_json: bool, several: bool) -> str:
-    """A result as it is printed: after its query, where there are several."""
+def line_of(hit: Any, as_json: bool, several: bool, null: bool) -> str:
+    """A result as it is printed: after its query where there are several; bare with ``null``."""
     if as_json:
         fields = {name: value for name, value in vars(hit).items() if value is not None}
-        return json.dumps(fields | {"score": round(hit.score, 6)}, ensure_ascii=False)
-    line = hit.path if hit.caption is None else hit.caption
-    return f"{hit.query}\t{line}" if several else line
+        return dump(fields | {"score": round(hit.score, 6)})
+    if null:
+        return hit.path if hit.caption is None else hit.caption
+    line = quoted(hit.path) if hit.caption is None else hit.caption
+    return f"{quoted(hit.query)}\t{line}" if several else line
 
 
 @command(app, "classify")
@@ -164,7 +166,7 @@ def classify(
 
     names, prompts = read_labels(labels), templates(prompt)
     bare = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file() and how.out is None
-    paths = media.expand(inputs, sys.stdin, null=how.null)
+    paths = media.expand(inputs, Unmarked(sys.stdin), null=how.null)
     stream, done = sys.stdout, set()
     loaded = loader(how)(how.model)
     classes = class_embeddings(loaded.embed_texts, names, prompts)

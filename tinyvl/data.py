@@ -20,10 +20,14 @@ from tinyvl import data_captions as captions
 from tinyvl import data_folders as folders
 from tinyvl import data_questions as questions
 from tinyvl.data_files import locate, locate_own
-from tinyvl.data_folders import SYNSET, first_synonyms, read_names
-from tinyvl.data_records import Record, line_of, read_jsonl, text_lines
+from tinyvl.data_records import Record, clashes, part_of, read_jsonl, split_in
+from tinyvl.files import open_text
+from tinyvl.text import has_words
 
-__all__ = ["SYNSET", "Record", "first_synonyms", "line_of", "read_names", "text_lines"]
+__all__ = [
+    *("SYNSET", "Record", "clashes", "first_synonyms", "line_of", "part_of", "read_names"),
+    "split_in",
+]
 log = logging.getLogger(__name__)
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -74,10 +78,11 @@ def read(
         lang: keep the records in this language, and those that name none; "en,de" are two, and
             "all" is every one.
         files: False keeps records whose file is missing (to score predictions, say).
-        blank: keep captions that are blank, and images without captions in a list of captions.
+        blank: keep captions without words, images without captions in a list of captions, and
+            two pictures, or two questions, of one id.
 
     Raises UserError if there is no such file, the format is unknown, a record is malformed,
-    pictures are missing, or nothing is left to keep.
+    pictures are missing, two have one id, or nothing is left to keep.
     """
     path = Path(path).expanduser()
     if format is None:
@@ -93,19 +98,26 @@ def read(
         records = list(READERS[format](path))
     if not records:
         raise UserError(f"{path} holds no {'pictures' if format in FOLDERS else 'records'}")
+    for record in records:
+        record.split = part_of(record.split)
     if not blank:
-        records = _without_blanks(records, path, format)
+        records = _worded(records, path, format)
     if format in OWN and images is None:
         locate_own(records, path if path.is_dir() else path.parent, path, files)
     else:
         folder = None if images is None else Path(images).expanduser()
         drop = files and format in LINKS
         records = locate(records, path, images=folder, required=files, drop=drop)
+    if not blank and (clash := next(clashes(records), None)):
+        raise UserError(f"{path}: {clash[2]}; give each its own")
     if lang not in (None, "all"):
         found = {record.lang for record in records}
         wanted = {None, *(name.strip() for name in lang.split(","))}
-        records = [record for record in records if record.lang in wanted]
-        if not records:
+        everything = records
+        records = [record for record in everything if record.lang in wanted]
+        if records:
+            say_left_out(path, everything, records, f"not in {lang!r}; --lang all reads them")
+        else:
             raise UserError(f"{path} has no records in {lang!r}, only in {_listed(found)}", 2)
     try:
         return records if split is None else select_split(records, split)
@@ -113,9 +125,13 @@ def read(
         raise UserError(f"{path}: {error}", 2) from None
 
 
-def _without_blanks(records: list[Record], path: Path, format: str) -> list[Record]:
+def _worded(records: list[Record], path: Path, format: str) -> list[Record]:
+    """Leaves out captions without words, and COCO's images without a caption; says how many."""
+    total = sum(len(record.captions) for record in records)
     for record in records:
-        record.captions = [caption for caption in record.captions if caption.strip()]
+        record.captions = [caption for caption in record.captions if has_words(caption)]
+    if bare := total - sum(len(record.captions) for record in records):
+        log.warning("%s: left out %d of %d captions: no words in them", path, bare, total)
     if format not in ("coco", "nocaps"):
         return records
     # COCO lists images and captions apart, and its test set has no captions at all.
@@ -127,13 +143,23 @@ def _without_blanks(records: list[Record], path: Path, format: str) -> list[Reco
     return records
 
 
+def say_left_out(where: object, records: list[Record], kept: list[Record], why: str) -> None:
+    """Says on standard error how many records are not kept, and why, if any are not."""
+    if missing := len(records) - len(kept):
+        log.warning("%s: left out %d of %d records: %s", where, missing, len(records), why)
+
+
 def select_split(records: list[Record], want: str) -> list[Record]:
     """The records of one split, or UserError if there is none.
 
     ``"train"`` includes Karpathy's ``restval`` (COCO: 113,287 images).
     """
+    want = part_of(want)
     names = {"train", "restval"} if want == "train" else {want}
     chosen = [record for record in records if record.split in names]
+    bare = sum(record.split is None for record in records)
+    if chosen and bare:
+        log.warning("left out %d of %d records: they name no split", bare, len(records))
     if not chosen:
         found = {record.split for record in records} - {None}
         has = f"only {_listed(found)}" if found else "as its records name no split"
@@ -254,8 +280,8 @@ def sniff(path: Path) -> str | None:
         return "webdataset"
     if captions.XTD10.fullmatch(path.name) or path.name == "test_image_names.txt":
         return "xtd10"
-    with open(path, "rb") as file:
-        text = file.read(2**20).decode("utf-8-sig", errors="ignore").lstrip()
+    with open_text(path, errors="ignore") as file:
+        text = file.read(2**20).lstrip()
     if text.startswith(("{", "[")):
         return _json_format(text)
     lines = [line.strip() for line in text.split("\n") if line.strip() and line[0] != "#"]

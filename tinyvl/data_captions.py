@@ -8,15 +8,14 @@ import csv
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from tinyvl import UserError
 from tinyvl.data_records import (
     OR,
-    PARTS,
     Record,
-    decoded,
     entries,
     get,
     json_items,
@@ -25,9 +24,9 @@ from tinyvl.data_records import (
     name_in,
     split_in,
     splits_beside,
-    text_lines,
-    whole_text,
+    unlike,
 )
+from tinyvl.files import open_text, read_text, text_lines
 from tinyvl.media import is_image
 
 log = logging.getLogger(__name__)
@@ -56,10 +55,12 @@ def read_coco(path: Path) -> Iterator[Record]:
 def _coco(path: Path) -> Iterator[tuple[Record, dict, str]]:
     document = json_object(path)
     images: dict[int | str, tuple[dict, str]] = {}
+    names: dict[int | str, str] = {}
     captions: dict[int | str, list[str]] = {}
     for where, entry in entries(document, "images", path):
-        name_in(entry, "file_name", where)
-        images[get(entry, "id", (int, str), where)] = entry, where
+        number = get(entry, "id", (int, str), where)
+        unlike(names, number, name_in(entry, "file_name", where), where)
+        images[number] = entry, where
     for where, entry in entries(document, "annotations", path, default=[]):
         number = get(entry, "image_id", (int, str), where)
         if number not in images:
@@ -106,7 +107,7 @@ def read_flickr(path: Path) -> Iterator[Record]:
         if FLICKR_HEADER.fullmatch(line):
             continue
         match = FLICKR_TOKEN.fullmatch(line) or FLICKR_RESULTS.fullmatch(line)
-        name, *rest = match.groups() if match else next(csv.reader([line]))
+        name, *rest = match.groups() if match else _row(line, where)
         if not rest or not any(map(is_image, [name, Path(name).stem])):
             wanted = "'x.jpg#0<tab>caption', 'x.jpg,caption' or 'x.jpg| 0| caption'"
             raise UserError(f"{where}: expected {wanted}, found {line[:60]!r}")
@@ -180,7 +181,9 @@ def read_xtd10(path: Path) -> Iterator[Record]:
     for file in files:
         lang = matched(XTD10, file.name, f"{file}", "test_1kcaptions_de.txt")[1]
         # Not text_lines: a blank line is a picture without a caption.
-        captions = whole_text(file).removesuffix("\n").split("\n")
+        captions = read_text(file).removesuffix("\n").split("\n")
+        while len(captions) > len(names) and not captions[-1].strip():
+            captions.pop()
         if len(captions) != len(names):
             counts = f"{len(captions)} captions, but {listing} names {len(names)} pictures"
             raise UserError(f"{file}: has {counts}")
@@ -196,9 +199,11 @@ def read_msrvtt(path: Path) -> Iterator[Record]:
         name = name_in(entry, "video_id", where)
         captions.setdefault(name, []).append(get(entry, "caption", str, where))
     splits: dict[str, str | None] = {}
+    links: dict[str, str | None] = {}
     for where, entry in entries(document, "videos", path):
-        split = get(entry, "split", str, where, default=None)
-        splits[name_in(entry, "video_id", where)] = PARTS.get(split, split)
+        name = name_in(entry, "video_id", where)
+        unlike(splits, name, get(entry, "split", str, where, default=None), where)
+        unlike(links, name, get(entry, "url", str, where, default=None), where)
     if unknown := captions.keys() - splits:
         raise UserError(f"{path}: sentences describe {min(unknown)}, which is not among its videos")
     for name, split in splits.items():
@@ -219,7 +224,7 @@ def read_msvd(path: Path) -> Iterator[Record]:
         for clip, texts in json_object(path).items():
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise UserError(f"{path}, {clip}: expected a list of captions")
-            captions[clip.removesuffix(".avi")] = texts
+            captions.setdefault(clip.removesuffix(".avi"), []).extend(texts)
     else:
         for where, line in text_lines(path):
             if line.startswith("#"):
@@ -243,10 +248,10 @@ MAPPED = re.compile(r"(\S+)\s+vid(\d+)")
 
 def youtube_mapping(path: Path) -> dict[str, int]:
     """``youtube_mapping.txt`` beside a file, ``mv89psg6zh4_33_46 vid1`` a line: clip -> number."""
-    numbers = {}
+    numbers: dict[str, int] = {}
     for where, line in text_lines(path.with_name("youtube_mapping.txt"), optional=True):
         clip, number = matched(MAPPED, line, where, "mv89psg6zh4_33_46 vid1").groups()
-        numbers[clip] = int(number)
+        unlike(numbers, clip, int(number), where)
     return numbers
 
 
@@ -254,24 +259,26 @@ def read_audiocaps(path: Path) -> Iterator[Record]:
     """AudioCaps' ``{train,val,test}.csv`` (https://audiocaps.github.io): a record a clip.
 
     Downloaders name a sound by its YouTube id (alone, after ``Y``, or before the start in seconds)
-    or by the caption's id. Sounds that are not there are left out and counted.
+    or by the caption's id. Sounds that are not there are left out and counted. Of two clips of one
+    video each has its start in its id and in its names.
     """
-    clips: dict[tuple[str, str], Record] = {}
+    clips: dict[tuple[str, int], tuple[str, list[str]]] = {}
     for where, row in _rows(path, ("audiocap_id", "youtube_id", "start_time", "caption")):
         name, start = row["youtube_id"], row["start_time"]
         try:
             seconds = int(float(start))
         except (ValueError, OverflowError):
             raise UserError(f"{where}: 'start_time' should be seconds, found {start!r}") from None
-        names = (
-            *(name, f"Y{name}", f"{name}_{seconds}", f"Y{name}_{seconds}"),
-            *(f"{name}_{seconds * 1000}_{seconds * 1000 + 10_000}", row["audiocap_id"]),
-        )
+        _, captions = clips.setdefault((name, seconds), (row["audiocap_id"], []))
+        captions.append(row["caption"])
+    times = Counter(name for name, _ in clips)
+    for (name, seconds), (number, captions) in clips.items():
+        own = f"{name}_{seconds}"
+        names = [own, f"Y{own}", f"{name}_{seconds * 1000}_{seconds * 1000 + 10_000}", number]
+        if times[name] == 1:
+            own, names = name, [name, f"Y{name}", *names]
         sound = OR.join(f"{each}.wav" for each in names)
-        clip = Record(audio=sound, id=name, split=split_in(path.name))
-        clip = clips.setdefault((name, start), clip)
-        clip.captions.append(row["caption"])
-    yield from clips.values()
+        yield Record(audio=sound, captions=captions, id=own, split=split_in(path.name))
 
 
 def read_clotho(path: Path) -> Iterator[Record]:
@@ -288,13 +295,25 @@ def read_clotho(path: Path) -> Iterator[Record]:
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV file, which must have all the columns: ("FILE, line 3", row)."""
-    with decoded(path), open(path, encoding="utf-8-sig", newline="") as file:
+    with open_text(path) as file:
         rows = csv.DictReader(file)
         try:
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
+                if not any(map(str.strip, filter(None, row.values()))) and None not in row:
+                    continue  # a line of blanks
+                if None in row:
+                    raise UserError(f"{where}: has more columns than the first line; quote commas")
                 if lacks := next((name for name in columns if row.get(name) is None), None):
                     raise UserError(f"{where}: {lacks!r} is missing; it should be a text")
                 yield where, row
         except csv.Error as error:
             raise UserError(f"{path}, line {rows.line_num}: is not CSV ({error})") from None
+
+
+def _row(line: str, where: str) -> list[str]:
+    """The columns of a line of CSV."""
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise UserError(f"{where}: is not CSV ({error})") from None

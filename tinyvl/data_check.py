@@ -13,6 +13,7 @@ from typing import Any
 from tinyvl import data
 from tinyvl.data import Record
 from tinyvl.media import MODALITIES, MediaError
+from tinyvl.text import has_words
 
 
 def check(
@@ -114,15 +115,17 @@ def _numbers(values: Iterable[int]) -> dict[str, float]:
 
 
 def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
-    """Blank texts, captions and answers missing where others have some, repeated question ids."""
+    """Texts without words, texts missing where others have some, ids that are not one's own."""
     captioned = {(record.modality, record.split) for record in records if record.captions}
     answered = {record.split for record in records if any(map(str.strip, record.answers))}
-    ids: set[tuple[str | None, str]] = set()
     for record in records:
         for i, caption in enumerate(record.captions, 1):
             if not caption.strip():
                 error = f"caption {i} of {len(record.captions)} is blank"
                 yield _problem("blank caption", record, error)
+            elif not has_words(caption):
+                error = f"caption {i} of {len(record.captions)} has no words: {caption!r}"
+                yield _problem("no words", record, error)
         if record.question is None:
             bare = not record.captions and record.label is None
             if bare and (record.modality, record.split) in captioned:
@@ -130,13 +133,12 @@ def text_problems(records: list[Record]) -> Iterator[dict[str, str]]:
             continue
         if not record.question.strip():
             yield _problem("blank question", record, "the question is blank")
+        elif not has_words(record.question):
+            error = f"the question has no words: {record.question!r}"
+            yield _problem("no words", record, error)
         if record.split in answered and not any(map(str.strip, record.answers)):
             yield _problem("no answer", record, "the question has no answer, and others have")
-        if record.question_id is not None:
-            key = record.split, record.question_id
-            if key in ids:
-                yield _problem("repeated question", record, "another question has this id")
-            ids.add(key)
+    yield from (_problem(*clash) for clash in data.clashes(records))
 
 
 def shared_files(records: list[Record], compare: Iterable[str]) -> Iterator[dict[str, str]]:

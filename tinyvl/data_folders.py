@@ -14,9 +14,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from tinyvl import UserError, files
-from tinyvl.data_records import PARTS, Record, json_document, records_of, split_in, text_lines
+from tinyvl.data_records import (
+    PARTS,
+    Record,
+    json_document,
+    parsed,
+    records_of,
+    split_in,
+    unlike,
+)
+from tinyvl.files import text_lines
 from tinyvl.media import KIND_OF, MODALITIES
 
 log = logging.getLogger(__name__)
@@ -136,12 +146,15 @@ def read_names(file: Path, label: str = SYNSET) -> tuple[list[dict[str, str]], l
             if not labels or not isinstance(words, str):
                 raise odd
             for table, one in zip(tables, labels, strict=False):
-                table[str(one)] = words
+                unlike(table, str(one), words, file)
         return [table for table in tables if table], []
     lines = [line for _, line in text_lines(file)]
     pairs = [re.fullmatch(rf"([^\t]+)\t\s*(.+)|({label})[ ,]\s*(.+)", line) for line in lines]
     if lines and all(pairs):
-        return [{pair[1] or pair[3]: pair[2] or pair[4] for pair in pairs}], []
+        table: dict[str, str] = {}
+        for pair in pairs:
+            unlike(table, pair[1] or pair[3], pair[2] or pair[4], file)
+        return [table], []
     return [], lines
 
 
@@ -159,13 +172,22 @@ def first_synonyms(known: dict[str, str]) -> dict[str, str]:
     return {key: name if times[name] == 1 else f"{name} ({key})" for key, name in names.items()}
 
 
+# The parts of a WebDataset sample by their keys. One may be called so before its suffix, or by a
+# number: `image.jpg`, `0.jpg`. What `img` holds decoders see by its content, not by the suffix.
+NAMED = {
+    **dict.fromkeys(("img", "image", "picture", "photo"), ".jpg"),
+    **{"video": ".mp4", "audio": ".wav", "sound": ".wav"},
+}
+TEXTS = ("txt", "text", "caption", "captions")
+
+
 def read_webdataset(path: Path) -> Iterator[Record]:
     """A WebDataset ``.tar``, or a folder of them: files that share a name up to its first dot.
 
-    ``jpg`` (or any picture, video or sound) with ``txt`` (a caption a line), ``json`` (fields as in
-    JSON Lines: caption, question, answers, label, ...) and ``cls`` (a class, by its name or its
-    line in ``classnames.txt`` beside the tars, from 0). Each tar is unpacked once, into the cache
-    (``TINYVL_CACHE``), so that its pictures are files like all others; delete them there.
+    ``jpg`` (or any picture, video or sound; see `NAMED`) with ``txt`` (a caption a line), ``json``
+    (fields as in JSON Lines: caption, question, answers, label, ...) and ``cls`` (a class, by its
+    name or its line in ``classnames.txt`` beside the tars, from 0). Each tar is unpacked once, into
+    the cache (``TINYVL_CACHE``), so that its pictures are files like all others; delete them there.
     """
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     listing = (path if path.is_dir() else path.parent) / "classnames.txt"
@@ -173,12 +195,17 @@ def read_webdataset(path: Path) -> Iterator[Record]:
     folders = {tar: _unpacked(tar) for tar in tars}
     if waiting := [tar for tar, folder in folders.items() if not folder.exists()]:
         _check_space(waiting)
+    known: dict[str, Path] = {}
     for tar, folder in folders.items():
         if not folder.exists():
             _unpack(tar, folder)
+        for _, note in text_lines(folder / "left_out.txt"):
+            log.warning("%s: left out %s", tar, note)
         for where, line in text_lines(folder / "samples.jsonl"):
             entry = json.loads(line)
             where = f"{tar}, {entry['id']}"
+            if known.setdefault(entry["id"], tar) != tar:  # each tar may count from 0
+                entry["id"] = f"{tar.stem}/{entry['id']}"
             if (label := entry.pop("cls", None)) is not None:
                 if classes and (not label.isdecimal() or int(label) >= len(classes)):
                     raise UserError(f"{where}: class {label!r} is not a line of {listing}")
@@ -192,7 +219,7 @@ def read_webdataset(path: Path) -> Iterator[Record]:
 def _unpacked(tar: Path) -> Path:
     """The cache folder of a tar: another one when the tar has changed."""
     state = tar.stat()
-    key = f"{tar.absolute()}|{state.st_size}|{state.st_mtime_ns}"
+    key = f"2|{tar.absolute()}|{state.st_size}|{state.st_mtime_ns}"  # 2: of what `_unpack` writes
     digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:12]
     return files.cache_dir() / "webdataset" / f"{tar.stem}-{digest}"
 
@@ -209,54 +236,81 @@ def _check_space(tars: list[Path]) -> None:
 
 
 def _unpack(tar: Path, folder: Path) -> None:
-    """Write a tar's samples as files and ``samples.jsonl``; the folder appears when it is whole."""
+    """Write a tar's samples as files and ``samples.jsonl``; the folder appears when it is whole.
+
+    The parts of a sample need not be neighbours. ``left_out.txt`` says what is not in the samples.
+    """
     for rest in folder.parent.glob(f".{glob.escape(folder.name)}-*"):  # of a run that was killed
         if time.time() - rest.stat().st_mtime > 24 * 3600:
             shutil.rmtree(rest, ignore_errors=True)
-    building = files.building(folder, advice=ROOM)
-    with building as part, open(part / "samples.jsonl", "w", encoding="utf-8") as lines:
-        for number, sample in enumerate(_samples(tar)):
-            entry, suffix, content = _sample_entry(sample, f"{tar}, {sample['__key__']}")
-            if suffix is not None:
-                name = f"{number:07d}{suffix}"  # never the archive's own: it may point anywhere
-                (part / name).write_bytes(content)
-                lines.write(json.dumps(entry | {KIND_OF[suffix]: name}) + "\n")
+    samples: dict[str, dict[str, Any]] = {}  # by name: the fields, and of each kind the file
+    unread, seen = Counter[str](), set[tuple[str, str]]()
+    with files.building(folder, advice=ROOM) as part:
+        for number, (name, key, content) in enumerate(_parts(tar)):
+            if (name, key) in seen:
+                both = f"two parts are called {name}.{key}"
+                raise UserError(f"{tar}: damaged, or not a WebDataset tar: {both}")
+            seen.add((name, key))
+            sample, (kind, suffix) = samples.setdefault(name, {}), _kind(key)
+            if kind in MODALITIES and kind not in sample:
+                sample[kind] = f"{number:07d}{suffix}"  # never its own name: it may point anywhere
+                (part / sample[kind]).write_bytes(content)
+            elif kind in ("captions", "json", "cls"):
+                fields = _fields(kind, content, f"{tar}, {name}: its {key!r}")
+                samples[name] = fields | sample if kind == "json" else sample | fields
+            else:
+                unread[key] += 1
+        whole = {name: sample for name, sample in samples.items() if sample.keys() & {*MODALITIES}}
+        for sample in whole.values():
+            for other in [kind for kind in MODALITIES if kind in sample][1:]:
+                unread[other] += 1
+                del sample[other]
+        lines = (json.dumps(sample | {"id": name}) + "\n" for name, sample in whole.items())
+        (part / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+        notes = [f"parts called {key}: {count}\n" for key, count in unread.most_common(9)]
+        if bare := [name for name in samples if name not in whole]:
+            first = f"the first is {bare[0]!r}"
+            what = f"{len(bare)} of {len(samples)} samples: no picture, video or sound; {first}"
+            notes.insert(0, f"{what}\n")
+        (part / "left_out.txt").write_text("".join(notes), "utf-8", files.ESCAPED)
 
 
-def _samples(tar: Path) -> Iterator[dict]:
+def _parts(tar: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Each file of a tar: its name up to the first dot, the rest in lower case, and the bytes."""
     try:
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import base_plus_ext, tar_file_expander
     except ImportError as error:
         advice = "pip install 'tinyvl[webdataset]'"
         raise UserError(f"{tar}: reading tars needs an extra package; {advice}") from error
     with open(tar, "rb") as stream:
         try:
-            yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}]))
+            for file in tar_file_expander([{"url": str(tar), "stream": stream}]):
+                name, key = base_plus_ext(file.get("fname", ""))  # the last has none
+                if name is not None:
+                    yield name, key.lower(), file["data"]
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise UserError(f"{tar}: damaged, or not a WebDataset tar ({error.args[0]})") from error
 
 
-def _sample_entry(sample: dict, where: str) -> tuple[dict, str | None, bytes]:
-    """A sample's JSON entry, and the suffix and the bytes of its picture, video or sound."""
-    entry, found = {}, {}
-    for key, content in sample.items():
-        if f".{key}" in KIND_OF:
-            found.setdefault(KIND_OF[f".{key}"], (f".{key}", content))
-        if key not in ("json", "txt", "cls"):
-            continue
-        try:
-            text = content.decode("utf-8-sig").strip()
-            fields = json.loads(text) if key == "json" else {}
-        except ValueError:
-            kind = "JSON" if key == "json" else "text in UTF-8"
-            raise UserError(f"{where}: its {key!r} is not {kind}") from None
+def _kind(key: str) -> tuple[str, str]:
+    """What a part is, "image", "captions", ...; "" where it is nothing that is read; its suffix."""
+    before, _, last = key.rpartition(".")
+    if before and not before.isdecimal() and before not in (*NAMED, *TEXTS):
+        return "", ""  # as seg.png, a mask
+    suffix = NAMED.get(key, f".{last}")
+    if last in TEXTS:
+        return "captions", ""
+    return KIND_OF.get(suffix, last if last in ("json", "cls") else ""), suffix
+
+
+def _fields(kind: str, content: bytes, where: str) -> dict[str, Any]:
+    """The fields of a record that a text part says."""
+    text = files.decode(content, where).strip()
+    if kind == "json":
+        fields = parsed(text, where)
         if not isinstance(fields, dict):
-            raise UserError(f"{where}: its 'json' should be an object, found {text[:60]!r}")
-        entry = {k: v for k, v in fields.items() if k not in (*MODALITIES, "cls")} | entry
-        if key == "txt":
-            entry["captions"] = [line.strip() for line in text.splitlines()]
-        elif key == "cls":
-            entry["cls"] = text
-    suffix, content = next((found[kind] for kind in MODALITIES if kind in found), (None, b""))
-    entry["id"] = str(sample["__key__"])
-    return entry, suffix, content
+            raise UserError(f"{where} should be an object, found {text[:60]!r}")
+        return {k: v for k, v in fields.items() if k not in (*MODALITIES, "cls")}
+    if kind == "cls":
+        return {"cls": text}
+    return {"captions": [line.strip() for line in text.split("\n")]}

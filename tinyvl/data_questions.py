@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from tinyvl import UserError
 from tinyvl.data_captions import youtube_mapping
@@ -21,8 +22,9 @@ from tinyvl.data_records import (
     matched,
     split_in,
     splits_beside,
-    text_lines,
+    unlike,
 )
+from tinyvl.files import text_lines
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +49,18 @@ def read_vqa(path: Path) -> Iterator[Record]:
         questions, questions_file, annotations_file = json_object(partner), partner, path
     year = re.search(r"(train|val|test(-[a-z]+)?)20\d\d", questions_file.name)
     subtype = get(questions, "data_subtype", str, questions_file, *([year[0]] if year else []))
-    annotations = {}
+    annotations: dict[int | str, dict[str, Any]] = {}
     if annotations_file is not None:
         answered = document if annotations_file is path else json_object(annotations_file)
         for where, entry in entries(answered, "annotations", annotations_file):
             number = get(entry, "question_id", (int, str), where)
-            annotations[number] = own = {
+            own: dict[str, Any] = {
                 key: get(entry, key, str, where, default=None)
                 for key in ("question_type", "answer_type")
             }
             answers = entries(entry, "answers", where)
             own["answers"] = [get(each, "answer", str, at) for at, each in answers]
+            unlike(annotations, number, own, where)
     elif not subtype.startswith("test"):
         log.warning("%s: no annotations are beside it, so its questions have no answers", path)
     kind = get(questions, "data_type", str, questions_file, default="mscoco")

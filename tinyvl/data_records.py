@@ -13,12 +13,12 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tinyvl import UserError
+from tinyvl.files import dump, open_text, read_text, text_lines
 from tinyvl.media import MODALITIES
 
 # Some published formats do not say what a file is called. A reader then joins the names it may
@@ -74,19 +74,14 @@ def line_of(record: Record, folder: Path) -> str:
         entry[record.modality] = Path(os.path.relpath(record.path, folder.absolute())).as_posix()
     except ValueError:  # Windows: on another drive
         entry[record.modality] = record.path
-    line = json.dumps(entry, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # a name that is not UTF-8: only an escape brings it through a file
-        return json.dumps(entry)
-    return line
+    return dump(entry)
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """This package's own format: a record a line, or a JSON array of such records."""
-    with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"["):
+    with open_text(path) as file:
+        start = file.read(4096).lstrip()
+    if start.startswith("["):
         for where, entry in json_items(path):
             yield from records_of(entry, where)
         return
@@ -130,23 +125,28 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
         yield record
 
 
-@contextmanager
-def decoded(path: Path) -> Iterator[None]:
-    """Turns a `UnicodeDecodeError` while a file is read into a `UserError`."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
+def unlike(known: dict, name: Any, value: Any, where: object) -> None:
+    """Keeps a value under its name. UserError: another one has that name."""
+    if (first := known.setdefault(name, value)) != value:
+        both = f"{str(first)[:99]!r} and {str(value)[:99]!r}"
+        raise UserError(f"{where}: {name!r} names both {both}; give each a name of its own")
 
 
-def text_lines(path: Path, *, optional: bool = False) -> Iterator[tuple[str, str]]:
-    """The lines of a text file, stripped, without blank ones: ("FILE, line 3", line)."""
-    if optional and not path.exists():
-        return
-    with decoded(path), open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line := line.strip():
-                yield f"{path}, line {number}", line
+def clashes(records: list[Record]) -> Iterator[tuple[str, Record, str]]:
+    """(kind, record, what is wrong) where a picture's or a question's id is another one's, too."""
+    pictures: dict[str, str] = {}
+    questions: dict[tuple, tuple] = {}
+    for record in records:
+        if (first := pictures.setdefault(record.id, record.path)) != record.path:
+            both = f"the id {record.id!r} names both {first} and {record.path}"
+            yield "two pictures of one id", record, both
+        if record.question_id is not None:
+            own = record.question, record.path
+            key = record.split, record.lang, record.question_id
+            if (asked := questions.setdefault(key, own)) != own:
+                both = " and ".join(f"{question!r} ({path})" for question, path in (asked, own))
+                error = f"the question id {record.question_id!r} names both {both}"
+                yield "repeated question", record, error
 
 
 def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re.Match[str]:
@@ -158,16 +158,16 @@ def matched(pattern: re.Pattern[str], line: str, where: str, example: str) -> re
 
 def splits_beside(path: Path, **lists: str) -> dict[str, str]:
     """The split of each name in the lists (``train="train.txt"``) that are beside a file."""
-    return {
-        line: split
-        for split, name in lists.items()
-        for _, line in text_lines(path.with_name(name), optional=True)
-    }
+    found: dict[str, str] = {}
+    for split, name in lists.items():
+        for where, line in text_lines(path.with_name(name), optional=True):
+            unlike(found, line, split, where)
+    return found
 
 
 def json_document(path: Path) -> Any:
     """A file's JSON."""
-    return parsed(whole_text(path), path)
+    return parsed(read_text(path), path)
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def json_items(path: Path) -> Iterator[tuple[str, Any]]:
 
     A published array can be 700 MB long (Visual Genome), and many times that as Python objects.
     """
-    text, decoder = whole_text(path), json.JSONDecoder()
+    text, decoder = read_text(path), json.JSONDecoder(object_pairs_hook=once)
     blank = re.compile(r"[\s,]*")
     position = blank.match(text).end()
     if text[position : position + 1] != "[":
@@ -195,24 +195,30 @@ def json_items(path: Path) -> Iterator[tuple[str, Any]]:
     while text[position : position + 1] != "]":
         try:
             item, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}") from None
         yield f"{path}, [{number}]", item
         position, number = blank.match(text, position).end(), number + 1
+    if rest := text[position + 1 :].strip():
+        raise UserError(f"{path}: behind the end of its JSON array stands {rest[:60]!r}")
 
 
 def parsed(text: str, where: object) -> Any:
     """A text's JSON."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
 
 
-def whole_text(path: Path) -> str:
-    """A text file."""
-    with decoded(path):
-        return path.read_text(encoding="utf-8-sig")
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError: two of its values have one name."""
+    found = dict(pairs)
+    for key, value in pairs if len(found) < len(pairs) else ():
+        if value != found[key]:
+            both = f"{str(value)[:60]!r} and {str(found[key])[:60]!r}"
+            raise ValueError(f"{key!r} is there twice: {both}")
+    return found
 
 
 REQUIRED = object()
@@ -268,6 +274,14 @@ PARTS = {
     **dict.fromkeys(("test", "testing", "evaluation"), "test"),
     **{name: name for name in ("testdev", "challenge", "submission")},
 }
+
+
+def part_of(split: str | None) -> str | None:
+    """A split by its usual name: ``validation``, ``valid`` and ``dev`` are ``val``."""
+    word = (split or "").strip().lower()
+    if word == "development":  # train in Clotho, val elsewhere
+        return split
+    return PARTS.get(word, split) if word else None
 
 
 def split_in(name: str) -> str | None:

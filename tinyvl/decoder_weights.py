@@ -183,7 +183,7 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder
     """A frozen `Decoder` from a transformers checkpoint folder (safetensors, sharded or not)."""
     from safetensors.torch import load_file
 
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = decoder_config(raw)
     files = hub.weight_files(folder)
     if not files or files[0].suffix != ".safetensors":

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyvl import UserError
+from tinyvl.text import plain
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # BertConfig's own
 
@@ -179,17 +180,18 @@ class Bert(nn.Module):
 
 
 class Tokenizer:
-    """A ``tokenizer.json``, called as transformers' tokenizers are."""
+    """A tokenizer of texts with begin and end."""
 
-    def __init__(self, file: Path, pad_token_id: int):
-        import tokenizers
+    def __init__(self, tokenizer: Any, pad_token_id: int | None):
+        """``tokenizer``: of the package ``tokenizers``, as in a ``tokenizer.json``."""
+        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id or 0
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.begin, *self.end = tokenizer.encode("").ids
 
-        self.tokenizer, self.pad_token_id = tokenizers.Tokenizer.from_file(str(file)), pad_token_id
-        self.tokenizer.no_padding()
-
-    def __call__(self, texts: list[str], *, truncation: bool, max_length: int) -> dict[str, Any]:
-        self.tokenizer.enable_truncation(max_length)
-        return {"input_ids": [found.ids for found in self.tokenizer.encode_batch(texts)]}
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, with begin and end."""
+        return [[self.begin, *line, *self.end] for line in plain(self.tokenizer, texts)]
 
 
 def readable(folder: Path) -> bool:
@@ -209,6 +211,7 @@ def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
 
     UserError: weights are missing.
     """
+    import tokenizers
     from safetensors.torch import load_file
 
     raw = read_config(folder)
@@ -228,5 +231,5 @@ def load(folder: Path, *, grow: int = 0) -> tuple[Bert, Tokenizer]:
     refuse_missing(missing, folder, depth)
     for layer in model.encoder["layer"][depth:]:
         layer.to_empty(device="cpu")
-    tokenizer = Tokenizer(folder / "tokenizer.json", raw.get("pad_token_id") or 0)
-    return model.eval(), tokenizer
+    known = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return model.eval(), Tokenizer(known, raw.get("pad_token_id"))

@@ -85,13 +85,19 @@ def read(
     records = data.read(
         source.path, format=source.format, images=source.images, lang=source.lang, files=opened
     )
-    if task:
-        records = task.prepare(records)
-        if not records:
-            raise UserError(f"{source.path}: no record asks a question.", 2)
+    records = prepared(records, source, task) if task else records
     splits = {record.split for record in records}
-    split = source.split or next((name for name in ("test", "val") if name in splits), None)
+    split = data.part_of(source.split) or next(
+        (name for name in ("test", "val") if name in splits), None
+    )
     return records, split
+
+
+def prepared(records: list[Record], source: Source, task: Task) -> list[Record]:
+    """The items of a task. UserError: no record asks a question."""
+    if found := task.prepare(records):
+        return found
+    raise UserError(f"{source.path}: no record asks a question.", 2)
 
 
 def choose(records: list[Record], source: Source, split: str | None) -> list[Record]:
@@ -138,13 +144,10 @@ def answerable(records: list[Record], everything: list[Record], top: int) -> lis
 
 
 def by_picture(records: list[Record]) -> list[Record]:
-    """A record for each id, with all its captions. Raises UserError if two pictures share an id."""
+    """A record for each picture, with all its captions, under the first of its ids."""
     merged: dict[str, Record] = {}
     for record in records:
-        first = merged.setdefault(record.id, replace(record, captions=[]))
-        if first.path != record.path:
-            both = f"{first.path} and {record.path}"
-            raise UserError(f"the id {record.id!r} names both {both}; give each its own")
+        first = merged.setdefault(record.path, replace(record, captions=[]))
         first.captions += record.captions
     return list(merged.values())
 
@@ -284,6 +287,8 @@ def run(
     if not scored and place.out is None and results is None:
         message = f"no {task.truth} to score against; --out or --results keeps the predictions."
         raise UserError(f"{source.path}: {message}", 2)
+    if scored:
+        data.say_left_out(source.path, records, scored, f"no {task.truth} to score against")
     records = scored or records
     checkpoint = Checkpoint(models.open_checkpoint(name, kind), place)
     modality = checkpoint.found.modality

@@ -16,7 +16,8 @@ import numpy as np
 
 from tinyvl import UserError
 from tinyvl import evaluate_predictions as predictions
-from tinyvl.evaluate import Source, choose, described, read, task_of
+from tinyvl.data import say_left_out
+from tinyvl.evaluate import Source, choose, described, prepared, read, task_of
 from tinyvl.metrics import Scores
 
 RESAMPLES = 1000
@@ -35,13 +36,16 @@ def scored(
     made it.
     """
     task = task_of(kind, scoring)
-    everything, split = read(source, task, opened=False)
-    records = [r for r in choose(everything, source, split) if getattr(r, task.truth)]
+    rows, split = read(source, opened=False)
+    everything, paths_of = prepared(rows, source, task), {row.id: row.path for row in rows}
+    part = choose(everything, source, split)
+    records = [record for record in part if getattr(record, task.truth)]
     if not records:
         raise UserError(f"{source.path}: no {task.truth} to score against.", 2)
+    say_left_out(source.path, part, records, f"no {task.truth} to score against")
     files = []
     for path in paths:
-        texts = predictions.read(path, everything, task.field)
+        texts = predictions.read(path, everything, task.field, paths_of)
         done = [record for record in records if record.id in texts]
         if len(done) < len(records) and not (allow_missing and done):
             first = next(record.id for record in records if record.id not in texts)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from tinyvl import UserError, classes, metrics, models, write
 from tinyvl import evaluate_predictions as predictions
-from tinyvl.data import Record
+from tinyvl.data import Record, say_left_out
 from tinyvl.device import Pieces
 from tinyvl.evaluate import Checkpoint, Place, Source, by_picture, choose, limited, read, readable
 from tinyvl.evaluate_compare import average_runs, compared
 from tinyvl.media_workers import decode_images
 from tinyvl.metrics import Scores
 
+LENGTH = 30  # of a text in tokens: as LilT's authors evaluate
 LILT = 200  # pictures of XTD10 that LilT evaluates on: those from COCO's val2014
 
 
@@ -122,7 +123,9 @@ def captioned(
 ) -> tuple[list[Record], list[str | None], str | None]:
     """The records with captions in some languages, these languages, and the part's name."""
     known, split = read(replace(source, lang=None), opened=files)
-    records = [r for r in choose(known, replace(source, limit=None), split) if r.captions]
+    part = choose(known, replace(source, limit=None), split)
+    records = [record for record in part if record.captions]
+    say_left_out(source.path, part, records, "no captions")
     readable(records, ["image"], "pictures")
     if not records:
         raise UserError(f"{source.path}: no captions to retrieve.", 2)
@@ -133,6 +136,7 @@ def captioned(
             wanted = f"XTD10, which has {LILT} pictures of COCO's val2014"
             raise UserError(f"{source.path}: --protocol lilt is for {wanted}; here are {found}.", 2)
     spoken = sorted({record.lang for record in records if record.lang}) or [None]
+    langs = None if langs == ["all"] else langs
     if missing := [lang for lang in langs or () if lang not in spoken]:
         has = ", ".join(filter(None, spoken)) or "does not say which it has"
         raise UserError(f"{source.path}: no captions in {missing[0]!r}; {has}.", 2)
@@ -148,8 +152,7 @@ def search(
     row = {path: i for i, path in enumerate(paths)}
     captions = [caption for record in records for caption in record.captions]
     owners = [row[record.path] for record in records for _ in record.captions]
-    parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-    vectors = torch.cat([embed(model.embed_texts, part) for part in parts])  # (M, d)
+    vectors = embed(partial(model.embed_texts, max_tokens=LENGTH), captions)  # (M, d)
     pictures = torch.stack([seen[path] for path in paths])  # (N, d)
     of_picture, of_text = (ranks.tolist() for ranks in metrics.ranks(pictures, vectors, owners))
     for i, rank in enumerate(of_picture):
@@ -203,7 +206,9 @@ def run_zeroshot(
     """
     source = replace(source, lang=None)
     known, split = read(source, opened=place.features is None)
-    known = [record for record in by_picture(known) if record.label is not None]
+    pictures = by_picture(known)
+    known = [record for record in pictures if record.label is not None]
+    say_left_out(source.path, pictures, known, "no class")
     records = choose(known, source, split) if known else []
     if not records:
         advice = "give a folder with a folder for each class, or records with a label."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyvl import UserError
 from tinyvl.data_records import Record, get, parsed
-from tinyvl.files import replace_file, write_text
+from tinyvl.files import dump, read_text, write_text
 from tinyvl.metrics import Scores
 from tinyvl.progress import bar, say
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 IDS = ("id", "question_id", "image_id")
 PATHS = ("path", "image", "video", "audio")
-OPEN = {"encoding": "utf-8", "errors": "surrogateescape"}
+OPEN = {"encoding": "utf-8", "errors": "surrogateescape"}  # earlier runs wrote names as they are
 
 
 class Log:
@@ -48,16 +48,15 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}).", 2) from error
-        write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-        kept = "".join(map(dump, self.lines.values()))
-        replace_file(folder / FILE, lambda part: part.write_text(kept, **OPEN))
-        self.stream = (folder / FILE).open("a", **OPEN)
+        write_text(folder / RUN, dump(run, indent=1) + "\n")
+        write_text(folder / FILE, "".join(f"{dump(line)}\n" for line in self.lines.values()))
+        self.stream = (folder / FILE).open("a", encoding="utf-8", newline="\n")
 
     def add(self, line: dict[str, Any]) -> None:
         """Keeps a prediction, on disk at once."""
         self.lines[line["id"]] = line
         if self.stream:
-            self.stream.write(dump(line))
+            self.stream.write(dump(line) + "\n")
             self.stream.flush()
 
     def fill(
@@ -114,10 +113,6 @@ def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
     return True
 
 
-def dump(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """A folder's ``run.json``; empty where there is none."""
     try:
@@ -142,7 +137,7 @@ def report(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -
     if scores.groups:
         whole["groups"] = scores.groups
     if out is not None:
-        write_text(out / REPORT, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        write_text(out / REPORT, dump(whole, indent=1) + "\n")
     return whole
 
 
@@ -154,11 +149,15 @@ def export(file: Path, texts: dict[str, str], field: str) -> None:
         return int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
 
     results = [{key: number(name), field: text} for name, text in texts.items()]
-    write_text(file, json.dumps(results, ensure_ascii=False) + "\n")
+    write_text(file, dump(results) + "\n")
 
 
-def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
+def read(
+    path: Path, records: list[Record], field: str, paths: dict[str, str] | None = None
+) -> dict[str, str]:
     """The ``field`` of the predictions of a file or of a run's folder, by the record's id.
+
+    ``paths``: the picture of each id that the data has; a record may stand for several.
 
     The file is JSON Lines, or a JSON array. Lines that have an ``error`` instead, as `tinyvl
     caption --json` writes for a file it cannot read, are left out. Raises UserError if there is no
@@ -166,16 +165,14 @@ def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
     """
     path = path.expanduser()
     file = path / FILE if path.is_dir() else path
-    try:
-        content = file.read_text(**OPEN | {"encoding": "utf-8-sig"})
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+    content = read_text(file, "surrogateescape")
     if content.lstrip().startswith("["):
         entries = [(f"{file}, [{i}]", e) for i, e in enumerate(parsed(content, file))]
     else:
         lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
+        lines = [(where, line.removeprefix("\ufeff")) for where, line in lines]
         entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
-    find, texts = finder(records), {}
+    find, texts = finder(records, paths or {}), {}
     for where, entry in entries:
         if isinstance(entry, dict) and "error" in entry and field not in entry:
             continue
@@ -183,7 +180,7 @@ def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
         if not any(entry.get(key) is not None for key in IDS + PATHS):
             raise UserError(f"{where}: nothing names the record; give an {', '.join(IDS)} or path")
         key = find(where, entry)
-        if key in texts:
+        if texts.get(key, entry[field]) != entry[field]:
             raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
         texts[key] = entry[field]
     if not texts:
@@ -191,7 +188,7 @@ def read(path: Path, records: list[Record], field: str) -> dict[str, str]:
     return texts
 
 
-def finder(records: list[Record]) -> Callable[[str, dict[str, Any]], str]:
+def finder(records: list[Record], known: dict[str, str]) -> Callable[[str, dict[str, Any]], str]:
     """``find(where, entry)`` is the id of the record that an entry names; UserError without one.
 
     It is named by id or by path: the same path, or the same file name where only one record has it;
@@ -210,7 +207,7 @@ def finder(records: list[Record]) -> Callable[[str, dict[str, Any]], str]:
         for name in names:
             if name in ids:
                 return name
-        for name in paths:
+        for name in [known[name] for name in names if name in known] + paths:
             hits = named.get(os.path.abspath(name)) or named.get(os.path.basename(name), [])
             if "question" in entry:
                 hits = [record for record in hits if record.question == entry["question"]]

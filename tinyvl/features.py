@@ -161,7 +161,7 @@ def load_encoder(
     """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
     extra = media or {}
     folder = hub.fetch(name, models.role_of("vision", extra))
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config}
     vision |= {"fit": fit, **extra}
     encoder = build_encoder(vision, folder).to(device)

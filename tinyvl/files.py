@@ -1,21 +1,148 @@
-"""Files and folders that appear in one stroke: a reader, and a kill, find the old or the new."""
+"""Text files as people have them; files and folders that appear in one stroke.
 
+A reader, and a kill, find the old file or the new one.
+"""
+
+import codecs
+import io
+import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tinyvl import UserError
 
 if TYPE_CHECKING:
     import torch
 
+# ------------------------------------------------------------------------------------ text
+
+MARKS = {  # a byte order mark says the encoding; UTF-32's begins as UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding of a text that begins so: what its byte order mark says, or UTF-8."""
+    return next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+
+
+@contextmanager
+def open_text(file: Path, errors: str = "strict") -> Iterator[TextIO]:
+    """A text file to be read: UTF-8, or what its byte order mark says; lines end in LF, or CRLF.
+
+    UserError: it cannot be read, or is in another encoding.
+    """
+    try:
+        with open(file, "rb") as stream:
+            head = stream.peek(4)[:4]  # not read twice: it may be a pipe
+            yield io.TextIOWrapper(stream, encoding_of(head), errors, newline="\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeError:
+        raise UserError(f"{file} is not text in UTF-8; save it in that encoding") from None
+
+
+def not_null(text: str, where: object) -> str:
+    """The text. UserError: it has NUL characters, as UTF-16 read as UTF-8 has."""
+    if "\0" in text:
+        what = "has NUL characters, as UTF-16 has without a byte order mark"
+        raise UserError(f"{where} is not text in UTF-8: it {what}")
+    return text
+
+
+def decode(content: bytes, where: object) -> str:
+    """Bytes as text, as `open_text` reads a file. UserError: they are in another encoding."""
+    try:
+        return not_null(content.decode(encoding_of(content)), where)
+    except UnicodeError:
+        raise UserError(f"{where} is not text in UTF-8; save it in that encoding") from None
+
+
+def read_text(file: Path, errors: str = "strict") -> str:
+    """A text file. UserError: as `open_text`."""
+    with open_text(file, errors) as stream:
+        return not_null(stream.read(), file)
+
+
+def text_lines(file: Path, *, optional: bool = False) -> Iterator[tuple[str, str]]:
+    """The lines of a text file, stripped, without blank ones: ("FILE, line 3", line).
+
+    A carriage return inside a line is a part of it. UserError: as `open_text`.
+    """
+    if optional and not file.exists():
+        return
+    with open_text(file) as stream:
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix("\ufeff").strip()  # the mark of a file joined to another
+            if line:
+                yield f"{file}, line {number}", not_null(line, f"{file}, line {number}")
+
+
+class Unmarked:
+    """Standard input, or another stream of bytes, without its byte order mark."""
+
+    def __init__(self, stream: Any):
+        # Unbuffered, so that a line is there as soon as it was written.
+        stream = getattr(stream, "buffer", stream)
+        self.stream, self.begun = getattr(stream, "raw", stream), False
+
+    def read(self, size: int) -> bytes:
+        """The next bytes. UserError: the mark says that it is UTF-16 or UTF-32."""
+        found = self.stream.read(size)
+        if not self.begun and found:
+            self.begun = True
+            if (encoding := encoding_of(found)) not in ("utf-8", "utf-8-sig"):
+                raise UserError(f"standard input is {encoding.upper()}; give it as UTF-8", 2)
+            found = found.removeprefix(codecs.BOM_UTF8)
+        return found
+
+
+def escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Of a name that is no Unicode its bytes; of what an encoding lacks, an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+ESCAPED = "tinyvl.escaped"  # how text is written: it never fails
+codecs.register_error(ESCAPED, escape)
+
+
+def dump(value: Any, **layout: Any) -> str:
+    """JSON, in characters; what is no Unicode (a name that is not UTF-8) makes all of it ASCII."""
+    text = json.dumps(value, ensure_ascii=False, **layout)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # only an escape brings it through a file
+        return json.dumps(value, **layout)
+    return text
+
+
+def quoted(name: str) -> str:
+    """A name as it stands in a line: with line breaks, or behind a quote, it is JSON's text."""
+    return json.dumps(name, ensure_ascii=False) if re.search(r'[\n\r]|^"', name) else name
+
+
+def unquoted(name: str) -> str:
+    """The name that `quoted` was given."""
+    with suppress(ValueError):
+        return json.loads(name) if name.startswith('"') else name
+    return name
+
+
+# ----------------------------------------------------------------------------- in one stroke
+
 
 def write_text(file: Path, text: str) -> None:
-    replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
+    replace_file(file, lambda part: part.write_bytes(text.encode("utf-8", ESCAPED)))
 
 
 def write_tensors(file: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:

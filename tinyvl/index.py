@@ -16,9 +16,9 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -124,24 +124,28 @@ def read_source(
         raise UserError("--format and --images go with a data set, not with bare pictures.", 2)
     if name == "-":
         source = Source("-", "")
-        for path in media.expand(["-"], null=null):
+        for path in media.expand(["-"], files.Unmarked(sys.stdin), null=null):
             source.captions[os.path.abspath(path)] = []
     elif os.path.isdir(name):
         root = os.path.abspath(name)
         source = Source(root, root)
         for path in media.expand([root]):
             lines = source.captions[os.path.relpath(path, root)] = []
-            with suppress(OSError):
-                beside = Path(os.path.splitext(path)[0] + ".txt")
-                lines += beside.read_text("utf-8", "replace").split("\n")
+            beside = Path(os.path.splitext(path)[0] + ".txt")
+            try:
+                lines += [line for _, line in files.text_lines(beside, optional=True)]
+            except UserError as error:
+                skip(str(error))
     else:
         file = os.path.abspath(os.path.expanduser(name))
         root = os.path.dirname(file)
         source = Source(file, root)
-        for record in data.read(file, format=format, images=images):
-            if record.image:
-                path = record.image.removeprefix(os.path.join(root, ""))
-                source.captions.setdefault(path, []).extend(record.captions)
+        records = data.read(file, format=format, images=images)
+        pictures = [record for record in records if record.image]
+        data.say_left_out(name, records, pictures, "not of a picture")
+        for record in pictures:
+            path = record.image.removeprefix(os.path.join(root, ""))
+            source.captions.setdefault(path, []).extend(record.captions)
     if not source.captions:
         raise UserError(f"{name}: no pictures to index.")
     return source

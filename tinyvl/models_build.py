@@ -69,7 +69,7 @@ def new_config(
         config[side] = {
             "name": name,
             "sha256": hub.fingerprint(folder),
-            "config": json.loads((folder / "config.json").read_text()),
+            "config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
         }
         if ROLES[side] == "vision":
             config[side] |= {"fit": fit, **extra}
@@ -358,7 +358,8 @@ def text_tower(
         if folder:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            known = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = encoders_text.Tokenizer(known.backend_tokenizer, known.pad_token_id)
     if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
         raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
     tuned = tuned_names(model, tuning, model.config.num_hidden_layers - grow, where)

@@ -124,7 +124,7 @@ class Job:
     limit: int | str | None = option("Data", None, "Train on this many records (LilT: pairs), "
         "drawn by the seed: 512, 1% or 10%.", parse=amount)
     seed: int = option("Run", 0, "Decides initialisation and order.")
-    max_tokens: int = option("Data", 40, "Longest caption; longer ones are cut.", min=1)
+    max_tokens: int = option("Data", 40, "Longest caption; what is cut is counted.", min=1)
     per_image: int = option("Advanced", 5, "Captions of a picture that share a micro-batch.", min=1)
     objective: str = option("Recipe", "likelihood", "likelihood, or cider: reward the model's own "
         "captions (self-critical), after a first run that --init names.",

@@ -7,6 +7,7 @@ similar; `tinyvl classify` compares pictures with the vectors of labels, put int
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tinyvl import UserError, media, media_workers
 from tinyvl.device import Pieces
-from tinyvl.files import local
+from tinyvl.files import Unmarked, local, text_lines
 from tinyvl.index import (
     Index,
     check_model,
@@ -149,17 +150,19 @@ def term(text: str) -> Query:
 
 
 def embed(model: Any, queries: list[Query]) -> list[np.ndarray | UserError]:
-    """A unit vector (width,) for each query, or what is wrong with its picture."""
+    """A unit vector (width,) for each query, or what is wrong with it."""
     texts = [one_line(query.name) for query in queries if not query.picture]
     files = [query.name for query in queries if query.picture]
     words = iter(model.embed_texts(texts).float().cpu().numpy() if texts else ())
-    if not files:  # a model of texts alone has no encoder
-        return list(words)
-    encoder = model.encoder
-    decoded = media_workers.decode_images(files, encoder.transform(), target=encoder.size)
+    decoded: Iterator = iter(())
+    if files:  # a model of texts alone has no encoder
+        encoder = model.encoder
+        decoded = media_workers.decode_images(files, encoder.transform(), target=encoder.size)
     out: list[np.ndarray | UserError] = []
     for query in queries:
         found = next(decoded)[1] if query.picture else next(words)
+        if not query.picture and re.search("[\ud800-\udfff]", query.name):
+            found = UserError(f"{query.name!r}: this query is not text in UTF-8.")
         if isinstance(found, torch.Tensor):
             found = model.embed_images(found[None])[0].float().cpu().numpy()
         out.append(found)
@@ -216,9 +219,9 @@ def read_labels(given: str) -> list[str]:
     """The lines of a file, or names between commas; each once. Raises UserError: fewer than two."""
     there = os.path.isfile(given)
     try:
-        lines = Path(given).read_text(encoding="utf-8-sig").splitlines() if there else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{given}: not a list of labels, a line each ({error}).", 2) from error
+        lines = [line for _, line in text_lines(Path(given))] if there else []
+    except UserError as error:
+        raise UserError(f"--labels: {error}", 2) from None
     parts = (" ".join(part.split()) for part in (lines if there else given.split(",")))
     labels = list(dict.fromkeys(filter(None, parts)))
     if len(labels) < 2:
@@ -331,5 +334,5 @@ def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:
     if named:
         yield named
     if "-" in texts:
-        lines = (Query(line.strip()) for line in media.expand(["-"]))
+        lines = (Query(line.strip()) for line in media.expand(["-"], Unmarked(sys.stdin)))
         yield from gathered(lines, QUERIES)

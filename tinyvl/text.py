@@ -1,6 +1,7 @@
 """Text as models read and write it: token ids, questions, and captions tidied for training."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,46 @@ from tinyvl import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def has_words(text: str) -> bool:
+    """Whether a text has a letter or a digit: "...", emoji and U+200B have none."""
+    return any(map(str.isalnum, text))
+
+
+def plain(tokenizer: "Tokenizer", texts: list[str]) -> list[list[int]]:
+    """Ids of the bare texts. What spells a special token, as "</s>", is characters as others are.
+
+    What is no Unicode is read as a question mark.
+    """
+    tokenizer.encode_special_tokens = True  # tokenizers' word for not looking for them
+    tokens = tokenizer.get_added_tokens_decoder().items()
+    special = {i: token.content for i, token in tokens if token.special}
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    lines = []
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for text, found in zip(texts, encoded, strict=True):
+        line = found.ids
+        if not special.keys().isdisjoint(line):  # XLM-R's vocabulary has them as words, too
+            line = []
+            for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+                spelt = special[i] if special.get(i) == text[start:end].strip() else ""
+                line += [one.id for c in spelt for one in tokenizer.model.tokenize(c)] or [i]
+        lines.append(line)
+    return lines
+
+
+def cut(lines: list, longest: int, what: str, tail: int = 0) -> list:
+    """Lines of at most ``longest`` items, the last ``tail`` kept; says how many were longer."""
+    if over := sum(len(line) > longest for line in lines):
+        log.warning("tinyvl: cut %d of %d texts to %d %s", over, len(lines), longest, what)
+    ends = [line[len(line) - tail :] for line in lines]
+    return [
+        line if len(line) <= longest else line[: longest - tail] + end
+        for line, end in zip(lines, ends, strict=True)
+    ]
 
 
 class Text:
@@ -21,7 +62,7 @@ class Text:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of the bare texts, without begin and end."""
-        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return plain(self.tokenizer, texts)
 
     def spare(self, rows: int) -> range:
         """The ids that an embedding of so many rows has and no text uses (OPT: 50265 to 50271)."""
@@ -103,7 +144,7 @@ class Questions:
         """Ids of ``question</a>``, at most ``room`` of them (but one): a long question is cut."""
         longest = max(1, room - len(self.separator))
         ids = self.text.encode([self.lead + " ".join(q.split()) for q in questions])
-        return [line[:longest] + self.separator for line in ids]
+        return [line + self.separator for line in cut(ids, longest, "tokens")]
 
     def encode(self, pairs: list[tuple[str, str]], room: int, max_tokens: int) -> list[list[int]]:
         """Ids of ``question</a>answer``, the question in ``room``, the answer in ``max_tokens``.
@@ -115,8 +156,9 @@ class Questions:
         questions = list(dict.fromkeys(question for question, _ in pairs))
         answers = list(dict.fromkeys(answer for _, answer in pairs))
         asked = dict(zip(questions, self.ask(questions, room), strict=True))
-        ids = dict(zip(answers, self.text.encode(answers), strict=True))
-        return [asked[question] + ids[answer][:max_tokens] for question, answer in pairs]
+        lines = cut(self.text.encode(answers), max_tokens, "tokens")
+        ids = dict(zip(answers, lines, strict=True))
+        return [asked[question] + ids[answer] for question, answer in pairs]
 
     def answer_at(self, ids: list[int]) -> int:
         """Where the answer starts in the ids of ``question</a>answer``."""
@@ -137,7 +179,10 @@ def tidy(caption: str) -> str:
     return text.replace("``", '"').replace("''", '"').rstrip(" .")
 
 
-def clean_caption(text: str, max_words: int = 30) -> str:
+WORDS = 30  # the longest caption that LilT's authors train on
+
+
+def clean_caption(text: str, max_words: int | None = WORDS) -> str:
     """A caption as LilT's authors (and ALBEF's) read it: lower case, hardly any punctuation.
 
     In their order: ``,.'!?"()*#:;~`` go, ``-`` and ``/`` become spaces, ``<person>``, which is a

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,14 @@ from tinyvl import UserError, data, media, media_workers
 from tinyvl.features import FeatureStore, contents, extract
 from tinyvl.presets import Job, Run
 from tinyvl.progress import bar, say, skip
+from tinyvl.text import has_words
 from tinyvl.train_run import Interrupted
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Batch
     from tinyvl.lilt import Pairs
+
+log = logging.getLogger(__name__)
 
 
 def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
@@ -36,24 +40,29 @@ def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
         for path in dict.fromkeys([job.data, job.val or job.data])
     }
 
+    what = "question and answer" if job.task == "vqa" else "caption"
+
+    def why_not(record: data.Record) -> str:
+        """Why a record's part is not read with it."""
+        if record.modality != job.modality:
+            return f"{record.modality}, not {job.modality}"
+        has = record.captions
+        if job.task == "vqa":
+            has = has_words(record.question or "") and record.answers
+        return "" if has else f"without a {what}"
+
     def part(path: str, split: str) -> list[data.Record]:
         records = files[path]
         names = {r.split for r in records}
         wanted: set[str | None] = {"train", "restval"} if split == "train" else {split}
         if not any(names) or (path == job.val and not names & wanted):
             wanted = names  # without splits; a validation file of its own
-        vqa = job.task == "vqa"
-        return [
-            r
-            for r in records
-            if r.split in wanted
-            and r.modality == job.modality
-            and (r.question and r.answers if vqa else r.captions)
-        ]
+        return [r for r in records if r.split in wanted and not why_not(r)]
 
     train, val = part(job.data, "train"), part(job.val or job.data, "val")
+    for path, records in files.items():
+        say_unread(path, records, [*train, *val], why_not)
     if not train:
-        what = "question and answer" if job.task == "vqa" else "caption"
         kind = {"image": "picture", "audio": "sound"}.get(job.modality, job.modality)
         raise UserError(f"{job.data}: no {kind} with a {what} to train on.", 2)
     if not job.val and (not val or val == train):  # no validation part of its own
@@ -64,6 +73,27 @@ def load_records(job: Job) -> tuple[list[data.Record], list[data.Record]]:
         count = share(job.limit, len(train))
         train = [train[i] for i in sorted(data.epoch_order(len(train), job.seed, 0)[:count])]
     return train, val
+
+
+def say_unread(
+    path: str, records: list[data.Record], read: list[data.Record],
+    why_not: Callable[[data.Record], str],
+) -> None:  # fmt: skip
+    """Says how many records a run does not read, and why; those of other parts are expected."""
+    known, reasons = set(map(id, read)), Counter[str]()
+    for record in records:
+        if id(record) in known:
+            continue
+        part = data.split_in(record.split or "")
+        if why := why_not(record):
+            reasons[why] += 1
+        elif record.split is None:
+            reasons["without a split, where others have one"] += 1
+        elif part in (None, "train"):
+            reasons[f"of the part {record.split!r}"] += 1
+    if reasons:
+        each = "; ".join(f"{count:,} {why}" for why, count in reasons.items())
+        log.warning("%s: left out %d of %d records: %s", path, reasons.total(), len(records), each)
 
 
 def share(limit: int | str, number: int) -> int:

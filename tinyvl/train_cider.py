@@ -24,7 +24,7 @@ from tinyvl.captioner import Batch, Captioner
 from tinyvl.data import Record
 from tinyvl.metrics_captions import Cider, tokenise
 
-END = "</s>"
+END = "</S>"  # no caption has this word: `tokenise` makes lower case
 
 
 class SelfCritical:

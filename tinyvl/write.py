@@ -20,7 +20,7 @@ from torch import Tensor
 from tinyvl import UserError, media_workers
 from tinyvl.decode import Style
 from tinyvl.device import Pieces
-from tinyvl.files import replace_file
+from tinyvl.files import ESCAPED, dump, quoted, read_text, unquoted, write_text
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
@@ -195,8 +195,9 @@ def write_rows(
 ) -> int:  # fmt: skip
     """A line a row, as they come; what failed goes to standard error. -> the exit status.
 
-    Results are (path, its rows, or what is wrong with it). A line is ``path<TAB>text``, or ``bare``
-    (one input) the text alone, which is made of a row by `str.format`. With ``as_json`` it is the
+    Results are (path, its rows, or what is wrong with it). A line is ``path<TAB>text``, the path
+    as `files.quoted` gives it, or ``bare`` (one input) the text alone, which is made of a row by
+    `str.format`. With ``as_json`` it is the
     path, the ``fields`` and the row, or what is wrong.
     """
     status = 0
@@ -209,9 +210,9 @@ def write_rows(
             rows = [{"error": str(rows)}]
         if as_json:
             head = {"path": path, **(fields or {})}
-            lines = [json.dumps(head | row, ensure_ascii=False) for row in rows]
+            lines = [dump(head | row) for row in rows]
         else:
-            lines = [("" if bare else f"{path}\t") + text.format(**row) for row in rows]
+            lines = [("" if bare else f"{quoted(path)}\t") + text.format(**row) for row in rows]
         # All of a picture's at once: --resume finds whole pictures.
         print("\n".join(lines), file=stream, flush=True)
     return status
@@ -229,7 +230,7 @@ def open_output(
 
     Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's.
     """
-    append = partial(out.open, "a", encoding="utf-8", errors="surrogateescape")
+    append = partial(out.open, "a", encoding="utf-8", errors=ESCAPED, newline="\n")
     if not out.exists():
         try:
             return append(), set()
@@ -239,8 +240,7 @@ def open_output(
         advice = "go on with it by --resume, or choose another name"
         raise UserError(f"{out}: this file exists; {advice}.", 2)
     kept: list[tuple[str, str]] = []  # path, line
-    content = out.read_text(encoding="utf-8", errors="surrogateescape")
-    for line in re.findall(r"[^\n]*\n", content):
+    for line in re.findall(r"[^\n]*\n", read_text(out, "surrogateescape")):
         try:
             record = json.loads(line)
         except ValueError:
@@ -249,11 +249,13 @@ def open_output(
             if field in record:
                 ours = record.get("question") == question
                 kept.append((record.get("path") if ours else None, line))
-        elif line.count("\t") >= tabs:  # a path may hold a tab, a caption or label does not
-            kept.append((line.rsplit("\t", tabs)[0], line))
-        else:
-            raise UserError(f"{out}: this file was not written by tinyvl; nothing was changed.", 2)
+            continue
+        if line.count("\t") < tabs:
+            message = "this file was not written by tinyvl; nothing was changed."
+            raise UserError(f"{out}: {message}", 2)
+        # A path may hold a tab, a caption or label does not.
+        kept.append((unquoted(line.rsplit("\t", tabs)[0]), line))
     counts = Counter(path for path, _ in kept)
     whole = "".join(line for path, line in kept if counts[path] >= lines)
-    replace_file(out, lambda part: part.write_text(whole, "utf-8", "surrogateescape"))
+    write_text(out, whole)
     return append(), {path for path, count in counts.items() if count >= lines}
