@@ -193,8 +193,8 @@ def retrieval(
     arguments: ModelData = None,
     *,
     asked: Evaluation = Evaluation(batch=32),
-    lang: list[str] | None = option("Data", None, "Languages, by commas, or all: a row each.", parse=commas,
-        shown="all that the data has"),
+    lang: list[str] | None = option("Data", None, "Languages, by commas, or all: a row each.",
+        parse=commas, shown="all that the data has"),
     protocol: str = option("Data", "full", "full; lilt: the 200 pictures of XTD10 of the paper's "
         "Table 2.", choices=("full", "lilt")),
 ) -> None:  # fmt: skip
