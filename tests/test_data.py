@@ -74,6 +74,12 @@ def test_jsonl_paths_become_absolute_and_plain(tmp_path, monkeypatch):
         ('{"image": "1.jpg", "captions": ["a", 3]}', "'captions' should be texts"),
         ('{"image": "1.jpg", "video": "1.mp4"}', "has image and video"),
         ('{"image": "1.jpg", "answers": [1]}', "'answers' should be texts"),
+        ('{"image": "1.jpg", "choices": "a"}', "'choices' should be a list, found 'a'"),
+        ('{"image": "1.jpg", "choices": ["a", 1]}', "'choices' should be a list of texts"),
+        (
+            '{"image": "1.jpg", "answers": ["c"], "choices": ["a", "b"]}',
+            "the answer 'c' is not among the 'choices'",
+        ),
         ('{"image": "1.jpg", "question": 3}', "'question' should be a text"),
         ('{"image": "1.jpg", "split": 1}', "'split' should be a text"),
         ('{"image": "1.jpg", "lang": ["en"]}', "'lang' should be a text"),

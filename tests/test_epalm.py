@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from tinyvl import UserError, models, presets
+from tinyvl import UserError, decode, models, presets
 from tinyvl.decoder import Cache
 from tinyvl.decoder_weights import build_decoder, decoder_config
 from tinyvl.encoders import Percept
@@ -427,6 +427,57 @@ def test_an_answer_does_not_depend_on_the_batch_and_has_no_spare_rows():
             assert not {"58", "59"} & set(text.split())
 
 
+def slow_likelihood(model: EPalm, picture: torch.Tensor, question: str, choice: str) -> float:
+    """The log-probability of an answer and its end: one text, all of its tokens at once."""
+    (line,) = model.encode_answers([(question, choice)], 99)
+    ids = [model.text.bos, *line, model.text.eos]
+    visual = model.see(model.percept(picture[None]))
+    logits = model.decoder.logits(model.run(torch.tensor([ids[:-1]]), visual))[0]
+    first = 1 + model.questions.answer_at(line)
+    each = logits.log_softmax(-1)
+    return sum(each[at - 1, ids[at]].item() for at in range(first, len(ids)))
+
+
+ASKED = {
+    "3 4 5 6 7 8": ["9", "9 10", "9 10 11 12"], "9": ["3 3"], "10 11": [],
+    "12 13": ["5", "4 3 2 1", "6 6"],
+}  # fmt: skip
+
+
+CASES = ("opt", "full"), ("llama", "adapters and prompt"), ("llama", "deep"), ("gpt2", "magma-all")
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+@torch.no_grad()
+def test_choices_have_the_likelihoods_of_a_slow_reference(family, variant):
+    """All at once, so neither the batch nor its padding changes them."""
+    model = ours(peer(family), 58, task="vqa", **VARIANTS[variant])
+    width = (6, 20) if model.reads == "tokens" else (sum(WIDTHS),)
+    pictures = torch.randn(4, *width, generator=torch.Generator().manual_seed(7))
+    found = model.choose(pictures, list(ASKED), list(ASKED.values()))
+    for picture, (question, choices), own in zip(pictures, ASKED.items(), found, strict=True):
+        slow = [slow_likelihood(model, picture, question, choice) for choice in choices]
+        assert [hypothesis.logprob for hypothesis in own] == pytest.approx(slow, abs=1e-4)
+        assert [" ".join(map(str, hypothesis.tokens)) for hypothesis in own] == choices
+        means = [s / (1 + len(c.split())) for s, c in zip(slow, choices, strict=True)]
+        assert [hypothesis.mean_logprob for hypothesis in own] == pytest.approx(means, abs=1e-4)
+        odds = decode.chances(own)
+        assert odds == pytest.approx(torch.tensor(slow).softmax(0).tolist(), abs=1e-4)
+
+
+@torch.no_grad()
+def test_pictures_are_looked_at_once_for_an_answer_and_a_choice(monkeypatch):
+    model = answering()
+    asked = [[q for q, own in ASKED.items() if own], [own for own in ASKED.values() if own]]
+    pictures = torch.randn(3, sum(WIDTHS), generator=torch.Generator().manual_seed(7))
+    alone = model.answer(pictures, asked[0], beams=2), model.choose(pictures, *asked)
+    seen = model.look(pictures)
+    monkeypatch.setattr(model, "encoder", None)
+    assert model.answer(seen, asked[0], beams=2) == alone[0]
+    assert model.choose(seen, *asked) == alone[1]
+    assert model.choose(seen, asked[0], [[], [], []]) == [[], [], []]
+
+
 @pytest.mark.parametrize("how", [{"beams": 4}, {"beams": 1}, {"sampling": {"seed": 0}}])
 def test_slot_and_prompt_are_made_once_for_a_picture(how):
     model, made = answering(), []
@@ -441,3 +492,5 @@ def test_a_model_does_what_it_was_trained_for():
         answering().caption(torch.randn(1, 80))
     with pytest.raises(UserError, match="makes captions"):
         ours(peer("opt")).answer(torch.randn(1, 80), ["3"])
+    with pytest.raises(UserError, match="makes captions"):
+        ours(peer("opt")).choose(torch.randn(1, 80), ["3"], [["4", "5"]])

@@ -13,7 +13,16 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from tiny import write_captioner
 
-from tinyvl import UserError, evaluate, evaluate_compare, metrics, metrics_java, models, write
+from tinyvl import (
+    UserError,
+    decode,
+    evaluate,
+    evaluate_compare,
+    metrics,
+    metrics_java,
+    models,
+    write,
+)
 from tinyvl.data import Record
 
 TEXTS = ["a red dog runs", "two cats sleep", "the sky is blue", "a cat is red"]
@@ -452,6 +461,17 @@ class Answering(torch.nn.Module):
         super().__init__()
         self.encoder = encoder
 
+    def look(self, pixels):
+        return pixels
+
+    def choose(self, pixels, questions, choices):
+        """The likeliest choice is the one with the number of the picture."""
+        red = pixels[:, 0].float().mean((1, 2)).int().tolist()
+        return [
+            [decode.Hypothesis([], 0, 0.0 if choice == str(r) else -3.0, True) for choice in own]
+            for r, own in zip(red, choices, strict=True)
+        ]
+
     def answer(self, pixels, questions, *, beams, max_tokens, **style):
         assert pixels.dtype == torch.uint8
         assert beams == 2
@@ -474,6 +494,72 @@ def test_a_model_that_answers(checkpoint, questions, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())[0] == {
         "question_id": 10, "answer": "0 2",
     }  # fmt: skip
+
+
+def test_a_model_that_chooses(checkpoint, tmp_path, monkeypatch):
+    """Pictures 0, 40, 80: of the first and last the right choice is likeliest, till all swap."""
+    encoder = models.load(checkpoint, device=torch.device("cpu")).encoder
+    monkeypatch.setattr(models, "load", lambda *a, **k: Answering(encoder))
+    entries = [
+        {"image": f"images/{i}.png", "question": "which?", "answers": [answer], "choices": choices}
+        for i, answer, choices in (
+            (0, "0", ["0", "1", "2", "3"]), (1, "7", []), (2, "80", ["80", "0", "1", "2"]),
+        )
+    ]  # fmt: skip
+    source = evaluate.Source(write_data(tmp_path, entries))
+    out = tmp_path / "out"
+    report = evaluate.run("vqa", checkpoint, source, style=STYLE, place=replace(PLACE, out=out))
+    lines = list(map(json.loads, (out / "predictions.jsonl").read_text().splitlines()))
+    assert ["choices" in line for line in lines] == [True, False, True]
+    assert lines[0]["answer"] == "0 1"  # its own words
+    assert lines[0]["choices"]["0"] == pytest.approx(1 / (1 + 3 * np.exp(-3)), abs=1e-6)
+    assert report["metrics"]["multiple_choice_accuracy"] == 1
+    assert (report["with_choices"], report["chance"]) == (2, {"multiple_choice_accuracy": 0.25})
+    again = evaluate_compare.score_files("vqa", [out], source)
+    assert again["metrics"] == report["metrics"]
+    swapped = evaluate.run("vqa", checkpoint, source, style=STYLE, place=PLACE, shuffle=True)
+    assert swapped["metrics"]["multiple_choice_accuracy"] == 0
+
+
+def test_the_likeliest_choice_is_scored(tmp_path):
+    """Right, wrong, a tie, none; with ten annotators by VQA's accuracy."""
+    said = [
+        (["dog"], {"dog": 0.5, "cat": 0.3, "cow": 0.2}, 1, 1 / 3),
+        (["cat"], {"cat": 0.4, "dog": 0.6}, 0, 1 / 2),
+        (["dog"], {"dog": 0.5, "cat": 0.5}, 0, 1 / 2),
+        (["dog"], {}, None, None),
+        (["dog"] * 2 + ["cat"] * 8, {"dog": 0.6, "cat": 0.3, "cow": 0.1, "owl": 0.0}, 0.6, 1.6 / 4),
+    ]
+    entries, lines = [], []
+    for i, (answers, odds, _, _) in enumerate(said):
+        entries.append({"image": "images/0.png", "question": "what?", "question_id": str(i)})
+        entries[-1] |= {"answers": answers, "question_type": "odd" if i % 2 else "even"}
+        entries[-1] |= {"choices": list(odds)} if odds else {}
+        lines.append({"id": str(i), "answer": "dog", "choices": odds})
+    source = evaluate.Source(write_data(tmp_path, entries))
+    file, other = tmp_path / "made.jsonl", tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = evaluate_compare.score_files("vqa", [file], source)
+    good = [value for *_, value, _ in said if value is not None]
+    assert report["metrics"]["multiple_choice_accuracy"] == pytest.approx(sum(good) / 4)
+    assert report["with_choices"] == 4
+    chance = sum(value for *_, value in said if value is not None) / 4
+    assert report["chance"] == {"multiple_choice_accuracy": pytest.approx(chance)}
+    of = {n: g["multiple_choice_accuracy"] for n, g in report["groups"]["question_type"].items()}
+    assert of == {"even": pytest.approx(1.6 / 3), "odd": 0}
+    right = [
+        line | {"choices": {e["answers"][0]: 1.0}} for line, e in zip(lines, entries, strict=True)
+    ]
+    other.write_text("".join(json.dumps(line) + "\n" for line in right))
+    found = evaluate_compare.compare_files("vqa", file, other, source)["difference"]
+    low, value, high = (found["multiple_choice_accuracy"][key] for key in ("low", "value", "high"))
+    assert value == pytest.approx((3 + 0.6 - 1.6) / 4)
+    assert low < value < high
+    for line in lines:
+        del line["choices"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = evaluate_compare.score_files("vqa", [file], source)
+    assert not {"multiple_choice_accuracy", "with_choices"} & {*report, *report["metrics"]}
 
 
 def test_a_model_that_only_captions_is_asked_nothing(checkpoint, questions):

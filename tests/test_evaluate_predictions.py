@@ -25,7 +25,9 @@ def lines(path, entries) -> None:
 
 def found(path, entries, field="caption") -> dict[str, str]:
     lines(path, entries)
-    return predictions.read(path, records(), field)
+    read = predictions.read(path, records(), field)
+    assert all(list(line) == [field] for line in read.values())
+    return {name: line[field] for name, line in read.items()}
 
 
 def test_a_log_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path):
@@ -84,7 +86,7 @@ def test_records_are_named_by_id_path_or_file_name(tmp_path):
 def test_results_files_are_arrays(tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps([{"image_id": 1, "caption": "one"}], indent=1))
-    assert predictions.read(file, records(), "caption") == {"1": "one"}
+    assert predictions.read(file, records(), "caption") == {"1": {"caption": "one"}}
 
 
 def test_lines_of_pictures_that_failed_are_no_predictions(tmp_path):
@@ -98,7 +100,11 @@ def test_questions_about_one_picture_are_told_apart(tmp_path):
         Record("/data/1.jpg", id="1#1", question="where?"),
     ]
     lines(tmp_path / "p.jsonl", [{"path": "1.jpg", "question": "where?", "answer": "here"}])
-    assert predictions.read(tmp_path / "p.jsonl", asked, "answer") == {"1#1": "here"}
+    assert predictions.read(tmp_path / "p.jsonl", asked, "answer") == {"1#1": {"answer": "here"}}
+    odds = {"path": "1.jpg", "question": "what?", "answer": "x", "choices": {"x": 0.7, "y": 0.3}}
+    lines(tmp_path / "p.jsonl", [odds])
+    read = predictions.read(tmp_path / "p.jsonl", asked, "answer")
+    assert read == {"1#0": {"answer": "x", "choices": {"x": 0.7, "y": 0.3}}}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +116,8 @@ def test_questions_about_one_picture_are_told_apart(tmp_path):
         ([{"caption": "a"}], "nothing names"),
         ([{"id": "1", "text": "a"}], "'caption' is missing"),
         ([{"id": "1", "caption": ["a"]}], "should be a text"),
+        ([{"id": "1", "caption": "a", "choices": ["a"]}], "'choices' should be an object"),
+        ([{"id": "1", "caption": "a", "choices": {"a": "b"}}], "give each choice a probability"),
         (["x"], "JSON object"),
         ([], "no predictions"),
     ],
@@ -132,11 +140,12 @@ def test_a_file_that_is_not_json(tmp_path, content):
 
 def test_servers_get_numbers_where_ids_are_numbers(tmp_path):
     texts = {"42": "a dog", "007": "a spy", "a/b.jpg": "été"}
-    predictions.export(tmp_path / "r.json", texts, "caption")
+    made = {name: {"caption": text} for name, text in texts.items()}
+    predictions.export(tmp_path / "r.json", made, "caption")
     assert json.loads((tmp_path / "r.json").read_text()) == [
         {"image_id": 42, "caption": "a dog"},
         {"image_id": "007", "caption": "a spy"},
         {"image_id": "a/b.jpg", "caption": "été"},
     ]
-    predictions.export(tmp_path / "r.json", {"1001": "yes"}, "answer")
+    predictions.export(tmp_path / "r.json", {"1001": {"answer": "yes"}}, "answer")
     assert json.loads((tmp_path / "r.json").read_text()) == [{"question_id": 1001, "answer": "yes"}]

@@ -167,9 +167,61 @@ def test_trained_to_answer_saved_loaded_and_asked(world, tmp_path):
         (pictures[1], QUESTION), (pictures[2], QUESTION),
     ]  # fmt: skip
     assert kept[0] == lines[0]
+    check_choices(ask, pictures, tmp_path)
     bare = ask(pictures[1], QUESTION)
     assert bare.stdout == lines[1]["answer"] + "\n"
     assert ask(pictures[0]).returncode == 2
+
+
+def check_choices(ask, pictures: list[str], tmp_path: Path) -> None:
+    """`ask --choices` names the likeliest."""
+    done = ask(*pictures[:2], QUESTION, "--choices", "ant, bee,cat", "--json")
+    assert done.returncode == 0, done.stderr
+    for line in map(json.loads, done.stdout.splitlines()):
+        assert list(line) == ["path", "question", "answer", "score", "choices"]
+        assert list(line["choices"]) == ["ant", "bee", "cat"]
+        assert sum(line["choices"].values()) == pytest.approx(1, abs=1e-5)
+        assert line["answer"] == max(line["choices"], key=line["choices"].get)
+        assert line["score"] < 0
+    assert ask(pictures[1], QUESTION, "--choices", "cat,ant,bee").stdout == line["answer"] + "\n"
+    kept = tmp_path / "chosen.jsonl"
+    for choices in ("ant,bee", "ant,cat", "ant,cat"):
+        ask(pictures[0], QUESTION, "--choices", choices, "--json", "-o", kept, "--resume")
+    named = [list(json.loads(line)["choices"]) for line in kept.read_text().splitlines()]
+    assert named == [["ant", "bee"], ["ant", "cat"]]
+    for more, said in (
+        (["--choices", "ant"], "two answers or more"),
+        (["--choices", "ant,,bee"], "two answers or more"),
+        (["--choices", "ant,bee", "--beams", "2"], "--beams is for answers in the model's words"),
+    ):
+        done = ask(pictures[0], QUESTION, *more)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert said in done.stderr
+
+
+def test_the_shipped_model_is_the_default_of_ask(world, tmp_path, monkeypatch):
+    """Until its weights are there, one sentence says so."""
+    shipped, picture = tmp_path / "answer", Path(world["data"]).parent / "0.png"
+    monkeypatch.setitem(models.DEFAULT, "vqa", shipped)
+    data = tmp_path / "asked.jsonl"
+    record = {"image": str(picture), "question": QUESTION, "answers": ["ant"]}
+    data.write_text(json.dumps(record | {"choices": ["ant", "bee"]}) + "\n")
+    commands = (
+        ["ask", picture, QUESTION], ["ask", picture, QUESTION, "-m", "default"],
+        ["eval", "vqa", data], ["eval", "vqa", "default", data, "--shuffle-images"][:4],
+        ["inspect", "default", "--task", "vqa", "--json"],
+    )  # fmt: skip
+    for command in commands:
+        done = shell.run(*command)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "No model that answers questions is shipped yet" in done.stderr
+    train.train(job(world, options={"task": "vqa", "answer_only": True}, epochs=1), run(shipped))
+    said = [shell.run(*command) for command in commands]
+    assert [done.returncode for done in said] == [0] * len(commands), [d.stderr for d in said]
+    assert said[0].stdout == said[1].stdout == shell.run(*commands[0], "-m", shipped).stdout
+    assert json.loads(said[2].stdout)["with_choices"] == 1
+    assert json.loads(said[4].stdout)["method"] == "epalm"
+    assert models.start_of("default", "epalm")["options"]["task"] == "vqa"
 
 
 def test_unfrozen_towers_are_trained_and_saved(world, tmp_path):

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyvl import UserError, decode
-from tinyvl.decode import Style
+from tinyvl.decode import Hypothesis, Style
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import Method, MicroBatch, pad
-from tinyvl.text import Questions, Text, cut, tidy
+from tinyvl.text import ANSWERS, Questions, Text, cut, tidy
 
 
 @dataclass
@@ -156,8 +156,11 @@ class Captioner(Method):
         padded = None if states is None else nn.utils.rnn.pad_sequence(states, batch_first=True)
         return Batch(pictures, torch.tensor(rows), ids, torch.tensor(keys), targets, padded)
 
-    def percept(self, pictures: Tensor) -> Percept:
-        """A batch's pictures through the encoder; those of a feature cache as they are."""
+    def percept(self, pictures: Tensor | Percept) -> Percept:
+        """A batch's pictures through the encoder; as they are, if from a cache or already seen."""
+        if isinstance(pictures, Percept):
+            return pictures
+        pictures = pictures.to(self.device)
         if pictures.ndim > 3:
             return self.encoder(pictures)
         if self.amp is None:
@@ -231,30 +234,75 @@ class Captioner(Method):
         return self.continued(pictures, lines, Style(**search))
 
     def answer(
-        self, pictures: Tensor, questions: list[str], **search: Any
+        self, pictures: Tensor | Percept, questions: list[str], **search: Any
     ) -> list[tuple[str, float]]:
         """Answers to a question about each picture (I, 3, H, W), with mean log-probabilities.
 
         An answer depends neither on the other questions nor on the batch. ``search``: the fields
-        of `Style`; 3 beams and 20 tokens unless given. UserError: this model writes captions.
+        of `Style`, and `ANSWERS` where they are not given. UserError: this model writes captions.
         """
+        options: Any = ANSWERS | search
+        style = Style(**options)
+        style.max_tokens = min(style.max_tokens, max(1, self.room // 2))
+        return self.continued(pictures, self.asked(questions, style.max_tokens), style)
+
+    def asked(self, questions: list[str], max_tokens: int) -> list[list[int]]:
+        """Ids up to where the answer starts; it has room for ``max_tokens``."""
         if self.questions is None:
             raise UserError("This model makes captions; name one trained with --task vqa.", 2)
-        style = Style(**{"beams": 3, "max_tokens": 20} | search)
-        style.max_tokens = min(style.max_tokens, max(1, self.room // 2))
-        lines = self.questions.ask(questions, self.room - style.max_tokens)
         lead = [self.text.bos, *self.prompt]
-        return self.continued(pictures, [lead + line for line in lines], style)
+        return [lead + line for line in self.questions.ask(questions, self.room - max_tokens)]
+
+    @torch.no_grad()
+    def look(self, pictures: Tensor) -> Percept:
+        """Pictures through the encoder, once for an answer and a choice."""
+        with self.autocast():
+            return self.percept(pictures)
+
+    @torch.no_grad()
+    def choose(
+        self, pictures: Tensor | Percept, questions: list[str], choices: list[list[str]]
+    ) -> list[list[Hypothesis]]:
+        """How likely the choices of each question are as its answer, end token included.
+
+        Picture and question are read once for all choices; `decode.chances` compares them. Neither
+        the other questions nor the batch matter. UserError: this model writes captions.
+        """
+        half = max(1, self.room // 2)
+        prompt, mask = pad(self.asked(questions, half), self.text.eos, left=True)
+        assert self.questions is not None
+        replies = self.questions.replies([choice for own in choices for choice in own])
+        lines = [[*ids, self.text.eos] for ids in cut(replies, half - 1, "tokens")]
+        owner = [i for i, own in enumerate(choices) for _ in own]
+        found: list[list[Hypothesis]] = [[] for _ in choices]
+        if not lines:
+            return found
+        wanted, real = (tensor.to(self.device) for tensor in pad(lines, self.text.eos))  # (C, T)
+        rows, cache = torch.tensor(owner, device=self.device), Cache()
+        with self.autocast():
+            visual = self.see(self.percept(pictures))
+            read = self.run(prompt.to(self.device), visual, cache, mask.to(self.device))
+            cache.reorder(rows)
+            hidden = read[rows, -1:]  # (C, 1, d) what the answers' first tokens are predicted from
+            if wanted.shape[1] > 1:
+                rest = self.run(wanted[:, :-1], self.pick(visual, rows), cache, real[:, 1:])
+                hidden = torch.cat((hidden, rest), 1)
+            logits = self.decoder.logits(hidden[real])
+        each = logits.log_softmax(-1).gather(-1, wanted[real][:, None])[:, 0]
+        sums = each.new_zeros(len(lines)).index_add(0, real.nonzero()[:, 0], each)
+        for row, ids, total in zip(owner, lines, sums.tolist(), strict=True):
+            found[row].append(Hypothesis(ids[:-1], total, total, True))
+        return found
 
     @torch.no_grad()
     def continued(
-        self, pictures: Tensor, lines: list[list[int]], style: Style
+        self, pictures: Tensor | Percept, lines: list[list[int]], style: Style
     ) -> list[tuple[str, float]]:
         """What the model writes after these ids, a line a picture, padded on the left."""
         with self.autocast():
-            visual = self.see(self.percept(pictures.to(self.device)))
+            visual = self.see(self.percept(pictures))
         prompt, mask = (t.to(self.device) for t in pad(lines, self.text.eos, left=True))
-        step = self.stepper(visual, len(pictures), mask)
+        step = self.stepper(visual, len(lines), mask)
         room = self.room + 1 + len(self.prompt) - prompt.shape[1]
         common: dict[str, Any] = {
             "eos": self.text.eos,

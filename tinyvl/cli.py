@@ -16,9 +16,19 @@ import typer.core
 import typer.main
 
 from tinyvl import UserError, __version__
-from tinyvl.cli_options import Lines, Search, Teller, command, group, load_model, piped, same
+from tinyvl.cli_options import (
+    ANSWER,
+    Lines,
+    Search,
+    Teller,
+    command,
+    group,
+    load_model,
+    piped,
+    same,
+)
 from tinyvl.files import ESCAPED, Unmarked, dump
-from tinyvl.presets_options import EPalm, option
+from tinyvl.presets_options import EPalm, commas, option
 
 # In the order a person meets them. A command that stands in another module is imported when it is
 # called, or shown by --help.
@@ -99,12 +109,14 @@ def ask(
         "or sounds (what the model reads), folders, globs, or - for paths on standard input, and "
         'last the "question".')],
     *,
-    search: Search = Search(beams=3, max_tokens=10),
+    choices: list[str] | None = option("Decoding", None, "Answer with the likeliest of these, by "
+        'commas: "cat,dog,bird".', parse=commas),
+    search: Search = ANSWER,
     how: Teller,
 ) -> None:  # fmt: skip
     """Ask a question about pictures, videos or sounds: a line each, path<TAB>answer for several.
 
-    The model is one of `tinyvl train epalm --task vqa`. Without files paths come from a pipe.
+    --model names one of `tinyvl train epalm --task vqa`. Without files paths come from a pipe.
     """
     *files, question = inputs
     question = " ".join(question.split())
@@ -113,10 +125,22 @@ def ask(
     files = piped(files, "pictures before the question")
     if not question:
         raise UserError("The question, which comes last, is empty.", 2)
-    texts(files, question, search, how)
+    if choices is not None:
+        choices = list(dict.fromkeys(" ".join(choice.split()) for choice in choices))
+        if len(choices) < 2 or "" in choices:
+            raise UserError('--choices takes two answers or more: --choices "cat,dog".', 2)
+        if search.given:
+            idle = next(iter(search.given)).replace("_", "-")
+            raise UserError(
+                f"--{idle} is for answers in the model's words: leave it or --choices out.", 2
+            )
+    texts(files, question, search, how, choices)
 
 
-def texts(files: list[str], question: str | None, search: Search, how: Teller) -> NoReturn:
+def texts(
+    files: list[str], question: str | None, search: Search, how: Teller,
+    choices: list[str] | None = None,
+) -> NoReturn:  # fmt: skip
     """Writes a caption of each file, or the answer to a question, and leaves with the status."""
     style = search.style()
     from tinyvl import media, models, write
@@ -137,11 +161,14 @@ def texts(files: list[str], question: str | None, search: Search, how: Teller) -
     if store is not None:
         store.check(loaded)
     if how.out is not None:
-        stream, done = write.open_output(how.out, how.resume, field=field, question=question)
+        stream, done = write.open_output(
+            how.out, how.resume, field=field, question=question, choices=choices
+        )
         paths = (path for path in paths if path not in done)
     results = write.captions(
-        loaded, paths, style=style, batch=how.batch, workers=how.workers, store=store,
+        loaded, paths, style=None if choices else style, batch=how.batch, workers=how.workers,
         questions=None if question is None else repeat(question),
+        choices=repeat(choices) if choices else None, store=store,
     )  # fmt: skip
     raise typer.Exit(
         write.write(results, stream, as_json=how.as_json, bare=bare, question=question)
@@ -190,11 +217,13 @@ def cell(value: Any) -> str:
 def inspect(
     name: Annotated[str, typer.Argument(help="A preset, a checkpoint folder, or default.")],
     as_json: bool = JSON,
-) -> None:
+    task: str = option("Model", "caption", "Which default: caption, vqa or retrieve.",
+        choices=("caption", "vqa", "retrieve")),
+) -> None:  # fmt: skip
     """Count a model's parameters; needs neither weights nor network."""
     from tinyvl import models
 
-    found = models.inspect(name)
+    found = models.inspect(name, task)
     if as_json:
         print(json.dumps(found))
         return

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import FRAMES, PROMPTS, Place, Search, batch_of, command, group, same
+from tinyvl.cli_options import (
+    ANSWER,
+    FRAMES,
+    PROMPTS,
+    Place,
+    Search,
+    batch_of,
+    command,
+    group,
+    same,
+)
 from tinyvl.files import dump
 from tinyvl.presets_options import Job, Run, commas, option
 
@@ -149,16 +159,19 @@ def vqa(
     answers_top: int | None = option("Data", None, "Only questions whose answer (of several the "
         "annotators' first choice) is one of the N most frequent of the training part, or of all "
         "where there is none: 1000 for eP-ALM's Table 5.", min=1),
-    search: Search = Search(max_tokens=10),
+    search: Search = ANSWER,
 ) -> None:  # fmt: skip
     """Answer a data set's questions; score: VQA v2's accuracy, strict, by type of question.
 
     accuracy is VQA v2's official one where a question has several answers, and equality where it
-    has one (GQA); strict_accuracy compares the raw texts. A model may be asked about another set
-    than it was trained on. eP-ALM's Table 8: --sample, or --beams 1 to 5.
+    has one (GQA); strict_accuracy compares the raw texts. Where questions have choices (Visual7W,
+    VQA v1), multiple_choice_accuracy is that of the likeliest choice; a tie is a miss. A model may
+    be asked about another set than it was trained on. eP-ALM's Table 8: --sample, or --beams 1 to
+    5.
 
     `tinyvl eval vqa --predictions FILE DATA` scores answers made elsewhere: JSON Lines of
-    {question_id | id | path and question, answer}, or a VQA results file.
+    {question_id | id | path and question, answer, and maybe choices: {choice: probability}}, or a
+    VQA results file.
     """
     of_texts("vqa", arguments, asked, search, top=answers_top)
 

@@ -14,6 +14,7 @@ import typer.core
 from tinyvl import UserError
 from tinyvl.presets import small_defaults
 from tinyvl.presets_options import Job, Run, check_choice, declared, flag, option, options_of
+from tinyvl.text import ANSWERS
 
 if TYPE_CHECKING:
     from tinyvl.decode import Style
@@ -283,6 +284,9 @@ class Search:
         return Style(
             self.beams, self.max_tokens, self.length_penalty, not self.late_stopping, sampling
         )
+
+
+ANSWER = Search(**ANSWERS)  # how `ask` and `eval vqa` search, unless told otherwise
 
 
 def load_model(name: "str | Checkpoint", place: Place, task: str = "caption", **more: Any) -> Any:

@@ -114,8 +114,8 @@ def records_of(entry: Any, where: object) -> Iterator[Record]:
         id=text("id", str, int) or text("image_id", str, int) or path,
         captions=texts_in(entry, "captions", "caption", where),
         answers=texts_in(entry, "answers", "answer", where),
-        choices=texts_in(entry, "choices", "choices", where),
     )
+    record.choices = choices_in(entry, record.answers, where)
     code = re.compile("[a-z]{2}")
     languages = [k for k, v in entry.items() if code.fullmatch(k) and isinstance(v, list)]
     if languages and not {"captions", "caption", "question", "label"} & entry.keys():
@@ -266,6 +266,16 @@ def texts_in(entry: Any, plural: str, singular: str, where: object) -> list[str]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: {key!r} should be texts")
     return texts
+
+
+def choices_in(entry: Any, answers: list[str], where: object) -> list[str]:
+    """``entry["choices"]``, a list of texts: one of them answers the question, if anything does."""
+    choices = get(entry, "choices", list, where, default=[])
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise UserError(f"{where}: 'choices' should be a list of texts")
+    if choices and answers and not set(answers) & set(choices):
+        raise UserError(f"{where}: the answer {answers[0]!r} is not among the 'choices'")
+    return choices
 
 
 PARTS = {

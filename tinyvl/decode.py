@@ -59,6 +59,15 @@ class Hypothesis:
         return self.logprob / (len(self.tokens) + self.finished)
 
 
+PER_TOKEN = False  # a choice scores its log-probability, as Visual7W's do, or the mean per token
+
+
+def chances(choices: Sequence[Hypothesis]) -> list[float]:
+    """The probability of each choice, if one of them is right: a softmax of their scores."""
+    scores = [choice.mean_logprob if PER_TOKEN else choice.logprob for choice in choices]
+    return torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
+
+
 def greedy(
     step: Step, prompt: Tensor, *, eos: int | Collection[int], max_new_tokens: int,
     forbid: Sequence[int] = (),

@@ -28,6 +28,7 @@ from tinyvl.metrics import Scores
 from tinyvl.metrics_captions import CaptionScores, caption_scores, plan_captions
 
 T = TypeVar("T")
+Lines = dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Task:
     field: str  # of a prediction: its text
     prepare: Callable[[list[Record]], list[Record]]
     truth: str  # of a record: what a prediction is scored against
-    score: Callable[[list[Record], dict[str, str]], Scores]
+    score: Callable[[list[Record], Lines], Scores]  # of their predictions by id
 
 
 def read(
@@ -182,12 +183,13 @@ def swapped(records: list[Record]) -> list[str]:
     return [other[record.path] for record in records]
 
 
-def score_captions(records: list[Record], texts: dict[str, str], scoring: dict[str, Any]) -> Scores:
+def score_captions(records: list[Record], lines: Lines, scoring: dict[str, Any]) -> Scores:
     """Captions against the records' own; each NoCaps domain also as a corpus of its own."""
 
     def score(part: list[Record]) -> CaptionScores:
         references = {record.id: record.captions for record in part}
-        return caption_scores(references, {name: texts[name] for name in references}, **scoring)
+        texts = {name: lines[name]["caption"] for name in references}
+        return caption_scores(references, texts, **scoring)
 
     whole = score(records)
     domains: dict[str, list[Record]] = {}
@@ -199,21 +201,35 @@ def score_captions(records: list[Record], texts: dict[str, str], scoring: dict[s
     return Scores(whole.metrics, whole.resample, {"domain": groups} if groups else {}, extra)
 
 
-def score_answers(records: list[Record], texts: dict[str, str]) -> Scores:
+def score_answers(records: list[Record], lines: Lines) -> Scores:
     """Answers against the annotators': overall, by question type and by answer type.
 
     ``accuracy`` is VQA v2's where a question has several answers and equality where it has one (as
-    GQA's is); ``strict_accuracy`` is equality of the raw texts.
+    GQA's is); ``strict_accuracy`` is equality of the raw texts. ``multiple_choice_accuracy`` is the
+    accuracy of the likeliest choice, of the questions with choices; a tie is a miss.
     """
-    items: dict[str, list[float]] = {"accuracy": [], "strict_accuracy": []}
+    items: dict[str, list[float | None]] = {"accuracy": [], "strict_accuracy": []}
+    picked, chance = [], []
     for record in records:
-        answer, known = texts[record.id], record.answers
+        line, known = lines[record.id], record.answers
         official = metrics.vqa_accuracy if len(known) > 1 else metrics.strict_accuracy
-        items["accuracy"].append(official(answer, known))
-        items["strict_accuracy"].append(metrics.strict_accuracy(answer, known))
+        items["accuracy"].append(official(line["answer"], known))
+        items["strict_accuracy"].append(metrics.strict_accuracy(line["answer"], known))
+        odds = line.get("choices") if record.choices else None
+        if odds:
+            likeliest = [choice for choice in odds if odds[choice] == max(odds.values())]
+            chance.append(sum(official(choice, known) for choice in odds) / len(odds))
+            picked.append(official(likeliest[0], known) if len(likeliest) == 1 else 0.0)
+        else:
+            picked.append(None)
+    extra: dict[str, Any] = {}
+    if chance:
+        items["multiple_choice_accuracy"] = picked
+        extra["with_choices"] = len(chance)
+        extra["chance"] = {"multiple_choice_accuracy": sum(chance) / len(chance)}
     kinds = ("question_type", "answer_type")
     groups = {kind: [getattr(record, kind) for record in records] for kind in kinds}
-    return metrics.mean_scores(items, groups)
+    return metrics.mean_scores(items, groups, **extra)
 
 
 def task_of(name: str, scoring: dict[str, Any] | None = None) -> Task:
@@ -308,21 +324,24 @@ def run(
     model, store = checkpoint.load(kind, {path: ids[path] for path in shown.values()})
     models.take_frames(model, frames)
     log = predictions.Log(place.out, head, resume=place.resume)
+    chooses = asks and any(record.choices for record in records)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
         found = write.captions(
             model, [shown[record.id] for record in todo], style=style, batch=place.batch,
             workers=place.workers, store=store,
             questions=[record.question for record in todo] if asks else None,
+            choices=[[*dict.fromkeys(record.choices)] for record in todo] if chooses else None,
         )  # fmt: skip
-        for record, (_, text, score) in zip(todo, found, strict=True):
-            question = {"question": record.question} if asks else {}
-            good = {**question, task.field: text, "score": round(score, 4)}
+        for record, (_, text, score, *odds) in zip(todo, found, strict=True):
+            good = {"question": record.question} if asks else {}
+            good |= {task.field: text, "score": round(score, 4)}
+            good |= {"choices": write.rounded(odds[0])} if any(odds) else {}
             yield text if isinstance(text, UserError) else good
 
     done, went = log.fill(records, predict, f"{task.field}s", place)
-    texts = {record.id: log.lines[record.id][task.field] for record in done}
+    lines = {record.id: log.lines[record.id] for record in done}
     if results is not None:
-        predictions.export(results, texts, task.field)
-    scores = task.score(done, texts) if scored else Scores({})
+        predictions.export(results, lines, task.field)
+    scores = task.score(done, lines) if scored else Scores({})
     return predictions.report(head | went, len(done), scores, place.out)

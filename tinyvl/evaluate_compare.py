@@ -17,7 +17,7 @@ import numpy as np
 from tinyvl import UserError
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import say_left_out
-from tinyvl.evaluate import Source, choose, described, prepared, read, task_of
+from tinyvl.evaluate import Lines, Source, choose, described, prepared, read, task_of
 from tinyvl.metrics import Scores
 
 RESAMPLES = 1000
@@ -29,8 +29,8 @@ CELLS = 4_000_000  # numbers in memory at once: draws x items
 def scored(
     kind: str, paths: Sequence[Path], source: Source, scoring: dict[str, Any] | None,
     allow_missing: bool, *, together: bool,
-) -> Iterator[tuple[dict[str, Any], dict[str, str], Scores]]:  # fmt: skip
-    """Each file's head of a report, texts by id and scores. Predictions for others are ignored.
+) -> Iterator[tuple[dict[str, Any], Lines, Scores]]:  # fmt: skip
+    """Each file's head of a report, predictions by id and scores; those for others are ignored.
 
     ``together``: only records count that all files have. The ``run.json`` beside a file says what
     made it.
@@ -45,22 +45,22 @@ def scored(
     say_left_out(source.path, part, records, f"no {task.truth} to score against")
     files = []
     for path in paths:
-        texts = predictions.read(path, everything, task.field, paths_of)
-        done = [record for record in records if record.id in texts]
+        lines = predictions.read(path, everything, task.field, paths_of)
+        done = [record for record in records if record.id in lines]
         if len(done) < len(records) and not (allow_missing and done):
-            first = next(record.id for record in records if record.id not in texts)
+            first = next(record.id for record in records if record.id not in lines)
             lacks = f"{len(records) - len(done)} of {len(records)} records, the first {first!r}"
             advice = "--allow-missing scores the others, --split chooses another part."
             raise UserError(f"{path}: no prediction for {lacks}; {advice}")
-        files.append((path, texts, done))
+        files.append((path, lines, done))
         records = done if together else records
-    for path, texts, done in files:
+    for path, lines, done in files:
         done = records if together else done
         made = predictions.read_run(path if path.is_dir() else path.parent)
         known = {key: made[key] for key in ("checkpoint", "decoding", "shuffled") if key in made}
         name = made.get("model", str(path))
         head = described(kind, name, source, split, predictions=str(path), **known)
-        yield head, {record.id: texts[record.id] for record in done}, task.score(done, texts)
+        yield head, {record.id: lines[record.id] for record in done}, task.score(done, lines)
 
 
 def score_files(
@@ -74,10 +74,10 @@ def score_files(
     ``allow_missing``, a record has no prediction.
     """
     reports = []
-    for head, texts, scores in scored(kind, paths, source, scoring, allow_missing, together=False):
-        reports.append(predictions.report(head, len(texts), scores, None))
+    for head, lines, scores in scored(kind, paths, source, scoring, allow_missing, together=False):
+        reports.append(predictions.report(head, len(lines), scores, None))
         if results is not None:
-            predictions.export(results, texts, "answer" if kind == "vqa" else "caption")
+            predictions.export(results, lines, "answer" if kind == "vqa" else "caption")
     return average_runs(reports)
 
 
@@ -103,8 +103,8 @@ def compare_files(
 ) -> dict[str, Any]:  # fmt: skip
     """Predictions less a baseline's, as in `compared`; see `score_files`."""
     both = scored(kind, [baseline, path], source, scoring, allow_missing, together=True)
-    (about, _, base), (head, texts, scores) = both
-    report = predictions.report(head, len(texts), scores, None)
+    (about, _, base), (head, lines, scores) = both
+    report = predictions.report(head, len(lines), scores, None)
     return compared(report, {**about, "metrics": base.metrics}, scores, base)
 
 

@@ -141,21 +141,23 @@ def report(head: dict[str, Any], items: int, scores: Scores, out: Path | None) -
     return whole
 
 
-def export(file: Path, texts: dict[str, str], field: str) -> None:
+def export(file: Path, lines: dict[str, dict[str, Any]], field: str) -> None:
     """Writes what the servers of COCO and NoCaps (captions) and of VQA (answers) take."""
     key = "question_id" if field == "answer" else "image_id"
 
     def number(text: str) -> int | str:  # as the published files have it
         return int(text) if re.fullmatch(r"0|[1-9]\d*", text) else text
 
-    results = [{key: number(name), field: text} for name, text in texts.items()]
+    results = [{key: number(name), field: line[field]} for name, line in lines.items()]
     write_text(file, dump(results) + "\n")
 
 
 def read(
     path: Path, records: list[Record], field: str, paths: dict[str, str] | None = None
-) -> dict[str, str]:
-    """The ``field`` of the predictions of a file or of a run's folder, by the record's id.
+) -> dict[str, dict[str, Any]]:
+    """The predictions of a file or of a run's folder, by the record's id.
+
+    Of each its ``field``, and the probabilities of its ``choices``, if there are some.
 
     ``paths``: the picture of each id that the data has; a record may stand for several.
 
@@ -172,7 +174,7 @@ def read(
         lines = [(f"{file}, line {i}", line) for i, line in enumerate(content.split("\n"), 1)]
         lines = [(where, line.removeprefix("\ufeff")) for where, line in lines]
         entries = [(where, parsed(line, where)) for where, line in lines if line.strip()]
-    find, texts = finder(records, paths or {}), {}
+    find, lines = finder(records, paths or {}), {}
     for where, entry in entries:
         if isinstance(entry, dict) and "error" in entry and field not in entry:
             continue
@@ -180,12 +182,15 @@ def read(
         if not any(entry.get(key) is not None for key in IDS + PATHS):
             raise UserError(f"{where}: nothing names the record; give an {', '.join(IDS)} or path")
         key = find(where, entry)
-        if texts.get(key, entry[field]) != entry[field]:
+        if key in lines and lines[key][field] != entry[field]:
             raise UserError(f"{where}: a second prediction for {key!r}; keep one for each record")
-        texts[key] = entry[field]
-    if not texts:
+        odds = get(entry, "choices", dict, where, default={})
+        if not all(isinstance(value, int | float) for value in odds.values()):
+            raise UserError(f"{where}: 'choices' should give each choice a probability")
+        lines[key] = {field: entry[field]} | ({"choices": odds} if odds else {})
+    if not lines:
         raise UserError(f"{file} holds no predictions")
-    return texts
+    return lines
 
 
 def finder(records: list[Record], known: dict[str, str]) -> Callable[[str, dict[str, Any]], str]:

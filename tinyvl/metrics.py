@@ -34,13 +34,19 @@ class Scores:
 
 
 def mean_scores(
-    items: dict[str, list[float]], kinds: Mapping[str, Sequence[str | None]], **extra: Any
+    items: dict[str, list[float | None]], kinds: Mapping[str, Sequence[str | None]], **extra: Any
 ) -> Scores:
     """The mean of each metric's items, overall and by group.
 
-    ``items`` is metric -> N values, ``kinds`` kind of group -> each item's group or None.
+    ``items`` is metric -> N values (None: it is not one of this item), ``kinds`` kind of group ->
+    each item's group or None.
     """
-    columns = {name: np.asarray(values) for name, values in items.items()}
+    columns = {name: np.asarray(values, dtype=float) for name, values in items.items()}  # NaN: None
+
+    def mean(values: np.ndarray) -> float | None:
+        own = values[~np.isnan(values)].tolist()
+        return sum(own) / len(own) if own else None
+
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for kind, names in kinds.items():
         rows: dict[str, list[int]] = {}
@@ -48,13 +54,16 @@ def mean_scores(
             if group is not None:
                 rows.setdefault(group, []).append(i)
         for group, part in sorted(rows.items()):
-            means = {name: float(column[part].mean()) for name, column in columns.items()}
+            means = {name: mean(column[part]) for name, column in columns.items()}
             groups.setdefault(kind, {})[group] = {"items": len(part), **means}
 
     def resample(counts: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: counts @ column / counts.sum(1) for name, column in columns.items()}
+        return {
+            name: counts @ np.nan_to_num(column) / np.maximum(counts @ ~np.isnan(column), 1)
+            for name, column in columns.items()
+        }
 
-    whole = {name: sum(values) / len(values) for name, values in items.items()}
+    whole = {name: mean(column) for name, column in columns.items()}
     return Scores(whole, resample, groups, extra)
 
 

@@ -43,7 +43,9 @@ __all__ = [
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-DEFAULT = {"caption": SHIPPED / "caption", "retrieve": SHIPPED / "search"}
+DEFAULT = {
+    "caption": SHIPPED / "caption", "vqa": SHIPPED / "answer", "retrieve": SHIPPED / "search",
+}  # fmt: skip
 DOES = {"caption": "caption", "vqa": "answer questions", "retrieve": "embed"}  # tasks
 
 
@@ -102,7 +104,7 @@ def open_checkpoint(name: str, task: str = "caption") -> Checkpoint:
 
 def task_of(method: str) -> str:
     """The task whose default model a method's ``default`` is."""
-    return "retrieve" if method == "lilt" else "caption"
+    return {"lilt": "retrieve", "epalm": "vqa"}.get(method, "caption")
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -172,16 +174,16 @@ def write_card(folder: Path, config: dict, summary: dict) -> None:
 def checkpoint_folder(name: str, task: str = "caption") -> Path:
     """A checkpoint's folder: a path, ``hf://owner/name``, or ``default``.
 
-    UserError: there is no checkpoint, or no default for this task.
+    UserError: there is no checkpoint, or the default of this task is not shipped yet.
     """
     if name == "default":
-        if task not in DEFAULT:
+        folder = DEFAULT[task]
+        if task == "vqa" and not (folder / "config.json").is_file():
             raise UserError(
                 "No model that answers questions is shipped yet: train one (`tinyvl train epalm "
                 "--task vqa --data ...`) and name its folder.",
                 2,
             )
-        folder = DEFAULT[task]
     elif name.startswith("hf://"):
         folder = hub.fetch(name.removeprefix("hf://"), "checkpoint")
     else:
@@ -256,10 +258,10 @@ def take_frames(model: Method, frames: int | None) -> None:
     model.encoder.frames = frames
 
 
-def inspect(name: str) -> dict[str, Any]:
+def inspect(name: str, task: str = "caption") -> dict[str, Any]:
     """Parameter counts of a preset or a checkpoint, on the meta device: no weights, no network.
 
-    UserError: the name is neither.
+    ``task``: whose default "default" is. UserError: the name is neither.
     """
     extra: dict[str, Any] = {}
     if name in PRESETS or name in (*SMALL, "small"):
@@ -279,7 +281,7 @@ def inspect(name: str) -> dict[str, Any]:
         }
         extra = {"row": row.row, "recipe": asdict(row.recipe)}
     elif name == "default" or name.startswith("hf://") or os.path.isdir(name):
-        config = open_checkpoint(name).config
+        config = open_checkpoint(name, task).config
     else:
         raise UserError(
             f"{name}: neither a preset nor a checkpoint folder; `tinyvl models` lists presets.", 2

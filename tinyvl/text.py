@@ -52,6 +52,9 @@ def cut(lines: list, longest: int, what: str, tail: int = 0) -> list:
     ]
 
 
+ANSWERS = {"beams": 3, "max_tokens": 10}  # how answers are searched for, unless told otherwise
+
+
 class Text:
     """A `tokenizers.Tokenizer` with the decoder's begin and end: text <-> ids."""
 
@@ -146,18 +149,21 @@ class Questions:
         ids = self.text.encode([self.lead + " ".join(q.split()) for q in questions])
         return [line + self.separator for line in cut(ids, longest, "tokens")]
 
+    def replies(self, answers: list[str]) -> list[list[int]]:
+        """Ids of answers as they follow a question."""
+        lead = " " if self.in_words else ""
+        return self.text.encode([lead + " ".join(answer.split()) for answer in answers])
+
     def encode(self, pairs: list[tuple[str, str]], room: int, max_tokens: int) -> list[list[int]]:
         """Ids of ``question</a>answer``, the question in ``room``, the answer in ``max_tokens``.
 
         Each question and each answer is tokenised once.
         """
-        lead = " " if self.in_words else ""
-        pairs = [(question, lead + " ".join(answer.split())) for question, answer in pairs]
         questions = list(dict.fromkeys(question for question, _ in pairs))
         answers = list(dict.fromkeys(answer for _, answer in pairs))
         asked = dict(zip(questions, self.ask(questions, room), strict=True))
-        lines = cut(self.text.encode(answers), max_tokens, "tokens")
-        ids = dict(zip(answers, lines, strict=True))
+        replies = cut(self.replies(answers), max_tokens, "tokens")
+        ids = dict(zip(answers, replies, strict=True))
         return [asked[question] + ids[answer] for question, answer in pairs]
 
     def answer_at(self, ids: list[int]) -> int:

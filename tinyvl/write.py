@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, media_workers
+from tinyvl import UserError, decode, media_workers
 from tinyvl.decode import Style
 from tinyvl.device import Pieces
 from tinyvl.files import ESCAPED, dump, quoted, read_text, unquoted, write_text
@@ -33,38 +33,43 @@ ADVICE = "use fewer --beams or --device cpu"  # where not even one picture fits
 
 
 def captions(
-    model: "Captioner", paths: Iterable[str], *, style: Style, batch: int = 16,
+    model: "Captioner", paths: Iterable[str], *, style: Style | None, batch: int = 16,
     workers: int | None = None, questions: Iterable[str] | None = None,
-    store: "FeatureStore | None" = None,
-) -> Iterator[tuple[str, str | UserError, float]]:  # fmt: skip
+    choices: Iterable[list[str]] | None = None, store: "FeatureStore | None" = None,
+) -> Iterator[tuple]:  # fmt: skip
     """(path, caption or what is wrong with the file, mean log-probability), in order.
 
     Pictures are decoded ahead in worker processes, or with a ``store`` not at all: the encoder's
     output is read from there. What has come is captioned at once: a slow producer at the other end
     of a pipe makes small batches, not waiting. ``questions``, one a path, are answered instead.
+    With ``choices``, too, {choice: probability} is the last of a tuple; without a ``style`` the
+    likeliest is the answer.
     """
     pieces = Pieces(advice=ADVICE)
-    for group in gathered(decoded(model, paths, questions, workers, store), batch):
+    asked: Any = None if questions is None else zip(questions, strict=False)
+    if choices is not None:
+        asked = zip(questions or (), choices, strict=False)
+    for group in gathered(decoded(model, paths, asked, workers, store), batch):
         for path, found in computed(group, lambda good: run(model, good, style, pieces)):
             yield path, *((found, 0.0) if isinstance(found, UserError) else found)
 
 
 def decoded(
-    model: "Captioner", paths: Iterable[str], questions: Iterable[str] | None,
+    model: "Captioner", paths: Iterable[str], asked: Iterable[tuple] | None,
     workers: int | None, store: "FeatureStore | None",
 ) -> Iterator[tuple]:  # fmt: skip
-    """(path, picture or what is wrong with it), and its question, if there are questions."""
+    """(path, picture or what is wrong with it), and what is ``asked``: question, choices."""
     if store is not None:
         pictures = stored(store, model.reads, paths)
     else:
         view, target = model.encoder.view(), model.encoder.size
         pictures = media_workers.decode_images(paths, view, target=target, workers=workers)
     with closing(pictures):  # ends the workers when this generator is closed
-        if questions is None:
+        if asked is None:
             yield from pictures
         else:
-            for (path, picture), question in zip(pictures, questions, strict=False):
-                yield path, picture, question
+            for (path, picture), own in zip(pictures, asked, strict=False):
+                yield path, picture, *own
 
 
 def stored(
@@ -80,9 +85,12 @@ def stored(
 
 
 def run(
-    model: "Captioner", items: list[tuple], style: Style, pieces: Pieces | None = None
-) -> list[tuple[str, float]]:
-    """Captions of (path, decoded picture), or answers to (path, decoded picture, question)."""
+    model: "Captioner", items: list[tuple], style: Style | None, pieces: Pieces | None = None
+) -> list[tuple]:
+    """Captions of (path, decoded picture), or answers to (path, decoded picture, question).
+
+    Of (path, decoded picture, question, choices) also the choices' probabilities.
+    """
     pieces, found = pieces or Pieces(advice=ADVICE), {}
     shapes = [item[1].shape for item in items]
     for shape in dict.fromkeys(shapes):  # several, where pictures are beside videos
@@ -94,22 +102,50 @@ def run(
 
 
 def in_pieces(
-    model: "Captioner", items: list[tuple], style: Style, number: int
-) -> list[tuple[str, float]]:
+    model: "Captioner", items: list[tuple], style: Style | None, number: int
+) -> list[tuple]:
     """What `run` makes of items of one shape, in this many batches."""
     each, found = -(-len(items) // number), []
     for i in range(0, len(items), each):
-        part, options = items[i : i + each], dict(vars(style))
-        if style.sampling:  # what is drawn for a file depends on its path and the seed alone
-            keys = ["\0".join([path, *rest]) for path, _, *rest in part]
+        part, options = items[i : i + each], dict(vars(style)) if style else None
+        if style and style.sampling:  # what is drawn for a file depends on its path and the seed
+            keys = ["\0".join([item[0], *item[2:3]]) for item in part]
             indices = [zlib.crc32(os.fsencode(key)) for key in keys]
-            options["sampling"] = style.sampling | {"indices": indices}
+            options |= {"sampling": style.sampling | {"indices": indices}}
         pictures = torch.stack([item[1] for item in part])
-        if len(part[0]) == 3:
-            found += model.answer(pictures, [item[2] for item in part], **options)
+        asked = [list(column) for column in zip(*(item[2:] for item in part), strict=True)]
+        if len(asked) == 2:
+            found += chosen(model, pictures, *asked, options)
+        elif asked:
+            found += model.answer(pictures, *asked, **options)
         else:
             found += model.caption(pictures, **options)
     return found
+
+
+def chosen(
+    model: "Captioner", pictures: Tensor, questions: list[str], choices: list[list[str]],
+    options: dict[str, Any] | None,
+) -> list[tuple[str, float, dict[str, float]]]:  # fmt: skip
+    """Answers, as `Captioner.answer` gives them, each with its {choice: probability}.
+
+    Without ``options`` of a search the likeliest choice is the answer.
+    """
+    seen = model.look(pictures)
+    scored = model.choose(seen, questions, choices)
+    odds = [
+        dict(zip(own, decode.chances(found), strict=True))
+        for own, found in zip(choices, scored, strict=True)
+    ]
+    if options is not None:
+        answers = model.answer(seen, questions, **options)
+    else:
+        best = [max(own, key=own.__getitem__) for own in odds]
+        answers = [
+            (name, found[own.index(name)].mean_logprob)
+            for name, own, found in zip(best, choices, scored, strict=True)
+        ]
+    return [(*answer, own) for answer, own in zip(answers, odds, strict=True)]
 
 
 def gathered(items: Iterator[Any], size: int, patience: float = 0.25) -> Iterator[list[Any]]:
@@ -176,17 +212,26 @@ def computed(
 
 
 def write(
-    results: Iterable[tuple[str, str | UserError, float]], stream: TextIO, *, as_json: bool,
-    bare: bool, question: str | None = None,
+    results: Iterable[tuple], stream: TextIO, *, as_json: bool, bare: bool,
+    question: str | None = None,
 ) -> int:  # fmt: skip
     """A line a caption, or answer to a ``question``: see `write_rows`. -> the exit status."""
     name = "caption" if question is None else "answer"
+
+    def row(text: str, score: float, odds: dict[str, float] | None = None) -> dict[str, Any]:
+        known = {} if odds is None else {"choices": rounded(odds)}
+        return {name: text, "score": round(score, 4)} | known
+
     rows = (
-        (path, text if isinstance(text, UserError) else [{name: text, "score": round(score, 4)}])
-        for path, text, score in results
+        (path, text if isinstance(text, UserError) else [row(text, *more)])
+        for path, text, *more in results
     )
     asked = {} if question is None else {"question": question}
     return write_rows(rows, stream, f"{{{name}}}", as_json=as_json, bare=bare, fields=asked)
+
+
+def rounded(odds: dict[str, float]) -> dict[str, float]:
+    return {choice: round(value, 6) for choice, value in odds.items()}
 
 
 def write_rows(
@@ -220,13 +265,14 @@ def write_rows(
 
 def open_output(
     out: Path, resume: bool, *, field: str = "caption", tabs: int = 1, lines: int = 1,
-    question: str | None = None,
+    question: str | None = None, choices: list[str] | None = None,
 ) -> tuple[TextIO, set[str]]:  # fmt: skip
     """The file to append to, and the paths it already has results for.
 
     A line cut off by a kill, the lines of failed files and those of a path with too few lines are
-    dropped: they are tried again. Answers to another ``question`` stay and do not count. A line of
-    JSON has ``field`` unless its file failed; in one of text, ``tabs`` columns follow the path.
+    dropped: they are tried again. Answers to another ``question``, or of other ``choices``, stay
+    and do not count. A line of JSON has ``field`` unless its file failed; in one of text, ``tabs``
+    columns follow the path.
 
     Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's.
     """
@@ -248,6 +294,7 @@ def open_output(
         if isinstance(record, dict):
             if field in record:
                 ours = record.get("question") == question
+                ours = ours and list(record.get("choices", ())) == (choices or [])
                 kept.append((record.get("path") if ours else None, line))
             continue
         if line.count("\t") < tabs:
