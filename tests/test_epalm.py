@@ -338,6 +338,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
     theirs = peer("opt")
     with pytest.raises(UserError, match="2:9 is not within the 5 there are"):
         ours(theirs, inject=[2, 9])
+    with pytest.raises(UserError, match="--adapt 2:6 is not within the 5"):
+        ours(theirs, adapters=8, adapt=[2, 6])
     with pytest.raises(UserError, match="4 levels of the encoder do not fit into 1 layers"):
         ours(theirs, inject=[0, 1], extract=[0, 4])
     with pytest.raises(UserError, match="leave out --extract"):
@@ -367,10 +369,24 @@ def test_only_lin_leaves_layers_of_text_alone():
         "soft": ({"shared": True}, 0),
         "deep": ({"deep": True}, 0),
         "adapters": ({"soft": 0, "adapters": 8}, 0),
+        "upper adapters": ({"soft": 0, "adapters": 8, "adapt": [2, 5]}, 2),
+        "uppermost adapters": ({"soft": 0, "adapters": 8, "adapt": [4, 5]}, 3),
+        "upper adapters and soft": ({"adapters": 8, "adapt": [2, 5]}, 0),
         "lm": ({"soft": 0, "unfreeze": ["lm"]}, 0),
     }
     for options, expected in layers.values():
         assert ours(theirs, **options).text_layers == expected
+
+
+def test_with_upper_adapters_the_text_below_them_is_read_once():
+    model = ours(peer("llama"), soft=0, adapters=8, adapt=[2, 5])
+    assert set(model.pairs) == {2, 3, 4}
+    ids, seen = [[3, 4, 5], [6]], torch.randn(2, sum(WIDTHS))
+    states = model.states(ids).split([model.state_rows(line) for line in ids])
+    kept, fresh = (
+        model.loss(model.collate(ids, [0, 1], seen, [0, 1], own))[0] for own in (list(states), None)
+    )
+    assert kept.item() == pytest.approx(fresh.item(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------ questions and answers

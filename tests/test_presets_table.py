@@ -205,7 +205,7 @@ def test_the_help_gives_the_range_of_every_row():
         ("epalm --soft 0 --mlp", "about a soft prompt"),
         ("epalm --soft 0 --deep", "about a soft prompt"),
         ("epalm --preset epalm-lin --soft-rate 1e-3", "about a soft prompt"),
-        ("epalm --adapter-rate 1e-3", "--adapter-rate goes with --adapters"),
+        ("epalm --adapter-rate 1e-3", "--adapter-rate and --adapt go with --adapters"),
         ("epalm --task vqa --per-image 2", "--per-image goes with --task caption"),
         ("epalm --answer-only", "go with --task vqa"),
         ("epalm --crops --views 2", "give one of them"),

@@ -99,14 +99,16 @@ class EPalm(Captioner):
     def __init__(
         self, encoder: ImageEncoder, decoder: Decoder, text: Text, *, prompt: str = "",
         shared: bool = False, soft: int = 10, mlp: bool = True, deep: bool = False,
-        adapters: int | None = None, extract: list[int] | None = None,
-        inject: list[int] | None = None, tokens: str = "cls", unfreeze: list[str] | None = None,
+        adapters: int | None = None, adapt: list[int] | None = None,
+        extract: list[int] | None = None, inject: list[int] | None = None, tokens: str = "cls",
+        unfreeze: list[str] | None = None,
     ):  # fmt: skip
         """Args:
         shared: one connection for all levels, which then have one width.
         soft: length of the soft prompt, 0: none; ``mlp``: through an MLP.
         deep: a soft prompt of that length in every layer in place of one at the input.
         adapters: the factor of sequential adapters after each attention and feed-forward.
+        adapt: layers of the decoder that have them, [first, end) from 0; None: all.
         extract: levels of the encoder, [first, end) from 0; see `ranges`.
         inject: layers of the decoder, [start, end) from 0; see `ranges`.
         tokens: "cls"; or "all": the encoder's final tokens in place of the levels.
@@ -126,15 +128,15 @@ class EPalm(Captioner):
         self.deep = SoftPrompt(c.layers * soft, c.hidden_size, mlp) if soft and deep else None
         self.adapters = nn.ModuleDict()
         if adapters:
-            for i in range(c.layers):
+            for i in range(*adapt or (c.layers,)):
                 pair = (Adapter(c.hidden_size, adapters) for _ in range(2))
                 self.adapters[str(i)] = nn.ModuleList(pair)
         self.unfrozen = [TOWERS[name] for name in unfreeze or []]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trainable(name))
         self.encoder.learns = "encoder" in self.unfrozen
-        touched = self.soft or self.deep or self.adapters or "decoder" in self.unfrozen
-        self.text_layers = 0 if touched else self.inject.start
+        touched = self.soft or self.deep or "decoder" in self.unfrozen
+        self.text_layers = 0 if touched else min([self.inject.start, *self.pairs])
 
     def trainable(self, name: str) -> bool:
         tower = name.partition(".")[0]

@@ -188,6 +188,7 @@ def check_epalm(o: SimpleNamespace, c: "DecoderConfig", encoder: "ImageEncoder")
     from tinyvl.epalm import TOWERS, ranges
 
     within("inject", o.inject, c.layers)
+    within("adapt", o.adapt, c.layers)
     if o.tokens == "all":
         if o.extract is not None:
             raise UserError("All tokens are those of the last level: leave out --extract.", 2)

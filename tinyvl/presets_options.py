@@ -232,6 +232,9 @@ class EPalm:
     deep: bool = option("Model", False, "A soft prompt in every layer.", name="--deep/--shallow")
     adapters: int | None = option("Model", None, "Adapters with this factor (the paper's: 8); 0: "
         "none.", min=0, shown="0")
+    adapt: list[int] | None = option("Advanced", None, "Layers of the decoder with adapters, "
+        "FIRST:END. Without a prompt, what the layers below make of a text is computed once.",
+        parse=span, shown="all")
     extract: list[int] | None = option("Model", None, 'Levels of the encoder that are read, '
         'FIRST:END from 0. Tables 9 and 14, of 12: 11:12 (row "12"), 6:12 ("6 to 12"), 0:12 ("1 to '
         '12").', parse=span, shown="the last 6")
