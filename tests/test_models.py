@@ -330,3 +330,19 @@ def test_the_shipped_model_for_search_is_small_and_of_the_default_backbones():
     )
     own = models.trainable_state(model)
     assert {n: t.shape for n, t in kept.items()} == {n: t.shape for n, t in own.items()}
+
+
+@pytest.mark.skipif(not models.DEFAULT["vqa"].exists(), reason="not shipped yet")
+def test_the_shipped_model_for_answers_is_small_and_of_the_default_backbones():
+    folder = models.checkpoint_folder("default", "vqa")
+    assert (folder / "model.safetensors").stat().st_size <= 24 * 2**20
+    config = models.read_config(folder)
+    assert (config["decoder"]["name"], config["vision"]["name"]) == (
+        presets.SMALL["epalm"].language, presets.SMALL["epalm"].vision,
+    )  # fmt: skip
+    assert models.Checkpoint(folder, config).task == "vqa"
+    kept = load_file(folder / "model.safetensors")
+    found = models.inspect("default", "vqa")
+    assert found["trainable_parameters"] == sum(tensor.numel() for tensor in kept.values())
+    assert "research" in (folder / "README.md").read_text()
+    assert json.dumps(config).count("/") < 3  # no path of the machine it was trained on
