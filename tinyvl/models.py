@@ -124,10 +124,11 @@ def save(model: Method, folder: Path, file: str = "model.safetensors") -> None:
     files.write_tensors(folder / file, trainable_state(model), {"format": "pt"})
 
 
-def load_weights(model: Method, folder: Path) -> None:
+def load_weights(model: Method, folder: Path, *, more: tuple[str, ...] = ()) -> None:
     """Fills a built model with a checkpoint folder's trainable tensors.
 
-    UserError: they cannot be read, a name is missing or unknown, or a shape differs.
+    Names that begin with one of ``more`` may be missing. UserError: they cannot be read, a name is
+    missing or unknown, or a shape differs.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -138,6 +139,7 @@ def load_weights(model: Method, folder: Path) -> None:
         raise UserError(f"{folder}: model.safetensors cannot be read ({error}).") from error
     state = {name: tensor for name, tensor in state.items() if model.holds(name)}
     own = trainable_state(model)
+    own = {name: t for name, t in own.items() if name in state or not name.startswith(more)}
     odd = sorted(own.keys() ^ state.keys())
     if odd := odd or [name for name in own if own[name].shape != state[name].shape]:
         raise UserError(f"{folder}: these weights do not fit the model ({odd[0]}).", 2)

@@ -154,7 +154,10 @@ def kept_parts(method: str, start: dict[str, Any], asked: dict[str, Any]) -> dic
     ]
     if fixed:
         raise UserError(f"--init brings its own {', '.join(fixed)}: leave that out.", 2)
-    options = start["options"] | own_options(method, asked)
+    changes = own_options(method, asked)
+    if method == "lilt":
+        changes = towers(start["options"], changes, None)
+    options = start["options"] | changes
     return start | {"options": options, "media": dict(start["media"])}
 
 

@@ -277,14 +277,15 @@ class Tuning:
     """What is trained in a tower of LilT, and how its vector is read."""
 
     adapter: str = option("Model", "none", "none, layerwise (in every layer) or deep (one more "
-        "layer).", choices=("none", "layerwise", "deep"))
+        "layer).", choices=("none", "layerwise", "deep"), free=True)
     unlock: str = option("Model", "none", "Pretrained parameters to train: none, layernorm, bitfit "
-        "(biases) or all.", choices=("none", "layernorm", "bitfit", "all"))
+        "(biases) or all.", choices=("none", "layernorm", "bitfit", "all"), free=True)
     layers: list[int] | None = option("Advanced", None, "Unlock these layers only, e.g. 0:5 or "
-        "6:-1 (the first to the last).", parse=layers)
+        "6:-1 (the first to the last).", parse=layers, free=True)
     pool: str | None = option("Advanced", None, "token (the first) or mean.",
         choices=("token", "mean"), shown="token where there is one")
-    dropout: float = option("Recipe", 0.0, "Dropout of what the projection reads.", min=0, max=1)
+    dropout: float = option("Recipe", 0.0, "Dropout of what the projection reads.", min=0, max=1,
+        free=True)
 
 
 @dataclass

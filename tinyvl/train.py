@@ -63,7 +63,8 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     model = models.build(config, device=run.device, precision=precision)
     if source:
-        models.load_weights(model, source.folder)
+        towers = ("encoder.", "text.") if job.method == "lilt" else ()  # may have more to train
+        models.load_weights(model, source.folder, more=towers)
     model.checkpoint(run.checkpointing)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
