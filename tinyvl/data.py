@@ -20,12 +20,19 @@ from tinyvl import data_captions as captions
 from tinyvl import data_folders as folders
 from tinyvl import data_questions as questions
 from tinyvl.data_files import locate, locate_own
-from tinyvl.data_records import Record, clashes, part_of, read_jsonl, split_in
+from tinyvl.data_folders import SYNSET, first_synonyms, read_names
+from tinyvl.data_records import Record, clashes, line_of, part_of, read_jsonl, split_in
 from tinyvl.files import open_text
 from tinyvl.text import has_words
 
 __all__ = [
-    *("SYNSET", "Record", "clashes", "first_synonyms", "line_of", "part_of", "read_names"),
+    "SYNSET",
+    "Record",
+    "clashes",
+    "first_synonyms",
+    "line_of",
+    "part_of",
+    "read_names",
     "split_in",
 ]
 log = logging.getLogger(__name__)
