@@ -148,11 +148,11 @@ def karpathy_entry(name: str, split: str, **fields) -> dict:
 
 def test_karpathy(tmp_path):
     touch(tmp_path / "images", "a.jpg")
-    entries = [karpathy_entry("a.jpg", "train"), karpathy_entry("b.jpg", "test")]
+    entries = [karpathy_entry("a.jpg", "train"), karpathy_entry("b.jpg", "test", imgid=5)]
     path = write_json(tmp_path / "dataset_flickr8k.json", {"images": entries, "dataset": "x"})
     assert data.read(path) == [
         data.Record(str(tmp_path / "images/a.jpg"), ["a.jpg 0", "a.jpg 1"], "4", "train"),
-        data.Record(str(tmp_path / "images/b.jpg"), ["b.jpg 0", "b.jpg 1"], "4", "test"),
+        data.Record(str(tmp_path / "images/b.jpg"), ["b.jpg 0", "b.jpg 1"], "5", "test"),
     ]
 
 
