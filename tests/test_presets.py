@@ -97,3 +97,17 @@ def test_the_shipped_models_recipe_reads_fresh_views():
     }  # fmt: skip
     job = presets.job_of("itune", {"init": "hf://a/b", "preset": "itune-default"}, start)
     assert (job.options, job.media, job.recipe.batch) == ({"drop": 2}, {"lower": 1}, 80)
+
+
+def test_init_may_train_more_of_lilts_towers():
+    start = {
+        "language": "lm", "vision": "eye", "fit": "crop", "prompt": "", "media": {},
+        "options": {"text": {"pool": "mean", "dropout": 0.2}, "image": {}, "embed": 8},
+    }  # fmt: skip
+    asked = {"init": "x", "text_adapter": "layerwise", "text_unlock": "layernorm"}
+    job = presets.job_of("lilt", asked, start)
+    own = {"adapter": "layerwise", "unlock": "layernorm"}
+    assert job.options["text"] == {"pool": "mean", "dropout": 0.2} | own
+    assert job.options["embed"] == 8
+    with pytest.raises(UserError, match="--init brings its own --text-pool"):
+        presets.job_of("lilt", {"init": "x", "text_pool": "token"}, start)

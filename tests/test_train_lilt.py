@@ -201,3 +201,16 @@ def test_locked_projections_are_kept_with_the_checkpoint(world, tmp_path):
         assert not any(model.trainable(n) for n in kept if "projection" in n)
         found.append(model.embed_texts(["a red square"]))
     assert torch.equal(*found)
+
+
+def test_a_run_from_a_checkpoint_may_have_more_to_train(world, tmp_path):
+    """It starts at the checkpoint's loss but for the new adapters, and trains them."""
+    out = tmp_path / "more"
+    train.train(job(world, options={}, epochs=1), run(tmp_path / "first"))
+    more = {"text": {"adapter": "layerwise", "unlock": "layernorm"}, "image": {}}
+    train.train(job(world, options=more, init=str(tmp_path / "first"), epochs=1), run(out))
+    first, then = (load_file(path / "model.safetensors") for path in (tmp_path / "first", out))
+    assert first.keys() < then.keys()
+    assert all(".adapter." in n or "LayerNorm" in n for n in then.keys() - first.keys())
+    with pytest.raises(UserError, match="these weights do not fit the model"):
+        train.train(job(world, options={}, init=str(out), epochs=1), run(tmp_path / "less"))
