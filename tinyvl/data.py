@@ -22,7 +22,7 @@ from tinyvl import data_questions as questions
 from tinyvl.data_files import locate, locate_own
 from tinyvl.data_folders import SYNSET, first_synonyms, read_names
 from tinyvl.data_records import Record, clashes, line_of, part_of, read_jsonl, split_in
-from tinyvl.files import open_text
+from tinyvl.files import not_null, open_text
 from tinyvl.text import has_words
 
 __all__ = [
@@ -254,6 +254,8 @@ def recognise(path: Path) -> tuple[Path, str]:
         score = "'tinyvl eval caption --predictions'"
         raise UserError(f"{path} holds results, not a data set: score it with {score}")
     if format is None:
+        with open_text(path, errors="ignore") as file:
+            not_null(file.read(2**20), path)
         known = ", ".join(READERS)
         advice = "look at the file, or name its format with --format"
         raise UserError(f"{path} is in no format that tinyvl recognises ({known}): {advice}")

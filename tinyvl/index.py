@@ -32,6 +32,7 @@ from tinyvl import UserError, data, files, media, media_workers, store
 from tinyvl.device import Pieces
 from tinyvl.progress import bar, skip
 from tinyvl.store import Part, Row, open_table, write_table
+from tinyvl.text import has_words
 
 TABLES = ("images", "captions")
 FIELDS = ("model", "fingerprint", "width", "source", "root", "generation", *TABLES)
@@ -133,7 +134,10 @@ def read_source(
             lines = source.captions[os.path.relpath(path, root)] = []
             beside = Path(os.path.splitext(path)[0] + ".txt")
             try:
-                lines += [line for _, line in files.text_lines(beside, optional=True)]
+                found = [line for _, line in files.text_lines(beside, optional=True)]
+                lines += filter(has_words, found)
+                if bare := len(found) - len(lines):
+                    skip(f"{bare} captions without words in {beside}")
             except UserError as error:
                 skip(str(error))
     else:

