@@ -67,6 +67,9 @@ class Words:
         ids = [[int(word) if word.isdigit() else 59 for word in t.split()] for t in texts]
         return [type("Encoding", (), {"ids": line}) for line in ids]
 
+    def get_added_tokens_decoder(self) -> dict:
+        return {}
+
     def get_vocab_size(self) -> int:
         return self.size
 
