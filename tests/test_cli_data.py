@@ -301,8 +301,8 @@ def test_check_opens_videos_and_sounds(tmp_path):
         ("unreadable", f"{name}") for name in ("c.wav", "f.wav", "d.mp4", "e.mp4")
     ]
     errors = [detail["error"] for detail in found["details"]]
-    assert errors[1] == "has no audio in it"
-    assert errors[3] == "has no video in it"
+    assert errors[1] == "has no sound in it"
+    assert errors[3] == "has sound, but no video"
     assert errors[2].startswith("damaged, or in no format that can be read")
 
 

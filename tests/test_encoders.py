@@ -233,6 +233,37 @@ def test_the_transform_is_timms_own(size):
     torch.testing.assert_close(normalised(encoder, ours), theirs, rtol=0, atol=1e-5)
 
 
+def test_of_a_thin_picture_only_the_middle_is_enlarged():
+    from timm.data import create_transform
+
+    encoder, generator = encoder_of("test_vit"), torch.Generator().manual_seed(0)
+    whole = create_transform(**encoder.data_config, is_training=False, normalize=False)
+    for size in ((1, 401), (400, 1), (2, 801), (7, 3000), (1500, 6)):
+        array = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+        picture = Image.fromarray(array.numpy())
+        ours, theirs = encoder.transform()(picture), whole(picture)
+        assert (ours.float() - theirs.float()).abs().mean() < 3  # the lengths are rounded
+        assert min(size) > 1 or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "jpeg"])
+def test_a_picture_of_1_by_30_000_pixels_takes_no_gigabytes(fit, monkeypatch):
+    largest, resize = [0], Image.Image.resize
+
+    def counted(self, size, *args, **options):
+        largest[0] = max(largest[0], size[0] * size[1])
+        return resize(self, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    encoder, colour = encoder_of("test_vit", fit=fit), torch.tensor([90.0, 40, 10])
+    for size in ((1, 30_000), (30_000, 1)):
+        picture = Image.new("RGB", size, (90, 40, 10))
+        found = encoder.view()(picture)
+        assert (found - colour[:, None, None]).abs().max() < 4  # a JPEG's colours are near
+        assert encoder.view(1)(picture).shape == found.shape
+    assert 0 < largest[0] < 2_000_000
+
+
 def test_squash_keeps_the_edges_of_the_picture():
     picture = Image.new("RGB", (400, 100), "black")
     picture.paste("white", (0, 0, 40, 100))  # a tenth at the left edge

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFile
+from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from tinyvl import UserError, media
@@ -323,10 +323,75 @@ def test_bomb_is_refused_from_its_header(monkeypatch, recwarn):
     assert not recwarn
 
 
-def test_text_bomb_in_metadata():
+def png_with(*chunks: tuple[bytes, bytes], after: bool = False) -> bytes:
+    """The scene, with chunks of these kinds and bodies before or after its pixels."""
     info = PngInfo()
-    info.add_text("comment", "x" * 100_000_000, zip=True)
-    assert "damaged" in refusal(encoded(scene(), "PNG", pnginfo=info))
+    for kind, body in chunks:
+        info.add(kind, body, after_idat=after)
+    return encoded(scene(), "PNG", pnginfo=info)
+
+
+LONG = zlib.compress(b"n" * (2**20 + 1))  # one more than Pillow unpacks of a text
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"zTXt", b"workflow\0\0" + LONG)],
+        [(b"iTXt", b"workflow\0\1\0\0\0" + LONG)],
+        [(b"iCCP", b"profile\0\0" + LONG)],
+        [(b"tEXt", b"a\0" + bytes(2**20 + 1))],
+        [(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20)))] * 65,  # 65 MiB in all
+        [(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28)))],  # a bomb: it is not unpacked
+        [(b"zTXt", b"a\0\0no zlib"), (b"gAMA", b"\0"), (b"cHRM", b""), (b"sRGB", b"")],
+    ],
+    ids=["text", "itext", "profile", "plain", "many", "bomb", "malformed"],
+)
+def test_what_stands_around_a_pngs_pixels_does_not_damage_it(chunks, after, monkeypatch):
+    if len(chunks) == 1:  # of all texts together, so that this one need not be so long
+        monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 2**20)
+    assert difference(load_image(png_with(*chunks, after=after)), scene()) == 0
+
+
+def test_a_text_whose_checksum_is_wrong_does_not_damage_a_png():
+    data = bytearray(png_with((b"tEXt", b"author\0somebody")))
+    data[data.index(b"somebody")] ^= 1
+    assert difference(load_image(bytes(data)), scene()) == 0
+    data[data.index(b"IDAT") + 20] ^= 1  # that of its pixels does
+    assert "damaged" in refusal(bytes(data))
+
+
+def test_a_png_with_a_long_text_is_still_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = scene().transpose(AS_STORED[6])
+    content = exif.tobytes()
+    raw = zlib.compress(b"\nexif\n%8d\n%s\n" % (len(content), content.hex().encode()))
+    for by_text in (False, True):
+        info = PngInfo()
+        if by_text:  # as ImageMagick writes it
+            info.add(b"zTXt", b"Raw profile type exif\0\0" + raw)
+        info.add(b"zTXt", b"workflow\0\0" + LONG)
+        options = {} if by_text else {"exif": exif}
+        data = encoded(turned, "PNG", pnginfo=info, **options)
+        assert difference(load_image(data), scene()) == 0
+
+
+def test_photos_of_200_megapixels_are_decoded_at_a_scale(monkeypatch):
+    monkeypatch.setattr(media, "MAX_PIXELS", 100_000)  # as if these were so large
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    phone = photo(420, 320)
+    data = encoded(phone, "JPEG", quality=90)
+    assert load_image(data, target=30).size == (105, 80)
+    whole = load_image(data)  # by half, where nothing says what is needed
+    assert whole.size == load_image(data, target=300).size == (210, 160)
+    assert difference(whole, phone.reduce(2)) < 3
+    several = encoded(phone, "MPO", save_all=True, append_images=[phone])
+    assert load_image(several, target=30).size == (105, 80)
+    assert "too large" in refusal(encoded(phone, "PNG"), 30)
+    assert "too large" in refusal(encoded(phone, "JPEG", progressive=True), 30)
+    assert "too large" in refusal(encoded(photo(600, 400), "JPEG"), 30)  # more than twice
 
 
 def test_unseekable_file():

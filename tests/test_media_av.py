@@ -1,8 +1,8 @@
-"""Frames against all of a video decoded, spectrograms against transformers' extractors."""
+"""Frames against all of a video decoded."""
 
-import random
 import shutil
-import wave
+import struct
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,8 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-import transformers
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tinyvl import draw_av, media_av, media_workers
 from tinyvl.media import MediaError, kind_of
@@ -22,7 +21,16 @@ CLIPS = Path(__file__).parents[2] / "shared" / "data" / "video"
 
 
 def grey(i: int) -> int:
-    return 10 + 5 * (i % 45)
+    return 10 + 4 * (i % 60)
+
+
+def number_of(pixels) -> int:
+    """Which frame this is, by its grey."""
+    return round((np.asarray(pixels)[0, 0, 0].item() - 10) / 4)
+
+
+def numbers(frames) -> list[int]:
+    return [number_of(frame) for frame in frames]
 
 
 def write(path: Path, times: list[float], *, codec="mpeg4", gop=12, size=(64, 48)) -> Path:
@@ -47,9 +55,12 @@ def even(count: int, fps: float = 25) -> list[float]:
 
 
 def slow(path: Path, times: list[float]) -> list[np.ndarray]:
-    """The frame shown at each time: all of the video decoded."""
+    """The frame shown at each time: all of the video decoded, past errors."""
+    frames = []
     with av.open(str(path)) as container:
-        frames = [(f.time, f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+        for packet in container.demux(video=0):
+            with suppress(av.FFmpegError):
+                frames += [(f.time, f.to_ndarray(format="rgb24")) for f in packet.decode()]
     return [[pixels for at, pixels in frames if at <= time][-1] for time in times]
 
 
@@ -171,15 +182,193 @@ def test_what_is_no_video_is_refused_in_a_sentence(tmp_path):
 
 
 def test_of_a_video_that_is_cut_short_what_is_there_is_used(tmp_path):
-    whole = write(tmp_path / "whole.avi", even(50), codec="png")
+    whole = write(tmp_path / "whole.avi", even(50), codec="png").read_bytes()
     cut = tmp_path / "cut.avi"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    cut.write_bytes(whole[: whole.index(b"idx1") // 2])  # its header and half of its frames
     found = media_av.load_frames(cut, 8)
-    levels = [int(np.asarray(frame)[0, 0, 0]) for frame in found]
-    assert len(found) == 8
-    assert levels == sorted(levels)
-    assert levels[0] <= grey(3)
-    assert grey(15) <= levels[-1] < grey(30)
+    last = number_of(slow(cut, [100])[0]) + 1
+    assert 15 <= last <= 35
+    expected = [int(last * (i + 0.5) / 8) for i in range(8)]
+    assert np.abs(np.array(numbers(found)) - expected).max() <= 1
+    no_index = tmp_path / "no_index.avi"
+    no_index.write_bytes(whole[: whole.index(b"idx1")])
+    assert numbers(media_av.load_frames(no_index, 8)) == [3, 9, 15, 21, 28, 34, 40, 46]
+
+
+EIGHT = [3, 9, 15, 21, 28, 34, 40, 46]  # of 50 frames, those in the middle of the eighths
+
+
+def near(path: Path, expected: list[int]) -> bool:
+    found = numbers(media_av.load_frames(path, len(expected)))
+    return np.abs(np.subtract(found, expected)).max() <= 1
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [("mkv", 0.0), ("mkv", 5.0), ("flv", 0.0)])
+def test_a_longer_sound_does_not_move_the_frames(suffix, begin, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    write(tmp_path / "video.mkv", [begin + time for time in even(50)], codec="libx264")
+    with av.open(str(tmp_path / "video.mkv")) as video, av.open(str(path), "w") as container:
+        copied = container.add_stream_from_template(video.streams.video[0])
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        for i in range(0, 10 * 16000, 1024):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, i
+            container.mux(sound.encode(frame))
+        for packet in video.demux(video=0):
+            if packet.size:
+                packet.stream = copied
+                container.mux(packet)
+        container.mux(sound.encode(None))
+    assert near(path, EIGHT)
+
+
+def test_a_lying_duration_is_not_believed(tmp_path):
+    data = write(tmp_path / "a.mp4", even(50), gop=10).read_bytes()
+    for name, factor in (("long", 30), ("short", 0.1)):
+        lie, path = bytearray(data), tmp_path / f"{name}.mp4"
+        for box, at in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24), (b"elst", 12)):
+            place = data.index(box) + at
+            said = int.from_bytes(data[place : place + 4], "big")
+            lie[place : place + 4] = round(said * factor).to_bytes(4, "big")
+        path.write_bytes(bytes(lie))
+        # an edit list that is too short hides what comes after it
+        assert near(path, EIGHT) if name == "long" else media_av.load_frames(path, 8)
+    data = write(tmp_path / "a.mkv", even(50), gop=10).read_bytes()
+    place = data.index(b"\x44\x89\x88") + 3  # Duration, a float of eight bytes
+    for factor in (30, 0.1, 0):
+        lie = bytearray(data)
+        lie[place : place + 8] = struct.pack(">d", factor * 2000)
+        (tmp_path / "lie.mkv").write_bytes(bytes(lie))
+        assert near(tmp_path / "lie.mkv", EIGHT), factor
+
+
+def test_frames_without_times_are_counted(tmp_path):
+    assert near(write(tmp_path / "a.h264", even(50), codec="libx264", gop=10), EIGHT)
+
+
+def test_damaged_packets_are_sought_past(tmp_path):
+    good = write(tmp_path / "good.mp4", even(60, 1), codec="libx264", gop=10)
+    assert near(good, [3, 11, 18, 26, 33, 41, 48, 56])
+    with av.open(str(good)) as container:
+        keys = [(p.pos, p.size) for p in container.demux(video=0) if p.is_keyframe]
+    for bad in ([0], [2], [0, 1, 2, 4], [5]):
+        data = bytearray(good.read_bytes())
+        for number in bad:
+            place, size = keys[number]
+            data[place : place + size] = bytes(size)
+        (tmp_path / "bad.mp4").write_bytes(bytes(data))
+        found = numbers(media_av.load_frames(tmp_path / "bad.mp4", 8))
+        assert len(found) == 8
+        for one, whole in zip(found, [3, 11, 18, 26, 33, 41, 48, 56], strict=True):
+            if whole // 10 not in bad:
+                assert abs(one - whole) <= 1, (bad, found)
+    data = bytearray(good.read_bytes())
+    with av.open(str(good)) as container:
+        for packet in container.demux(video=0):
+            if packet.size:
+                data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    (tmp_path / "bad.mp4").write_bytes(bytes(data))
+    with pytest.raises(MediaError, match=r"bad\.mp4: no frame of this video can be decoded"):
+        media_av.load_frames(tmp_path / "bad.mp4", 8)
+
+
+@pytest.mark.parametrize(("aspect", "size"), [("2/1", (128, 96)), ("8/9", (57, 96))])
+def test_pixels_that_are_not_square_become_so(aspect, size, tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        pixels = np.zeros((96, 64, 3), np.uint8)
+        pixels[:, :32] = 255  # the left half is white
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    (frame,) = media_av.load_frames(path, 1)
+    assert frame.size == size
+    assert abs((np.asarray(frame)[..., 0] > 120).sum() / 96 - size[0] / 2) <= 1
+    (small,) = media_av.load_frames(path, 1, target=10)
+    assert 20 <= min(small.size) < 40
+    assert abs(small.width / small.height - size[0] / size[1]) < 0.05
+
+
+def test_frames_may_change_their_size_on_the_way(tmp_path, monkeypatch):
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(50):
+            pixels = np.full((48, 64, 3), grey(i), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+        other = av.CodecContext.create("libvpx", "w")
+        other.width, other.height, other.pix_fmt = 96, 96, "yuv420p"
+        other.time_base = other.framerate = Fraction(1, 25)
+        for i in range(50):
+            frame = av.VideoFrame.from_ndarray(np.full((96, 96, 3), grey(i), np.uint8), "rgb24")
+            frame.pts, frame.time_base = 50 + i, Fraction(1, 25)
+            for packet in [*other.encode(frame), *(other.encode(None) if i == 49 else [])]:
+                packet.stream = stream
+                container.mux(packet)
+    clips = Clips(resized, 4)
+    frames = clips.load(str(path), 32)
+    assert [frame.size for frame in frames] == [(64, 48)] * 2 + [(96, 96)] * 2
+    assert clips(frames).shape == (4, 3, 32, 32)
+    monkeypatch.setattr(media_av, "MAX_PIXELS", 5000)
+    with pytest.raises(MediaError, match="too large"):
+        media_av.load_frames(path, 4)
+
+
+COLOURS = ["red", "lime", "blue", "yellow"]
+
+
+def animated(path: Path, **options) -> str:
+    """An animated picture of four colours, the first shown for as long as the others together."""
+    first, *rest = (Image.new("RGB", (64, 48), colour) for colour in COLOURS)
+    times = {"duration": [600, 200, 200, 200]} | options
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    first.save(path, save_all=True, append_images=rest, **times, **lossless)
+    return str(path)
+
+
+def colours(frames) -> list[str]:
+    names = {ImageColor.getrgb(name): name for name in [*COLOURS, "white"]}
+    return [names[frame.getpixel((30, 20))] for frame in frames]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_an_animated_picture_is_a_video(suffix, tmp_path):
+    path = animated(tmp_path / f"a.{suffix}")
+    assert colours(media_av.load_frames(path, 6)) == ["red"] * 3 + COLOURS[1:]
+    places = iter([0.9, 0.1])
+    assert colours(media_av.load_frames(path, 2, moment=lambda: next(places))) == ["red", "lime"]
+    assert colours(Clips(resized, 4).load(path, 32)) == ["red", "red", "lime", "yellow"]
+    still = Clips(resized, 4, still=True).load(path, 32)  # a model of pictures
+    assert colours([still]) == ["red"]
+    one = tmp_path / f"one.{suffix}"
+    Image.new("RGB", (64, 48), "blue").save(one)
+    assert Clips(resized, 4).load(str(one), 32).size == (64, 48)
+    assert len(media_av.load_frames(one, 4)) == 4 or suffix == "webp"
+
+
+def test_of_an_animation_that_is_damaged_the_beginning_is_used(tmp_path):
+    data = Path(animated(tmp_path / "a.png")).read_bytes()
+    path = tmp_path / "cut.png"
+    path.write_bytes(data[: data.rindex(b"fcTL") + 30])
+    assert colours(media_av.load_frames(path, 5)) == ["red"] * 3 + ["lime", "blue"]
+
+
+def test_a_picture_that_stands_for_an_animation_is_not_of_it(tmp_path):
+    path = tmp_path / "a.png"
+    first, *rest = (Image.new("RGB", (64, 48), colour) for colour in ["white", *COLOURS])
+    first.save(path, save_all=True, append_images=rest, duration=100, default_image=True)
+    assert colours(media_av.load_frames(path, 4)) == COLOURS
+
+
+def test_a_gif_that_is_an_mp4_is_a_video(tmp_path):
+    path = write(tmp_path / "a.mp4", even(50)).rename(tmp_path / "a.gif")
+    for still in (False, True):
+        found = numbers(Clips(resized, 8, still=still).load(str(path), None))
+        assert np.abs(np.subtract(found, EIGHT)).max() <= 1
 
 
 def test_the_cover_of_a_song_is_no_video(tmp_path):
@@ -252,146 +441,3 @@ def test_real_clips_decode():
     assert len(clips) > 10
     for path in clips[:4]:
         assert len(media_av.load_frames(path, 8, target=224)) == 8
-
-
-# ------------------------------------------------------------------------------ sounds
-
-
-def write_wave(path: Path, samples: np.ndarray, rate: int = 16000, channels: int = 1) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(samples.astype("<i2").tobytes())
-    return path
-
-
-def sine(seconds: float, hertz: float = 440, rate: int = 16000) -> np.ndarray:
-    return 12000 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
-
-
-def test_samples_are_as_written(tmp_path):
-    path = write_wave(tmp_path / "a.wav", sine(1.5))
-    found = media_av.load_sound(path, 10)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, sine(1.5).astype("<i2") / 32768, atol=1e-6)
-    assert len(media_av.load_sound(path, 0.5)) == 8000
-
-
-def test_other_rates_and_channels_become_16_khz_mono(tmp_path):
-    one, other = sine(1, 440, 44100), sine(1, 880, 44100)
-    path = write_wave(tmp_path / "a.wav", np.stack([one, other], 1).ravel(), 44100, 2)
-    found = media_av.load_sound(path, 10)
-    assert abs(len(found) - 16000) < 50
-    middle = slice(2000, 14000)
-    expected = (sine(1, 440) + sine(1, 880))[: len(found)] / 2 / 32768
-    np.testing.assert_allclose(found[middle], expected[middle], atol=0.01)
-
-
-def test_only_the_beginning_of_a_long_sound_is_decoded(tmp_path, monkeypatch):
-    path = write_wave(tmp_path / "long.wav", sine(120))
-    frames = [0]
-    resampler = av.AudioResampler
-
-    class Counting:
-        def __init__(self, **options):
-            self.own = resampler(**options)
-
-        def resample(self, frame):
-            frames[0] += 0 if frame is None else frame.samples
-            return self.own.resample(frame)
-
-    monkeypatch.setattr(av, "AudioResampler", Counting)
-    assert len(media_av.load_sound(path, 2)) == 32000
-    assert frames[0] < 3 * 16000
-
-
-def test_what_has_no_sound_is_refused_in_a_sentence(tmp_path):
-    def refused(path, words):
-        with pytest.raises(MediaError, match=words) as raised:
-            media_av.load_sound(path, 1)
-        assert str(raised.value).startswith(f"{path}: ")
-
-    refused(tmp_path / "none.wav", "there is no such file")
-    (tmp_path / "empty.wav").write_bytes(b"")
-    refused(tmp_path / "empty.wav", "the file is empty")
-    (tmp_path / "text.ogg").write_text("no sound " * 50)
-    refused(tmp_path / "text.ogg", "damaged, or in no format")
-    refused(write_wave(tmp_path / "zero.wav", np.zeros(0)), "no samples|damaged")
-    draw_av.write_video(tmp_path / "a.avi", draw_av.Motion("star", "red", "left"), 0, 0)
-    refused(tmp_path / "a.avi", "has no sound in it")
-
-
-EXTRACTORS = {
-    "ast": transformers.ASTFeatureExtractor(),
-    "whisper": transformers.WhisperFeatureExtractor(),
-}
-
-
-@pytest.mark.parametrize("seconds", [0.01, 3, 40])
-@pytest.mark.parametrize("kind", EXTRACTORS)
-def test_spectrograms_are_transformers_own_padded_or_cut(kind, seconds):
-    extractor = EXTRACTORS[kind]
-    rng = np.random.default_rng(0)
-    sound = rng.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
-    found = media_av.spectrogram(extractor, sound)
-    if kind == "ast":
-        assert found.shape == (1024, 128)
-        whole = np.pad(sound, (0, max(0, 400 - sound.size)))
-        expected = extractor(whole, sampling_rate=16000, return_tensors="np")["input_values"][0]
-    else:
-        assert found.shape == (3000, 80)
-        expected = extractor(sound, sampling_rate=16000, return_tensors="np")
-        expected = expected["input_features"][0].T
-    np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("kind", EXTRACTORS)
-def test_masks_lie_over_the_padded_spectrogram_and_look_like_padding(kind):
-    extractor = EXTRACTORS[kind]
-    sound = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)  # 1 s: 100 frames
-    plain = media_av.spectrogram(extractor, sound)
-    silent = media_av.silence(extractor, plain)
-    assert np.allclose(plain[-1], silent)  # the padding
-    behind, widest = 0, [0, 0]
-    for view in range(40):
-        sounds = media_av.Sounds(extractor, 10, key=f"0/{view}")
-        seen = sounds(sound)[0].numpy()
-        changed = seen != plain
-        assert np.allclose(seen[changed], silent)
-        bins, frames = changed[:20].all(0).sum(), changed.all(1).sum()
-        widest = [max(widest[0], bins), max(widest[1], frames)]
-        # A mask of frames that fell on the padding changes nothing: it was drawn over all of it.
-        behind += frames == 0
-        assert np.array_equal(sounds(sound)[0].numpy(), seen)  # the same again
-    assert behind > 20
-    assert 12 < widest[0] <= 24
-    assert widest[1] <= 96
-
-
-def test_masks_have_the_widths_and_places_asked_for():
-    seen, widths, firsts = np.ones((1024, 128), np.float32), [], []
-    for i in range(300):
-        changed = media_av.masked(seen, random.Random(i), (24, 96), 0.0) == 0
-        frames, bins = np.flatnonzero(changed.all(1)), np.flatnonzero(changed.all(0))
-        widths.append((len(bins), len(frames)))
-        firsts += [frames[0]] if len(frames) else []
-        assert len(frames) == 0 or np.ptp(frames) == len(frames) - 1  # one band
-    bins, frames = np.array(widths).T
-    assert bins.max() == 24
-    assert frames.max() in (95, 96)
-    assert abs(frames.mean() - 48) < 6
-    assert abs(bins.mean() - 12) < 2
-    assert max(firsts) > 900
-    assert np.array_equal(media_av.masked(seen, random.Random(0), (0, 0), 0.0), seen)
-
-
-def test_workers_decode_sounds(tmp_path):
-    good = str(write_wave(tmp_path / "a.wav", sine(0.5)))
-    (tmp_path / "bad.wav").write_bytes(b"no")
-    bad = str(tmp_path / "bad.wav")
-    sounds = media_av.Sounds(EXTRACTORS["ast"], 10)
-    for workers in (0, 1):
-        found = dict(media_workers.decode_images([good, bad], sounds, workers=workers))
-        assert found[good].shape == (1, 1024, 128)
-        assert "damaged" in str(found[bad])

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from tinyvl import UserError, media_av, models_build, presets, presets_options
+from tinyvl import UserError, media_sound, models_build, presets, presets_options
 from tinyvl.cli_options import PANELS
 from tinyvl.presets_options import METHODS, EPalm, LilT, options_of
 from tinyvl.text import Questions
@@ -32,7 +32,7 @@ def test_defaults_are_the_constructors(method):
 
 
 def test_masks_are_those_of_sounds():
-    assert (EPalm.frequency_mask, EPalm.time_mask) == media_av.MASKS
+    assert (EPalm.frequency_mask, EPalm.time_mask) == media_sound.MASKS
 
 
 @pytest.mark.parametrize("method", METHODS)

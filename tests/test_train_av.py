@@ -9,10 +9,11 @@ import pytest
 import shell
 import torch
 import worlds
-from worlds import CPU
+from PIL import Image
+from worlds import CPU, write_lines
 
 from tinyvl import UserError, evaluate, models, presets, train, train_batches, write
-from tinyvl.features import open_store
+from tinyvl.features import FeatureStore, open_store
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,32 @@ def test_features_of_videos_are_read_by_models_of_the_same_frames(world, tmp_pat
     vision = models.read_config(tmp_path / "a")["vision"]
     with pytest.raises(UserError, match="frames 4"):
         open_store(tmp_path / "kept", vision | {"frames": 8}, "summaries")
+
+
+def test_pictures_and_animations_stand_beside_videos(world, tmp_path):
+    red, blue = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "still.gif")
+    red.save(tmp_path / "moves.gif", save_all=True, append_images=[blue], duration=500)
+    (video,) = sorted((world["video"] / "videos").iterdir())[:1]
+    names = [str(video), "still.gif", "moves.gif"]
+    lines = [{"video": name, "captions": ["a thing"], "split": "train"} for name in names]
+    data = write_lines(tmp_path / "set.jsonl", lines)
+    arguments = ["features", str(data), "--modality", "video", "--frames", "4", "--vision",
+                 str(world["timesformer"]), "--fit", "squash", "--device", "cpu", "--quiet",
+                 "--workers", "0"]  # fmt: skip
+    kept = shell.invoke(*arguments, "--what", "summaries", "--out", str(tmp_path / "kept"))
+    assert json.loads(kept.stdout)["extracted"] == 3
+    alone = tmp_path / "alone.jsonl"
+    for i, line in enumerate(lines):
+        write_lines(alone, [line])
+        shell.invoke(*arguments[:1], str(alone), *arguments[2:], "--what", "summaries", "--out",
+                     str(tmp_path / f"{i}"))  # fmt: skip
+        one, all_three = (FeatureStore.open(tmp_path / n) for n in (f"{i}", "kept"))
+        torch.testing.assert_close(one.read("summaries", [0]), all_three.read("summaries", [i]))
+    both = shell.invoke(*arguments, "--what", "both", "--out", str(tmp_path / "both"))
+    assert json.loads(both.stdout)["extracted"] == 2
+    assert "still.gif: is no video, and gives other tokens" in both.stderr
+    trained(world | {"video": data}, tmp_path / "a", "video", crops=True)
 
 
 @pytest.mark.parametrize(

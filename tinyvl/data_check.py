@@ -200,16 +200,15 @@ def _nothing(image: Any) -> Any:
 
 
 def stream_error(path: str, kind: str) -> MediaError | None:
-    """Why the first frame of a file's ``"video"`` or ``"audio"`` cannot be decoded, or None."""
-    from tinyvl.media_av import opened
+    """Why no frame of a ``"video"``, or no sound of an ``"audio"``, can be decoded, or None."""
+    from tinyvl.media_av import load_frames
+    from tinyvl.media_sound import load_sound
 
     try:
-        with opened(path, kind) as container:
-            streams = getattr(container.streams, kind)
-            if not streams:
-                return MediaError(f"has no {kind} in it")
-            if next(container.decode(streams[0]), None) is None:
-                return MediaError(f"its {kind} has no frames")
+        if kind == "video":
+            load_frames(path, 1, moment=lambda: 0.0, target=64)
+        else:
+            load_sound(path, 30)  # as much as any encoder hears
     except MediaError as error:
         return error
     return None

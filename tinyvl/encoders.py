@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl import UserError
-from tinyvl.media_augment import RandomCrop, SmallJpeg, View
+from tinyvl.media_augment import RandomCrop, SmallJpeg, Thin, View
 
 FITS = ("crop", "squash", "jpeg")
 FRAMES = 8  # of a video, where nobody says how many
@@ -147,7 +147,9 @@ class ImageEncoder(Encoder):
 
         config = {k: v for k, v in self.data_config.items() if k not in ("mean", "std")}
         own = create_transform(**config, is_training=False, normalize=False)
-        return SmallJpeg(own) if self.fit == "jpeg" else own
+        if self.fit == "jpeg":
+            return SmallJpeg(own)
+        return Thin(own) if config["crop_mode"] == "center" else own
 
     def view(self, view: int = 0, seed: int = 0) -> Callable:
         """A file to an input: as it is, or in one of its varied views."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyvl.encoders import Encoder, ImageEncoder, Percept, refuse_missing
-from tinyvl.media_av import MASKS, Sounds
+from tinyvl.media_sound import MASKS, Sounds
 
 KINDS = {  # model_type: the class in transformers, and where its layers and its final norm are
     "timesformer": ("TimesformerModel", "encoder.layer", "layernorm"),
@@ -104,7 +104,7 @@ class TimeSformer(Layered, ImageEncoder):
 class AudioEncoder(Layered):
     """AST (https://arxiv.org/abs/2104.01778) or Whisper's encoder (https://arxiv.org/abs/2212.04356).
 
-    Sounds come as float32 (B, 1, frames, mel bins), as `media_av.Sounds` makes them.
+    Sounds come as float32 (B, 1, frames, mel bins), as `media_sound.Sounds` makes them.
     """
 
     modality = "audio"

@@ -252,14 +252,14 @@ def encode(
             good, parts, copied = [], {}, None
             for entry, (_, picture) in zip(block, islice(decoded, len(block)), strict=True):
                 if isinstance(picture, Tensor):
-                    good.append(picture)
+                    good.append((entry, picture))
                 else:
                     entry.error = str(picture)
             if good:
-                pictures = torch.stack(good)
-                seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
-                parts = parts_of(seen, head["what"])
-            if good and gpu:  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
+                parts = encoded_parts(good, encoder, head, pieces)
+            if (
+                parts and gpu
+            ):  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
                 for name, part in parts.items():
                     parts[name] = part.to(dtype).contiguous().to("cpu", non_blocking=True)
                 copied = torch.cuda.current_stream(device).record_event()
@@ -267,6 +267,31 @@ def encode(
                 yield late
             late = block, parts, copied
         yield late
+
+
+def encoded_parts(
+    good: list[tuple[Entry, Tensor]], encoder: Encoder, head: dict[str, Any], pieces: Pieces
+) -> dict[str, Tensor]:
+    """The tensors of decoded pictures, in order; those of one shape are encoded together.
+
+    Notes an error where a picture among videos has fewer tokens than they.
+    """
+    gpu, found = weight(encoder).device.type == "cuda", []
+    rows: list[int] = []
+    for shape in dict.fromkeys(picture.shape for _, picture in good):
+        own = [row for row, (_, picture) in enumerate(good) if picture.shape == shape]
+        pictures = torch.stack([good[row][1] for row in own])
+        seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
+        parts = parts_of(seen, head["what"])
+        if any(list(part.shape[1:]) != head["tensors"][name] for name, part in parts.items()):
+            for entry in (good[row][0] for row in own):
+                entry.error = f"{entry.path}: is no video, and gives other tokens; keep summaries"
+            continue
+        rows, found = rows + own, [*found, parts]
+    if len(found) < 2:
+        return found[0] if found else {}
+    order = torch.tensor(rows).argsort()
+    return {name: torch.cat([parts[name] for parts in found])[order] for name in found[0]}
 
 
 # ----------------------------------------------------------------------------------- writing

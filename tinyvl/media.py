@@ -11,12 +11,15 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+import zlib
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
-from typing import BinaryIO, TextIO
+from functools import partial
+from typing import BinaryIO, TextIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from tinyvl import UserError
 
@@ -35,9 +38,11 @@ KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
 READABLE = {"image": ("image", "video"), "video": ("video", "image"), "audio": ("audio", "video")}
 # No EPS: Pillow would run Ghostscript on a stranger's program. No TGA: it has no magic number.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
-# Larger pictures are refused unread. Pillow itself refuses at twice PIL.Image.MAX_IMAGE_PIXELS,
-# the same number: to read larger ones, raise both.
+# What would be larger once decoded is refused unread. Pillow itself refuses at twice
+# PIL.Image.MAX_IMAGE_PIXELS, the same number: to read larger ones, raise both.
 MAX_PIXELS = 178_956_970
+MAX_TEXT = 2**20  # bytes: Pillow takes a PNG with a longer compressed text for a bomb
+T = TypeVar("T")
 
 
 class MediaError(UserError):
@@ -59,10 +64,17 @@ def load_image(
     1/2, 1/4 or 1/8 scale, but its shortest side stays at least twice that: resized further, it
     differs from the full decode by a fraction of a grey level.
 
-    Raises MediaError: no such file, not a picture, more than `MAX_PIXELS`, damaged or cut short (a
-    half-grey picture would be captioned as if it were whole). Damage that the codec conceals, such
-    as flipped bits inside a JPEG scan, goes unnoticed.
+    Raises MediaError: no such file, not a picture, more than `MAX_PIXELS` at the scale at which it
+    is decoded, damaged or cut short (a half-grey picture would be captioned as if it were whole).
+    Damage that the codec conceals, such as flipped bits inside a JPEG scan, goes unnoticed.
     """
+    return _decoded(source, partial(_read, target=target))
+
+
+def _decoded(
+    source: str | os.PathLike[str] | bytes | BinaryIO, read: Callable[[BinaryIO, str], T]
+) -> T:
+    """What ``read`` makes of a file and its name; any error becomes a MediaError."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, opened = "picture in memory", nullcontext(io.BytesIO(source))
     elif hasattr(source, "read"):
@@ -73,11 +85,65 @@ def load_image(
         # Pillow warns of bombs, odd EXIF and more; what matters we refuse in a sentence.
         with warnings.catch_warnings(), opened or open(name, "rb") as file:
             warnings.simplefilter("ignore")
-            return _read(file, name, target)
+            if not file.seekable():  # a pipe, as in `tinyvl caption <(curl URL)`
+                file = io.BytesIO(file.read())
+            try:
+                return read(file, name)
+            except Exception:
+                if (slim := _slim_png(file)) is None:
+                    raise
+                return read(slim, name)
     except MediaError:
         raise
     except Exception as error:  # a decoder may raise anything at all on a damaged file
         raise MediaError(f"{name}: {_reason(error)}") from error
+
+
+def is_animated(path: str) -> bool:
+    """Whether a file is a GIF, PNG, WebP or AVIF of several frames; False on any error."""
+    try:
+        return _decoded(path, lambda file, name: len(_numbers(_open(file, name))) > 1)
+    except MediaError:
+        return False
+
+
+def load_animation(path: str, times: Callable[[float], list[float]]) -> list[Image.Image]:
+    """The frames of an animated picture that are shown at some times, as upright RGB.
+
+    ``times`` is told how long the animation lasts, and gives seconds in ascending order. Raises
+    MediaError as `load_image`; of an animation that is damaged on the way, its beginning is used.
+    """
+    return _decoded(path, partial(_frames, times=times))
+
+
+def _numbers(image: Image.Image) -> range:
+    """Of its frames, those that are animated."""
+    if image.format not in ("GIF", "PNG", "WEBP", "AVIF"):  # a TIFF has pages
+        return range(1)
+    return range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))
+
+
+def _frames(file: BinaryIO, name: str, times: Callable[[float], list[float]]) -> list[Image.Image]:
+    image = _open(file, name)
+    _refuse_bomb(image, name)
+    numbers, ends = _numbers(image), []  # when each frame ends
+    for number in numbers:
+        try:
+            image.seek(number)
+            image.load()
+        except Exception:
+            if not ends:
+                raise
+            break
+        shown = image.info.get("duration", 0) / 1000
+        ends.append((ends or [0.0])[-1] + (shown if shown > 0.01 else 0.1))  # as browsers do
+    wanted = [min(bisect(ends, time), len(ends) - 1) for time in times(ends[-1])]
+    kept: dict[int, Image.Image] = {}
+    for i in sorted(set(wanted)):
+        image.seek(numbers[i])
+        image.load()
+        kept[i] = _upright(image.copy())
+    return [kept[i] for i in wanted]
 
 
 def why_unopened(error: Exception, kind: str) -> str | None:
@@ -100,27 +166,87 @@ def _reason(error: Exception) -> str:
 
 
 def _read(file: BinaryIO, name: str, target: int | None) -> Image.Image:
-    if not file.seekable():  # a pipe, as in `tinyvl caption <(curl URL)`
-        file = io.BytesIO(file.read())
-    file.seek(0)
-    head = file.read(4096)
-    if not head:
-        raise MediaError(f"{name}: the file is empty")
-    try:
-        image = Image.open(file, formats=_heif_formats(head, name) or _FORMATS)
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{name}: {_what_else(head)}") from error
-    if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height} pixels"
-        raise MediaError(f"{name}: too large to decode safely ({size}, limit {MAX_PIXELS:,})")
-    if target:
-        image.draft(None, (2 * target, 2 * target))  # only JPEGs do anything here
+    image = _open(file, name)
+    side, pixels = 2 * target if target else None, image.width * image.height
+    if pixels > MAX_PIXELS:  # phones write JPEGs of 200 megapixels
+        if pixels > 2 * MAX_PIXELS or image.info.get("progressive"):  # held at full size anyway
+            _refuse_bomb(image, name)
+        side = min(side or MAX_PIXELS, min(image.size) // 2)
+    if side:
+        image.draft(None, (side, side))  # only JPEGs do anything here
+    _refuse_bomb(image, name)
     image.load()
+    return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # broken metadata does not make the picture unusable
         ImageOps.exif_transpose(image, in_place=True)
     image = _rgb(image)
     image.info = {}  # or its EXIF would turn the picture a second time
     return image
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    """A picture whose header is read and whose pixels are not."""
+    file.seek(0)
+    head = file.read(4096)
+    if not head:
+        raise MediaError(f"{name}: the file is empty")
+    try:
+        return Image.open(file, formats=_heif_formats(head, name) or _FORMATS)
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{name}: {_what_else(head)}") from error
+    except Image.DecompressionBombError:
+        if not head.startswith(b"\xff\xd8\xff"):  # a JPEG may be decoded at a smaller scale
+            raise
+        file.seek(0)
+        return JpegImagePlugin.jpeg_factory(file, name)
+
+
+def _refuse_bomb(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height} pixels"
+        raise MediaError(f"{name}: too large to decode safely ({size}, limit {MAX_PIXELS:,})")
+
+
+def _slim_png(file: BinaryIO) -> BinaryIO | None:
+    """A PNG without what Pillow refuses the picture for, and pixels do not need.
+
+    That are profiles, resolutions and the like, and texts (which may say how the picture is turned)
+    that are damaged or long once unpacked. None: it has no such, or is no PNG.
+    """
+    file.seek(0)
+    kept, data, at, room = [file.read(8)], file.read(), 0, 16 * MAX_TEXT
+    if kept[0] != b"\x89PNG\r\n\x1a\n":
+        return None
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind, body = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        whole = zlib.crc32(kind + body) == int.from_bytes(data[end - 4 : end], "big")
+        keep = kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT") or not kind[:1].islower()
+        if kind in (b"tEXt", b"zTXt", b"iTXt", b"eXIf"):
+            size = _text_size(kind, body)
+            keep = whole and size <= min(MAX_TEXT, room)
+            room -= size if keep else 0
+        if keep:  # else a chunk that a reader may leave out
+            kept.append(data[at:end])
+        at = end
+    slim = b"".join(kept)
+    return io.BytesIO(slim) if len(slim) < 8 + len(data) else None
+
+
+def _text_size(kind: bytes, body: bytes) -> int:
+    """How many bytes a PNG's text has once unpacked; of a long one, some more than `MAX_TEXT`."""
+    rest = body.partition(b"\0")[2]  # after its keyword: the method, the text
+    packed = kind == b"zTXt"
+    if kind == b"iTXt":  # packed or not, method, language, translated keyword, text
+        packed, rest = rest[:1] == b"\1", b"\0" + rest[2:].split(b"\0", 2)[-1]
+    if not packed:
+        return len(rest)
+    with suppress(zlib.error):
+        return len(zlib.decompressobj().decompress(rest[1:], MAX_TEXT + 1))
+    return 0
 
 
 def _rgb(image: Image.Image) -> Image.Image:

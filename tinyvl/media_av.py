@@ -1,21 +1,17 @@
-"""Videos and sounds: frames for a video encoder, spectrograms for an audio encoder.
+"""Videos: frames for a video encoder.
 
 Of a video, one frame from each equal part of its length is read. Frames are sought, not streamed:
 of an hour of video, only what lies between a key frame and a chosen frame is decoded, and only
 chosen frames are kept. A moment gives the frame that a player shows then, whatever the frame rate;
 a video of fewer frames repeats some.
 
-Of a sound, the beginning is decoded to 16 kHz mono. The spectrograms are those of transformers'
-feature extractors: AST's has 128 mel bins by 1,024 frames of 10 ms, Whisper's 80 by 3,000. A
-shorter sound is padded; masks (SpecAugment, https://arxiv.org/abs/1904.08779) come after that, as
-in eP-ALM's code.
+What is damaged is read past: only a file of which nothing decodes is refused.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,18 +20,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from tinyvl.media import MAX_PIXELS, MediaError, kind_of, load_image, why_unopened
+from tinyvl.media import (
+    MAX_PIXELS,
+    MediaError,
+    is_animated,
+    kind_of,
+    load_animation,
+    load_image,
+    why_unopened,
+)
 from tinyvl.media_augment import Varied, content
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
+    from av.stream import Stream
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from torch import Tensor
 
 NEAR = 2.0  # seconds: a frame further ahead is sought, a nearer one decoded up to
-RATE = 16_000  # samples a second
-MASKS = (24, 96)  # mel bins and frames: the widest masks of eP-ALM's appendix A
+ERRORS = 1000  # failed reads in a row that end a file
 
 
 @contextmanager
@@ -69,36 +74,57 @@ def load_frames(
     the middle. ``target`` is the shortest side, in pixels, that will be needed; much larger frames
     are reduced at once, never below twice that.
 
+    Frames of pixels that are not square are as wide as a player shows them. Of an animated picture
+    (GIF, PNG, WebP) frames are read alike.
+
     Raises MediaError: no such file, not a video (a sound, perhaps with a cover), nothing in it that
     can be decoded, or frames of more than `media.MAX_PIXELS`. Of a video that is cut short or
     damaged on the way, what can be decoded is used.
     """
     import av
 
+    def times(start: float, length: float) -> list[float]:
+        places = [0.5 if moment is None else moment() for _ in range(count)]
+        return [start + length * (i + place) / count for i, place in enumerate(places)]
+
     name, cover = os.fspath(path), av.stream.Disposition.attached_pic
+    if kind_of(name) == "image" and is_animated(name):
+        return [fitted(frame, target) for frame in load_animation(name, partial(times, 0.0))]
     with opened(name, "video") as container:
         videos = [s for s in container.streams.video if not s.disposition & cover]
         if not videos:
             sound = container.streams.audio
             raise MediaError(f"{name}: {'has sound, but no video' if sound else 'is no video'}")
-        stream = videos[0]
-        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            raise MediaError(f"{name}: too large to decode safely (over {MAX_PIXELS:,} pixels)")
-        start, length = span(name, container, stream)
-        places = [0.5 if moment is None else moment() for _ in range(count)]
-        times = [start + length * (i + place) / count for i, place in enumerate(places)]
-        frames = [picture(frame, target) for frame in shown(container, stream, times)]
+        stream, frames = videos[0], []
+        refuse_bomb(name, stream.codec_context)
+        for frame in shown(container, stream, times(*span(name, container, stream))):
+            refuse_bomb(name, frame)  # their size may change on the way
+            frames.append(picture(frame, target, stream.sample_aspect_ratio))
     if not frames:
         raise MediaError(f"{name}: no frame of this video can be decoded")
     return frames
+
+
+def moves(path: str) -> bool:
+    """Whether a file that is named like a picture is a video, as web sites serve GIFs."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    mp4 = head[8:11] in (b"iso", b"mp4", b"avc", b"M4V", b"das", b"qt ")
+    return head.startswith(b"\x1aE\xdf\xa3") or (head[4:8] == b"ftyp" and mp4)
+
+
+def refuse_bomb(name: str, seen: Any) -> None:
+    if seen.width * seen.height > MAX_PIXELS:
+        raise MediaError(f"{name}: too large to decode safely (over {MAX_PIXELS:,} pixels)")
 
 
 def shown(
     container: InputContainer, stream: VideoStream, times: list[float]
 ) -> Iterator[VideoFrame]:
     """The frame that a player shows at each of these times (seconds, ascending)."""
-    import av
-
     follow, near = following(container, stream), NEAR
     here: VideoFrame | None = None  # shown at the time we are at
     ahead = next(follow, None)  # the one after it
@@ -111,19 +137,13 @@ def shown(
     for time in times:
         if timed and ahead is not None and time - time_of(ahead) > near:
             before = time_of(ahead)
-            try:
-                container.seek(int(time / stream.time_base), stream=stream)
-                follow = following(container, stream)
-                found = next(follow, None)
-            except (av.FFmpegError, ValueError):  # a file that cannot be sought in
-                found = None
+            follow, found = sought(container, stream, time)
             if found is None or found.time is None:  # past the end: up to it from the start
-                container.seek(int(stream.start_time or 0), stream=stream)
-                follow, near = following(container, stream), float("inf")
-                found = next(follow, None)
+                start, near = float((stream.start_time or 0) * stream.time_base), float("inf")
+                follow, found = sought(container, stream, start)
             elif found.time <= before:  # its key frames lie far apart: decode rather
                 near *= 4
-            here, ahead = None, found
+            here, ahead = (None, found) if found else (ahead, None)
         while ahead is not None and (here is None or time_of(ahead) <= time):
             here, ahead, number = ahead, next(follow, None), number + 1
         if here is None:
@@ -131,87 +151,124 @@ def shown(
         yield here
 
 
-def following(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """The frames from here on, until the end or until damage."""
+def sought(
+    container: InputContainer, stream: VideoStream, time: float
+) -> tuple[Iterator[VideoFrame], VideoFrame | None]:
+    """The frames from the key frame before a time on, and the first of them, taken."""
     import av
 
     try:
-        yield from container.decode(stream)
+        container.seek(int(time / stream.time_base), stream=stream)
+    except (av.FFmpegError, ValueError):  # a file that cannot be sought in
+        return iter(()), None
+    follow = following(container, stream)
+    return follow, next(follow, None)
+
+
+def following(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """The frames from here on, without those that are damaged."""
+    for packet in packets(container, stream):
+        yield from decoded(packet) or ()
+
+
+def packets(container: InputContainer, stream: Stream) -> Iterator[Packet]:
+    """The packets from here on, past what cannot be read, and an empty one at the end."""
+    import av
+
+    failed = 0
+    while failed < ERRORS:
+        try:
+            for packet in container.demux(stream):
+                failed = 0
+                yield packet
+            return
+        except (av.FFmpegError, ValueError):
+            failed += 1
+
+
+def decoded(packet: Packet) -> list[Any] | None:
+    """A packet's frames; None: it is damaged."""
+    import av
+
+    try:
+        return packet.decode()
     except (av.FFmpegError, ValueError):
-        return
+        return None
 
 
-def picture(frame: VideoFrame, target: int | None) -> Image.Image:
-    """A frame as an upright picture, reduced if it is much larger than is needed."""
-    image = frame.to_image()
-    if target and min(image.size) >= 4 * target:
-        image = image.reduce(min(image.size) // (2 * target))
+def picture(frame: VideoFrame, target: int | None, aspect: Any = None) -> Image.Image:
+    """A frame as an upright picture, reduced if it is much larger than is needed.
+
+    ``aspect``: the width of a pixel divided by its height.
+    """
+    image = fitted(frame.to_image(), target, float(aspect or 1))
     turn = round(frame.rotation)  # degrees counterclockwise, from the file's display matrix
     return image if turn % 90 else image.rotate(turn, expand=True)
+
+
+def fitted(image: Image.Image, target: int | None, aspect: float = 1.0) -> Image.Image:
+    """A picture with square pixels, and with fewer if it is much larger than is needed."""
+    if not 1 / 8 < aspect < 8:  # damaged, too
+        aspect = 1.0
+    width, height = max(1, round(image.width * aspect)), image.height
+    if target and (factor := min(width, height) // (2 * target)) > 1:
+        image = image.reduce(factor)
+        width, height = round(image.width * aspect), image.height
+    square = (max(1, width), height)
+    return image if square == image.size else image.resize(square, Image.Resampling.BICUBIC)
 
 
 def span(name: str, container: InputContainer, stream: VideoStream) -> tuple[float, float]:
     """When a video starts and how long it is, in seconds.
 
-    Where the file does not say how long it is, its packets are read, not decoded.
+    A container says this of its longest stream, and may lie of each. So what it says is compared
+    with its index or, where that differs or there is none, with the times of the last packets.
     """
     import av
 
     start = float((stream.start_time or 0) * stream.time_base)
-    if stream.duration:
-        return start, float(stream.duration * stream.time_base)
-    if container.duration:
-        return start, container.duration / av.time_base
-    end = start
-    with av.open(name) as again:
-        for packet in again.demux(again.streams[stream.index]):
-            if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    return start, end - start
+    said, index = float((stream.duration or 0) * stream.time_base), stream.index_entries
+    if said and len(index):
+        last = float(index[len(index) - 1].timestamp * stream.time_base)
+        if 0 <= start + said - last <= 1:  # B-frames are stored before their time
+            return start, said
+    said = said or (container.duration or 0) / av.time_base
+    found = last_time(name, stream, start + said) or last_time(name, stream, None) or start
+    near = max(0.1, 2 / float(stream.average_rate or 25))
+    return start, said if abs(start + said - found) <= near else found - start
 
 
-# ------------------------------------------------------------------------------ sounds
+def last_time(name: str, stream: VideoStream, late: float | None) -> float | None:
+    """When the last packet of a stream ends; they are read from ``late`` on, or None: all.
 
-
-def load_sound(path: str | os.PathLike[str], seconds: float) -> np.ndarray:
-    """The first seconds of a sound, or of a video's sound track: float32 (N,), 16 kHz mono.
-
-    Raises MediaError: no such file, no sound in it, or none that can be decoded. Of a sound that is
-    cut short or damaged on the way, what can be decoded is used.
+    Packets without times last as long as the stream's rate says. None: there is no packet.
     """
     import av
 
-    name, wanted = os.fspath(path), round(seconds * RATE)
-    parts, have = [np.empty(0, np.float32)], 0
-    with opened(name, "sound") as container:
-        if not container.streams.audio:
-            raise MediaError(f"{name}: has no sound in it")
-        # Mono is the mean of the channels; FFmpeg's own would be up to 1.4 times as loud.
-        resampler = av.AudioResampler(format="fltp", rate=RATE)
+    end, number = None, 0
+    with av.open(name) as again:
+        own = again.streams[stream.index]
         try:
-            for frame in container.decode(container.streams.audio[0]):
-                for part in resampler.resample(frame):
-                    parts.append(part.to_ndarray().mean(0))
-                    have += parts[-1].size
-                if have >= wanted:
-                    break
-            else:
-                parts += [part.to_ndarray().mean(0) for part in resampler.resample(None)]
-        except (av.FFmpegError, ValueError):
-            if not have:
-                raise
-    sound = np.concatenate(parts)[:wanted]
-    if not sound.size:
-        raise MediaError(f"{name}: the sound in it has no samples")
-    return sound
+            if late is not None:
+                again.seek(int(late / own.time_base), stream=own)
+        except (av.FFmpegError, ValueError):  # a file that cannot be sought in
+            return None
+        for packet in packets(again, own):
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None:
+                last = float((time + (packet.duration or 0)) * packet.time_base)
+                end = last if end is None else max(end, last)
+            number += bool(packet.size)
+    return number / float(stream.average_rate or 25) if end is None and late is None else end
 
 
 class Clips:
     """A video file to the frames that an encoder reads: uint8 (T, 3, H, W). Picklable.
 
-    A picture is a video of one frame, or with ``still`` just a picture (3, H, W). Frames are
-    taken from the middle of their parts, or with ``key`` at random places, which depend on the key
-    and on the file's name and size. A varied transform varies all frames alike.
+    A picture is a video of one frame, an animated one of several; with ``still`` any is just a
+    picture (3, H, W). Frames are taken from the middle of their parts, or with ``key`` at random
+    places, which depend on the key and on the file's name and size. A varied transform varies all
+    frames alike.
     """
 
     def __init__(
@@ -222,6 +279,8 @@ class Clips:
 
     def load(self, path: str, target: int | None) -> Image.Image | list[Image.Image]:
         kind = kind_of(path)
+        if kind == "image" and (moves(path) or (not self.still and is_animated(path))):
+            kind = "video"
         if kind == "image" or (self.still and kind != "video"):
             return load_image(path, target)
         moment = None
@@ -242,60 +301,3 @@ class Clips:
         import torch
 
         return torch.from_numpy(np.stack([view.numpy() for view in views]))
-
-
-class Sounds:
-    """A sound file to an audio encoder's input: float32 (1, frames, mel bins). Picklable.
-
-    With ``key`` a band of mel bins and a band of frames of the padded spectrogram are silenced.
-    The bands depend only on the key and the sound.
-    """
-
-    def __init__(
-        self, extractor: Any, seconds: float, *, key: str | None = None, masks: tuple = MASKS
-    ):
-        self.extractor, self.seconds, self.key, self.masks = extractor, seconds, key, masks
-
-    def load(self, path: str, target: int | None) -> np.ndarray:
-        return load_sound(path, self.seconds)
-
-    def __call__(self, sound: np.ndarray) -> Tensor:
-        import torch
-
-        seen = spectrogram(self.extractor, sound)
-        if self.key is not None:
-            rng = random.Random(f"{self.key}/{zlib.crc32(sound.tobytes())}")
-            seen = masked(seen, rng, self.masks, silence(self.extractor, seen))
-        return torch.from_numpy(seen)[None]
-
-
-def spectrogram(extractor: Any, sound: np.ndarray) -> np.ndarray:
-    """(N,) -> float32 (frames, mel bins), padded or cut to what the encoder reads."""
-    if hasattr(extractor, "n_fft"):  # Whisper's: (mel bins, frames)
-        found = extractor(sound, sampling_rate=RATE, return_tensors="np")["input_features"][0].T
-    else:
-        if sound.size < 400:  # AST's is of whole windows of 25 ms
-            sound = np.pad(sound, (0, 400 - sound.size))
-        found = extractor(sound, sampling_rate=RATE, return_tensors="np")["input_values"][0]
-    return np.ascontiguousarray(found, dtype=np.float32)
-
-
-def silence(extractor: Any, seen: np.ndarray) -> float:
-    """The value of padding: AST's is a normalised zero, Whisper's the spectrogram's minimum."""
-    if hasattr(extractor, "n_fft"):
-        return float(seen.min())
-    return extractor.normalize(0.0) if extractor.do_normalize else 0.0
-
-
-def masked(seen: np.ndarray, rng: random.Random, masks: tuple, value: float) -> np.ndarray:
-    """A spectrogram (frames, mel bins) with a band of each axis at ``value``.
-
-    The widths are drawn from 0 up to ``masks`` (mel bins, frames), the places from those that fit.
-    """
-    seen = seen.copy()
-    for axis, widest in ((1, masks[0]), (0, masks[1])):
-        width = round(rng.uniform(0, min(widest, seen.shape[axis])))
-        first = rng.randint(0, seen.shape[axis] - width)
-        band = slice(first, first + width)
-        seen[(slice(None), band) if axis else band] = value
-    return seen

@@ -371,5 +371,11 @@ class Feed:
             captions = [c for lines in read for c in lines]
             rows = [row for row, lines in enumerate(read) for _ in lines]
             keys = [pictures.keys[group.record] for group, _ in good]
-            together = torch.stack([picture for _, picture in good])
+            together = stacked([picture for _, picture in good])
             yield self.model.collate(captions, rows, together, keys, states.of(captions))
+
+
+def stacked(pictures: list[Tensor]) -> Tensor:
+    """Inputs as a batch; a picture (1, 3, H, W) beside videos (T, 3, H, W) stands still."""
+    most = max(map(len, pictures))
+    return torch.stack([p.expand(most, *p.shape[1:]) if len(p) == 1 else p for p in pictures])
