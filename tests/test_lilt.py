@@ -286,7 +286,7 @@ def test_random_towers_are_trained_whole(folders):
 def test_a_query_is_as_long_as_its_tower_reads(folders, caplog, clean):
     """30 tokens are LilT's evaluation's, 30 words its training's; what is cut is counted."""
     words = CAPTIONS[0].split()
-    queries = [" ".join((words * 9)[:n]) for n in (35, 36, 46, 47, 90)]  # 48 positions in all
+    queries = [" ".join((words * 30)[:n]) for n in (35, 36, 46, 47, 90)]  # 48 positions in all
     model = build(folders, clean=clean)
     vectors = model.embed_texts(queries)
     assert caplog.messages == ["tinyvl: cut 2 of 5 texts to 48 tokens"]
