@@ -94,6 +94,19 @@ def test_logits_equal_transformers(pair):
     torch.testing.assert_close(logits(decoder, ids, mask)[mask], padded[mask], rtol=0, atol=1e-5)
 
 
+def test_a_row_of_padding_alone_is_finite_and_so_are_its_gradients(pair):
+    _, decoder = pair
+    ids, mask = left_padded()
+    mask[1] = False
+    x = decoder.embed_tokens(ids).detach().requires_grad_()
+    decoder.logits(decoder(x, mask)).square().mean().backward()
+    assert x.grad.isfinite().all()
+    cache = Cache()
+    first = decoder(ids[:, :5], mask[:, :5], cache=cache)
+    assert first.isfinite().all()
+    assert decoder(ids[:, 5:], mask[:, 5:], cache=cache).isfinite().all()
+
+
 @pytest.mark.parametrize("pad", [False, True])
 def test_cached_equals_uncached(pair, pad):
     _, decoder = pair

@@ -42,6 +42,25 @@ def test_what_does_not_fit_in_single_pieces_is_an_error(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_every_device_says_it_in_its_own_words(says):
+    def attempt(number: int) -> int:
+        if number == 1:
+            raise RuntimeError(says)
+        return number
+
+    assert Pieces().run(attempt, 8, quiet=True) == 2
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Pieces().run(lambda number: torch.zeros(2, 3) @ torch.zeros(2, 3), 8)
+
+
 def test_other_errors_are_not_caught():
     def attempt(number):
         raise ValueError("another")

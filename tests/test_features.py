@@ -94,6 +94,38 @@ def test_kept_as_bf16_or_fp32_or_tokens_or_summaries_alone(pictures, vision, tmp
     assert size["both"] == pytest.approx(size["short"] + 10 * 17 * 32 * 2, abs=200)
 
 
+def test_features_that_are_not_finite_are_not_kept(pictures, vision, tmp_path, monkeypatch, capsys):
+    bad = {3: float("nan"), 40: float("inf"), 41: 1e6}  # the last is too large for fp16 alone
+    colour, plain = {}, encoders.ImageEncoder.forward
+    view = loaded(vision)[1].view()
+    for row in bad:
+        colour[row] = view(Image.open(pictures[row][0]).convert("RGB"))
+
+    def forward(self, images):
+        seen = plain(self, images)
+        for row, value in bad.items():
+            same = (images == colour[row]).flatten(1).all(1)
+            seen.summaries[-1][same, 0] = value
+        return seen
+
+    monkeypatch.setattr(encoders.ImageEncoder, "forward", forward)
+    found = fill(tmp_path / "half", pictures[:50], vision)
+    assert (found["extracted"], found["failed"]) == (47, 3)
+    said = capsys.readouterr().err
+    for row in bad:
+        assert (
+            f"skipping {pictures[row][0]}: its features are not finite numbers in float16" in said
+        )
+    assert fill(tmp_path / "whole", pictures[:50], vision, dtype="fp32")["failed"] == 2
+    monkeypatch.undo()
+    fill(tmp_path / "good", pictures[:50], vision)
+    half, good = (FeatureStore.open(tmp_path / name) for name in ("half", "good"))
+    for row in (0, 2, 4, 39, 42, 49):
+        rows = [store.find(pictures[row][0]).row for store in (half, good)]
+        assert torch.equal(half.tokens(rows[:1]), good.tokens(rows[1:]))
+    assert half.find(pictures[3][0]).row is None
+
+
 def test_interrupted_anywhere_it_ends_with_the_same_bytes(pictures, vision, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"none")

@@ -118,6 +118,14 @@ def pairs_of(model: LilT, rows: list[int], keys: list[int], side: int = 32) -> P
     return Pairs(pictures(len(keys), side), torch.tensor(rows), ids, torch.tensor(keys), mask)
 
 
+def test_a_text_without_tokens_is_finite(folders):
+    model = build(folders).eval()
+    for texts in ([[], model.text.encode(CAPTIONS[:1], 25)[0]], [[]]):
+        ids, mask = model.text.pad(texts)
+        assert mask.sum(1).min() == 1
+        assert model.text_vectors(ids, mask).isfinite().all()
+
+
 def test_without_additions_the_towers_are_timms_and_transformers(folders):
     model = build(folders).eval()
     x = pictures(3)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import files, job, kill, log, losses, run, steps, stopped
 
-from tinyvl import UserError, data, models, presets, train
+from tinyvl import UserError, data, models, presets, train, train_run
 from tinyvl.data import Record
 
 
@@ -184,6 +184,98 @@ def test_a_batch_that_does_not_fit_is_halved(world, tmp_path, monkeypatch, capsy
     monkeypatch.undo()
     train.train(job(world, epochs=1), run(tmp_path / "plain"))
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
+
+
+def test_validation_is_cut_up_too(world, tmp_path, monkeypatch):
+    from tinyvl.itune import ITune
+
+    real = ITune.loss
+
+    def tight(self, batch):
+        if len(batch.ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch)
+
+    plain = train.train(job(world, epochs=1), run(tmp_path / "plain"))
+    monkeypatch.setattr(ITune, "loss", tight)
+    found = train.train(job(world, epochs=1), run(tmp_path / "out"))
+    assert found["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-3)
+
+
+def spoilt(monkeypatch, when, value: str = "loss") -> None:
+    """The loss or gradient of batches where ``when(batch)`` is not a number."""
+    from tinyvl.itune import ITune
+
+    real = ITune.loss
+
+    def loss(self, batch, *rest):
+        total, tokens = real(self, batch, *rest)
+        if not torch.is_grad_enabled() or not when(batch):
+            return total, tokens
+        if value == "loss":
+            return total * float("nan"), tokens
+        total.register_hook(lambda gradient: gradient * float("inf"))
+        return total, tokens
+
+    monkeypatch.setattr(ITune, "loss", loss)
+
+
+@pytest.mark.parametrize("value", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_record_named(
+    value, world, tmp_path, monkeypatch, capsys
+):
+    spoilt(monkeypatch, lambda batch: 7 in batch.keys, value)
+    summary = train.train(job(world, epochs=2), run(tmp_path / "out"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    records, _ = train.load_records(job(world))
+    assert len(said) == 2  # once in each epoch
+    for line in said:
+        assert line.startswith("tinyvl: skipping step ")
+        assert line.endswith(f"its {value} is not finite, because of {records[7].path}")
+    bad = [line for line in log(tmp_path / "out") if "loss" in line and None in line.values()]
+    assert len(bad) == 2
+    assert summary["val_loss"] > 0
+    for tensor in load_file(tmp_path / "out/last.safetensors").values():
+        assert tensor.isfinite().all()
+
+
+def test_a_skipped_step_changes_nothing(world, tmp_path, monkeypatch):
+    spoilt(monkeypatch, lambda batch: True)
+    settings = {"epochs": 1, "average": 0.9}  # six steps
+    train.train(job(world, **settings), run(tmp_path / "out"))
+    found = load_file(tmp_path / "out/training.safetensors")
+    assert not [name for name in found if name.startswith("exp_avg")]
+    assert all(
+        torch.equal(t, found[f"average/{n[6:]}"]) for n, t in found.items() if n[:6] == "model/"
+    )
+
+
+def test_many_bad_steps_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
+    taken = [0]
+
+    def when(batch) -> bool:
+        taken[0] += 1
+        return taken[0] > 14  # two micro-batches a step
+
+    spoilt(monkeypatch, when)
+    with pytest.raises(UserError, match="10 steps in a row") as raised:
+        train.train(job(world, epochs=9), run(tmp_path / "out"))
+    good = tmp_path / "out/model.safetensors"  # of the second epoch, whose first step was good
+    assert f"the last good checkpoint is {good} of step 12;" in str(raised.value)
+    said = capsys.readouterr().err
+    assert said.count("skipping step") == 10
+    monkeypatch.undo()
+    assert load_file(good)
+    state = load_file(tmp_path / "out/training.safetensors")  # of step 5: none of the bad ones
+    assert {int(value) for name, value in state.items() if name.startswith("step/")} == {5}
+
+
+def test_an_overflow_of_fp16_is_left_to_the_scaler(tmp_path, capsys):
+    watch = train_run.Watch(tmp_path, {0: "a.png"})
+    for step in range(50):
+        assert watch.passes(step, 1.0, float("inf"), True, list)
+    assert not watch.passes(50, float("nan"), float("nan"), True, lambda: [0])
+    assert "step 50: its loss is not finite, because of a.png" in capsys.readouterr().err
 
 
 def test_bf16_on_a_cpu_trains(world, tmp_path):

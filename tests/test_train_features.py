@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import worlds
+from safetensors import safe_open
+from safetensors.torch import save_file
 from worlds import CPU, fill, loaded, log, run, stopped
 
 from tinyvl import UserError, models, presets, train, train_batches, write
@@ -84,6 +86,24 @@ def test_training_skips_what_could_not_be_extracted(world, tmp_path, capsys):
     train.train(job(world), run(tmp_path / "plain"))
     for ours, theirs in zip(log(tmp_path / "out"), log(tmp_path / "plain"), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_features_that_are_not_finite_are_named_and_left_out(world, tmp_path, capsys):
+    """As an older tinyvl may have kept them."""
+    folder = store_of(world, tmp_path / "features")
+    shard = folder / "00000.safetensors"
+    with safe_open(shard, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["tokens"][3, 0, 0] = float("nan")
+    tensors["tokens"][36, 0, 0] = float("inf")  # to validate on
+    save_file(tensors, shard, about)
+    found = train.train(job(world), run(tmp_path / "out", features=folder))
+    said = capsys.readouterr().err
+    records = [r for part in train_batches.load_records(job(world)) for r in part]
+    for row in (3, 36):
+        assert f"skipping {records[row].path}: its features are not finite numbers" in said
+    assert found["val_loss"] > 0
+    assert all(line.get("loss", 1) for line in log(tmp_path / "out"))
 
 
 def test_captions_from_features_need_no_pictures(world, tmp_path, monkeypatch):

@@ -77,6 +77,12 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had no room: not every part of torch has an error of its own for that."""
+    says = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in says)
+
+
 class Pieces:
     """Cuts a batch into twice as many pieces whenever memory runs out.
 
@@ -96,7 +102,9 @@ class Pieces:
         while True:
             try:
                 return attempt(min(self.number, most))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not out_of_memory(error):
+                    raise
                 if self.number >= most:
                     raise UserError(
                         f"{self.what} does not fit in this device's memory; {self.advice}."

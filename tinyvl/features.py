@@ -369,13 +369,10 @@ def save(
             for block, parts, copied in islice(encoded, len(chunk)):
                 if copied is not None:
                     copied.synchronize()
-                for name, part in parts.items():
-                    page[name][filled : filled + len(part)] = part
+                filled = store.put(page, parts, block, filled)
                 for entry in block:
                     if entry.error:
                         skip(entry.error)
-                    else:
-                        filled += 1
                 advance(len(block))
                 if run.stop:
                     raise Interrupted

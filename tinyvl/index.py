@@ -326,7 +326,12 @@ class Update:
                         broken[row.digest] = str(picture).removeprefix(f"{path}: ")
                 if good:
                     vectors = embed_images(self.model, [p for _, p in good], self.batch, pieces)
-                    part.append([row for row, _ in good], vectors)
+                    fine = np.isfinite(vectors).all(1)
+                    for (row, _), ok in zip(good, fine, strict=True):
+                        if not ok:
+                            broken[row.digest] = "the model makes numbers of it that are not finite"
+                    good = [pair for pair, ok in zip(good, fine, strict=True) if ok]
+                    part.append([row for row, _ in good], vectors[fine])
                 self.changes.embedded += len(good)
                 advance(len(group))
         return rows, broken

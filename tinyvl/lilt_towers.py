@@ -142,7 +142,9 @@ class TextTower(nn.Module):
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids to a tensor (B, T) padded on the right, and its mask (B, T) of 1 and 0."""
-        out, real = pad(ids, self.tokenizer.pad_token_id)
+        fill = self.tokenizer.pad_token_id
+        # Attention over no token at all is NaN: a text without tokens has one of padding.
+        out, real = pad([line or [fill] for line in ids], fill)
         return out, real.long()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

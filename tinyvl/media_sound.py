@@ -42,11 +42,12 @@ def load_sound(path: str | os.PathLike[str], seconds: float) -> np.ndarray:
     with opened(name, "sound") as container:
         if not container.streams.audio:
             raise MediaError(f"{name}: has no sound in it")
-        parts, peaks, missing = heard(container, container.streams.audio[0], wanted)
-    sound = np.concatenate([np.empty(0, np.float32), *parts])[:wanted]
+        with np.errstate(all="ignore"):
+            sound, missing = heard(container, container.streams.audio[0], wanted)
+    sound = sound[:wanted]
     if not sound.size:
         raise MediaError(f"{name}: the sound in it has no samples that can be decoded")
-    peak = float(np.max(peaks))
+    peak = float(np.abs(sound).max())
     if not peak <= LOUDEST:  # nor is NaN
         what = f"as large as {peak:.3g}, where 1 is the loudest"
         what = "that are no numbers" if np.isnan(peak) else what
@@ -57,50 +58,47 @@ def load_sound(path: str | os.PathLike[str], seconds: float) -> np.ndarray:
     return sound
 
 
-def heard(
-    container: InputContainer, stream: Stream, wanted: int
-) -> tuple[list[np.ndarray], list[float], float]:
-    """Parts of a sound up to ``wanted`` samples, the peak of each, and the seconds missing there.
+def heard(container: InputContainer, stream: Stream, wanted: int) -> tuple[np.ndarray, float]:
+    """A sound up to about ``wanted`` samples, float32 (n,), and the seconds that are missing there.
 
     Joined files may change their rate and channels on the way.
     """
     import av
 
-    parts: list[np.ndarray] = []  # float32 (n,) each
-    peaks: list[float] = []  # NaN where a sample is none
-    resampler, setup, first, last, seconds = None, None, None, 0.0, 0.0
-    have, good, bad = 0, 0, 0  # samples; bytes
+    parts, have, seconds = [np.empty(0, np.float32)], 0, 0.0
+    good, bad, first, last = 0, 0, None, 0  # bytes; times, in the stream's unit
+    resampler = av.AudioResampler(format="fltp", rate=RATE)
 
     def keep(frame: Any) -> None:
         nonlocal have
-        for part in resampler.resample(frame) if resampler else ():
-            channels = part.to_ndarray()
-            peaks.append(float(np.abs(channels).max(initial=0.0)))
+        for part in resampler.resample(frame):
             # Mono is the mean of the channels; FFmpeg's own would be up to 1.4 times as loud.
-            parts.append(channels.mean(0))
-            have += channels.shape[1]
+            parts.append(part.to_ndarray().mean(0))
+            have += parts[-1].size
 
     for packet in packets(container, stream):
-        frames = decoded(packet)
-        good += packet.size if frames else 0
-        bad += packet.size if frames is None else 0
-        if packet.pts is not None:
-            last = max(last, float(packet.pts * packet.time_base))  # durations may lie
-        for frame in frames or ():
-            first = frame.time if first is None else first
-            seconds += frame.samples / frame.sample_rate
-            with suppress(av.FFmpegError, ValueError), np.errstate(all="ignore"):
-                if (now := (frame.format.name, frame.layout.name, frame.sample_rate)) != setup:
-                    keep(None)
-                    resampler, setup = av.AudioResampler(format="fltp", rate=RATE), now
+        frames, size = decoded(packet), packet.size
+        if frames is None:
+            bad += size
+            continue
+        last = packet.pts or last
+        for frame in frames:
+            first, good = frame.pts if first is None else first, good + size
+            seconds, size = seconds + frame.samples / frame.sample_rate, 0
+            try:
                 keep(frame)
+            except (av.FFmpegError, ValueError):  # it has another rate, or other channels
+                with suppress(av.FFmpegError, ValueError):
+                    keep(None)
+                    resampler = av.AudioResampler(format="fltp", rate=RATE)
+                    keep(frame)
         if have >= wanted:
             break
     else:
-        with suppress(av.FFmpegError, ValueError), np.errstate(all="ignore"):
+        with suppress(av.FFmpegError, ValueError):
             keep(None)
-    missing = max(last - (first or 0.0) - seconds, bad / max(1, good) * seconds)
-    return parts, peaks, missing
+    late = float((last - (first or 0)) * (stream.time_base or 0)) - seconds
+    return np.concatenate(parts), max(late, bad / max(1, good) * seconds)
 
 
 class Sounds:

@@ -98,6 +98,33 @@ def stat(path: str | Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def finite(rows: Tensor) -> Tensor:
+    """Which rows (n, ...) have no NaN and no infinity: (n,) bool."""
+    return rows.flatten(1).sum(1, dtype=torch.float32).isfinite()
+
+
+def put(page: dict[str, Tensor], parts: dict[str, Tensor], block: list[Entry], at: int) -> int:
+    """Copies the rows of a block's good entries to a page, from row ``at`` on; -> the next row.
+
+    Rows that are not finite in the page's dtype are left out, and their entries say so.
+    """
+    good = [entry for entry in block if not entry.error]
+    rows = slice(at, at + len(good))
+    for name, part in parts.items():
+        page[name][rows] = part
+    fine = torch.ones(len(good), dtype=torch.bool)
+    for name in parts:
+        fine &= finite(page[name][rows])
+    for entry, ok in zip(good, fine.tolist(), strict=True):
+        if not ok:
+            kind = str(page[name].dtype).removeprefix("torch.")
+            entry.error = f"{entry.path}: its features are not finite numbers in {kind}"
+    for name in parts if not fine.all() else ():
+        kept = page[name][rows][fine]
+        page[name][at : at + len(kept)] = kept
+    return at + int(fine.sum())
+
+
 class Known:
     """Entries by path, and by id and file name for a data set that was moved."""
 

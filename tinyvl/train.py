@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def train(job: Job, run: Run) -> dict[str, Any]:
         )
         advice = "use --checkpointing, a smaller language model or --device cpu"
         pieces = Pieces("One caption at a time", advice)
+        seen = feed.pictures
+        watch = train_run.Watch(run.out, dict(zip(seen.keys, seen.paths, strict=True)))
         started, done, speed = time.monotonic(), 0.0, 0.0
         with log, bar("training", steps, run.quiet, start=step) as advance:
             epoch: int | None = None
@@ -116,18 +119,22 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                 if taken:  # else every picture of the step was unreadable
                     metrics = accumulate(model, objective, taken, scaler, pieces, run.quiet)
                     scaler.unscale_(optimizer)
-                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
-                    scaler.step(optimizer)
-                    scaler.update()
+                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip).item()
+                    find = partial(culprits, model, objective, taken)
+                    if watch.passes(step, metrics["loss"], norm, scaler.is_enabled(), find):
+                        scaler.step(optimizer)
+                        scaler.update()
+                        average.update(step)
+                    else:
+                        scaler.update(scaler.get_scale())  # as it was
                     optimizer.zero_grad(set_to_none=True)
-                    average.update(step)
                     done += metrics["captions"]
                     speed = done / (time.monotonic() - started)
                     memory = peak_memory(run.device)
                     train_run.write(
                         log, step=step, epoch=round(step / feed.steps_per_epoch, 4),
                         loss=round(metrics["loss"], 5), rate=rate,
-                        gradient_norm=round(norm.item(), 4),
+                        gradient_norm=round(norm, 4),
                         captions_per_second=round(speed, 2), peak_memory=memory,
                     )  # fmt: skip
                     report = f"loss {metrics['loss']:.3f}  {speed:.1f} captions/s"
@@ -135,14 +142,17 @@ def train(job: Job, run: Run) -> dict[str, Any]:
                 ends = step == steps
                 if feed.val_order and (step % validate_every == 0 or ends):
                     with average.applied():
-                        value = objective.validate(feed.validation())
+                        value = pieces.run(partial(validate, objective, feed), run.micro, run.quiet)
                         train_run.write(log, step=step, val_loss=round(value, 5))
                         say(f"step {step}: validation loss {value:.4f}", run.quiet)
                         if value < best:
                             best = value
                             models.save(model, run.out, "model.safetensors")
-                if step % run.save_every == 0 or ends or run.stop:
+                            watch.saved("model.safetensors", step)
+                # Where steps fail, the last good state stays.
+                if ends or ((step % run.save_every == 0 or run.stop) and not watch.row):
                     state.save(step, best)
+                    watch.saved("training.safetensors", step)
                 if run.stop and not ends:
                     raise Interrupted
     with average.applied():
@@ -186,6 +196,24 @@ def accumulate(
         return objective.accumulate(parts, scaler if scaler.is_enabled() else None)
 
     return pieces.run(attempt, max(len(batch.ids) for batch in taken), quiet)
+
+
+def culprits(model: models.Method, objective: Any, taken: list[Any]) -> list[int]:
+    """The keys of a step's pictures that alone give a loss or gradient that is not finite."""
+    found: dict[int, None] = {}
+    for batch in taken:
+        for part in batch.split(len(batch.ids)):
+            model.zero_grad(set_to_none=True)
+            numbers = [torch.tensor(objective.accumulate([part])["loss"])]
+            numbers += [p.grad for p in model.parameters() if p.grad is not None]
+            if not all(number.isfinite().all() for number in numbers):
+                found |= dict.fromkeys(part.keys.tolist())
+    return list(found)
+
+
+def validate(objective: Any, feed: Feed, number: int) -> float:
+    """The loss on the validation data, whose micro-batches are each cut into ``number``."""
+    return objective.validate(part for batch in feed.validation() for part in batch.split(number))
 
 
 def parameter_groups(

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, data, media, media_workers
+from tinyvl.device import Pieces
 from tinyvl.features import FeatureStore, contents, extract
 from tinyvl.presets import Job, Run
 from tinyvl.progress import bar, say, skip
+from tinyvl.store import finite
 from tinyvl.text import has_words
 from tinyvl.train_run import Interrupted
 
@@ -191,8 +193,13 @@ class Pictures:
         if self.stores:
             store, rows = self.stores[view], self.rows[view]
             for indices in wanted:
-                good = [row for i in indices if (row := rows[i]) is not None]  # all: see `bad`
-                yield list(store.read(self.model.reads, good))
+                found = store.read(self.model.reads, [rows[i] for i in indices])  # none is `bad`
+                fine = finite(found).tolist()  # an older tinyvl kept any numbers
+                why = "its features are not finite numbers; extract them anew elsewhere"
+                yield [
+                    picture if ok else media.MediaError(f"{self.paths[i]}: {why}")
+                    for i, picture, ok in zip(indices, found, fine, strict=True)
+                ]
             return
         transform, target = self.transforms[view], encoder.size
         if self.crops:
@@ -233,7 +240,7 @@ class TextStates:
         ends = list(accumulate(model.state_rows(c) for c in captions))
         starts = [0, *ends]  # of each caption's rows; the last is the end of all
         self.rows = {c: slice(starts[i], ends[i]) for i, c in enumerate(captions)}
-        probe = model.states(captions[:1])
+        probe, pieces = model.states(captions[:1]), Pieces("One caption")
         size, row = ends[-1], probe[0].nbytes
         file = run.out / "features" / f"{name}.rows"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +257,13 @@ class TextStates:
             with bar(f"reading {name} captions", len(captions), run.quiet, done) as advance:
                 for i in range(done, len(captions), BLOCK):
                     block = captions[i : i + BLOCK]
-                    states = model.states(block).cpu().contiguous()
+
+                    def attempt(number: int, block: list[tuple[int, ...]] = block) -> Tensor:
+                        each = -(-len(block) // number)
+                        parts = [block[j : j + each] for j in range(0, len(block), each)]
+                        return torch.cat([model.states(part).cpu() for part in parts])
+
+                    states = pieces.run(attempt, len(block), run.quiet).contiguous()
                     stream.write(states.view(torch.uint8).numpy().tobytes())
                     stream.flush()
                     advance(len(block))

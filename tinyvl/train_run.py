@@ -5,7 +5,7 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tinyvl import UserError, files
 from tinyvl.presets import Job, Run
+from tinyvl.progress import skip
 
 
 class Interrupted(UserError):
@@ -95,6 +96,47 @@ def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None)
         )
     for part in run.out.glob(".*.safetensors.*"):  # a file that a kill left half written
         part.unlink()
+
+
+class Watch:
+    """Steps whose loss or gradient is not finite change no weight; many in a row end the run.
+
+    ``paths``: the file of each picture's key in a micro-batch.
+    """
+
+    MOST = 10  # in a row
+
+    def __init__(self, out: Path, paths: dict[int, str]):
+        self.out, self.paths, self.row = out, paths, 0
+        self.kept: str | None = None  # the last checkpoint
+
+    def saved(self, name: str, step: int) -> None:
+        self.kept = f"{self.out / name} of step {step}"
+
+    def passes(
+        self, step: int, loss: float, norm: float, scaled: bool, culprits: Callable[[], list[int]]
+    ) -> bool:
+        """Whether a step may change the weights; else it is named, with the files of ``culprits``.
+
+        ``scaled``: fp16's scaler skips gradients that overflow and makes them smaller.
+        UserError: there have been too many.
+        """
+        if math.isfinite(loss) and (scaled or math.isfinite(norm)):
+            self.row = 0 if math.isfinite(norm) else self.row
+            return True
+        self.row += 1
+        files = [self.paths[key] for key in culprits()]
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        why = f", because of {', '.join(files[:3])}{more}" if files else ""
+        what = "gradient" if math.isfinite(loss) else "loss"
+        skip(f"step {step}: its {what} is not finite{why}")
+        if self.row == self.MOST:
+            kept = f"the last good checkpoint is {self.kept}" if self.kept else "none is saved yet"
+            raise UserError(
+                f"{self.out}: {self.row} steps in a row, up to step {step}, had a loss or gradient "
+                f"that is not finite; {kept}; train with a lower --rate, or without these records."
+            )
+        return False
 
 
 @dataclass
