@@ -202,7 +202,8 @@ def test_predictions_are_read_back_and_their_log_is_text(tmp_path):
     again = predictions.Log(tmp_path / "run", {"data": "gr\udcfcn.jsonl"}, resume=True)
     assert again.lines == log.lines
     assert list(predictions.read(tmp_path / "run", records, "caption")) == ODD
-    predictions.export(tmp_path / "out.json", {"gr\udcfcn": "\ud83d"}, "caption")
+    lines = {"gr\udcfcn": {"caption": "\ud83d"}}
+    predictions.export(tmp_path / "out.json", lines, "caption")
     assert json.loads((tmp_path / "out.json").read_text())[0]["caption"] == "\ud83d"
 
 
@@ -211,7 +212,10 @@ def test_predictions_are_read_as_other_texts(tmp_path):
     lines = "".join(f'\ufeff{{"id": {i}, "caption": "ü"}}\r\n\r\n' for i in (1, 2))  # two, joined
     for encoding in ("utf-8", "utf-16"):
         (tmp_path / "p.jsonl").write_bytes(lines.encode(encoding))
-        assert predictions.read(tmp_path / "p.jsonl", records, "caption") == {"1": "ü", "2": "ü"}
+        assert predictions.read(tmp_path / "p.jsonl", records, "caption") == {
+            "1": {"caption": "ü"},
+            "2": {"caption": "ü"},
+        }
     (tmp_path / "p.jsonl").write_bytes(lines[1:].encode("utf-16-le"))
     with pytest.raises(UserError, match="is not text in UTF-8"):
         predictions.read(tmp_path / "p.jsonl", records, "caption")
