@@ -187,7 +187,7 @@ PRESETS |= {
 SMALL: dict[str, Preset] = {
     "itune": Preset(
         "itune", "SmolLM2-135M", "EfficientNet-Lite2", "ours",
-        {"bottleneck": 144, "drop": 24, "rank": 120}, Recipe(batch=32, epochs=4, rate=1e-3),
+        {"bottleneck": 144, "drop": 24, "rank": 120}, Recipe(batch=8, epochs=4, rate=1e-3),
         fit="jpeg", job={"media": {"lower": 2}},
     ),
     "epalm": Preset(
