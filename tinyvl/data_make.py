@@ -93,14 +93,18 @@ def questions_of(captions: list[str], key: str) -> Iterator[tuple[str, list[str]
     absent = [n for k in kinds for n in WORDS[k] if not seen[k][n]]
     present = [n for k in kinds for n, count in seen[k].items() if count >= enough]
     if present and draw % 2:
-        yield f"is there a {present[0]} in the picture?", ["yes"]
+        yield f"is there {article(present[0])} in the picture?", ["yes"]
     elif not draw % 4:
-        yield f"is there a {absent[draw % len(absent)]} in the picture?", ["no"]
+        yield f"is there {article(absent[draw % len(absent)])} in the picture?", ["no"]
     done = [match for match in map(DOING.search, captions) if match]
     if len(done) >= 2:
         who = Counter(match["who"] for match in done).most_common(1)[0][0]
         verb = "are" if who in ("people", "men", "women") else "is"
         yield f"what {verb} the {who} doing?", [m["what"] for m in done if m["who"] == who]
+
+
+def article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def counted(captions: list[str], forms: list[str], rare: bool) -> Iterator[tuple[str, list[str]]]:

@@ -257,9 +257,7 @@ def encode(
                     entry.error = str(picture)
             if good:
                 parts = encoded_parts(good, encoder, head, pieces)
-            if (
-                parts and gpu
-            ):  # fewer bytes to copy; on a CPU they become ``dtype`` as they are kept
+            if parts and gpu:  # fewer bytes to copy; on a CPU the page makes them ``dtype``
                 for name, part in parts.items():
                     parts[name] = part.to(dtype).contiguous().to("cpu", non_blocking=True)
                 copied = torch.cuda.current_stream(device).record_event()

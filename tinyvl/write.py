@@ -242,8 +242,7 @@ def write_rows(
 
     Results are (path, its rows, or what is wrong with it). A line is ``path<TAB>text``, the path
     as `files.quoted` gives it, or ``bare`` (one input) the text alone, which is made of a row by
-    `str.format`. With ``as_json`` it is the
-    path, the ``fields`` and the row, or what is wrong.
+    `str.format`. With ``as_json`` it is the path, the ``fields`` and the row, or what is wrong.
     """
     status = 0
     for path, rows in results:
