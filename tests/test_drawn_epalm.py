@@ -213,7 +213,7 @@ def exact(world: dict, task: str, *options: str) -> float:
 
 
 @pytest.mark.parametrize("task", ["caption", "vqa"])
-@pytest.mark.parametrize("kind", ["pictures", "clips"])
+@pytest.mark.parametrize("kind", ["pictures", pytest.param("clips", marks=pytest.mark.slow)])
 def test_new_renders_are_captioned_and_answered_exactly(kind, task, request):
     assert exact(request.getfixturevalue(kind), task, *EPALM) >= 0.95
 
