@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny import VIT, write_vision
+from torch import nn
 
 from tinyvl import UserError
 from tinyvl.encoders import ImageEncoder, build_image_encoder
@@ -331,3 +332,29 @@ def test_a_picture_imports_no_code_for_videos_and_sounds(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left"),
+    [("tf_efficientnet_lite0", 0), ("resnet18", 0), ("resnetv2_50", 17), ("convnext_atto", 0)],
+)
+def test_batch_norms_folded_into_convolutions_change_nothing(architecture, left):
+    encoder = encoder_of(architecture)
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:  # as after training
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    before = encoder(pixels(encoder.size, 1))
+    encoder.fold()
+    after = encoder(pixels(encoder.size, 1))
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in encoder.modules()) == left
+    torch.testing.assert_close(after.tokens, before.tokens, rtol=0, atol=5e-4)
+    for ours, theirs in zip(after.summaries, before.summaries, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_cnn_that_learns_keeps_its_batch_norms():
+    encoder = encoder_of("resnet18")
+    encoder.model.conv1.weight.requires_grad_(True)
+    encoder.fold()
+    assert isinstance(encoder.model.bn1, nn.BatchNorm2d)

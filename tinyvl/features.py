@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinyvl import UserError, files, hub, media_workers, models, store
 from tinyvl.device import PRECISIONS, Pieces, precision_name
-from tinyvl.encoders import Encoder, Percept
+from tinyvl.encoders import Encoder, ImageEncoder, Percept
 from tinyvl.models_build import build_encoder
 from tinyvl.presets import Run
 from tinyvl.progress import bar, say, skip
@@ -164,7 +164,10 @@ def load_encoder(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config}
     vision |= {"fit": fit, **extra}
-    encoder = build_encoder(vision, folder).to(device)
+    encoder = build_encoder(vision, folder)
+    if isinstance(encoder, ImageEncoder):
+        encoder.fold()
+    encoder.to(device)
     encoder.model.to(precision)  # pictures are still normalised in float32
     return vision, encoder
 

@@ -113,6 +113,11 @@ def build(
 
 def place(model: "Method", device: torch.device, precision: torch.dtype) -> "Method":
     """Moves a model: frozen parts in ``precision``, trainable ones in float32 under autocast."""
+    from tinyvl.encoders import ImageEncoder
+
+    for module in model.modules():
+        if isinstance(module, ImageEncoder):
+            module.fold()
     if precision != torch.float32:
         model.halve(precision)
         model.amp = precision
