@@ -4,6 +4,7 @@ import atexit
 import gc
 import json
 import os
+import signal
 import sys
 from functools import cache
 from importlib import import_module
@@ -329,6 +330,7 @@ def main() -> None:
     # As the files that it writes, output is in UTF-8; a terminal may have another encoding.
     encoding = None if sys.stdout.isatty() else "utf-8"
     sys.stdout.reconfigure(encoding=encoding, errors=ESCAPED)
+    signal.signal(signal.SIGTERM, stop)
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -337,12 +339,31 @@ def main() -> None:
     except UserError as error:
         if debug:
             raise
+        drop_output()
         fail(str(error), error.status)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that has gone, a file that must not be read
+        if debug:
+            raise
+        drop_output()
+        fail(f"{error.filename or 'the output'}: {error.strerror or error}", 1)
+
+
+def drop_output() -> None:
+    """What waits to be printed is given up, or Python would try once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def stop(number: int, frame: Any) -> NoReturn:
+    """SIGTERM ends a command as Control-C does: what can go on is told, scratch files go."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

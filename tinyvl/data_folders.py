@@ -284,12 +284,21 @@ def _parts(tar: Path) -> Iterator[tuple[str, str, bytes]]:
         raise UserError(f"{tar}: reading tars needs an extra package; {advice}") from error
     with open(tar, "rb") as stream:
         try:
+            _plain(tar)
             for file in tar_file_expander([{"url": str(tar), "stream": stream}]):
                 name, key = base_plus_ext(file.get("fname", ""))  # the last has none
                 if name is not None:
                     yield name, key.lower(), file["data"]
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise UserError(f"{tar}: damaged, or not a WebDataset tar ({error.args[0]})") from error
+
+
+def _plain(tar: Path) -> None:
+    """Raises ReadError: a tar is compressed, or sparse: it may unpack to more than any memory."""
+    with tarfile.open(tar, "r:") as members:
+        for member in members:
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name} is a sparse file")
 
 
 def _kind(key: str) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """Transformers checkpoints of the GPT-2, OPT, Llama and Qwen2 families -> a frozen `Decoder`."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -8,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, hub
+from tinyvl import UserError, files, hub
 from tinyvl.decoder import ACTIVATIONS, Decoder, DecoderConfig
 
 FAMILIES = "GPT-2, OPT, Llama, SmolLM2, TinyLlama or Qwen2/2.5"
@@ -183,13 +182,13 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder
     """A frozen `Decoder` from a transformers checkpoint folder (safetensors, sharded or not)."""
     from safetensors.torch import load_file
 
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = files.read_object(folder / "config.json")
     config = decoder_config(raw)
-    files = hub.weight_files(folder)
-    if not files or files[0].suffix != ".safetensors":
+    parts = hub.weight_files(folder)
+    if not parts or parts[0].suffix != ".safetensors":
         raise UserError(f"{folder}: no .safetensors weights in this folder.")
     state: dict[str, Tensor] = {}
-    for file in files:
+    for file in parts:
         state.update(load_file(file))
     return build_decoder(raw["model_type"], state, config, dtype, str(folder))
 

@@ -8,6 +8,7 @@ final norm. An encoder without [CLS] gives the mean of each stage's feature map 
 without parameters; for the last stage that is the mean of its final features, after a CNN's head.
 """
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -310,6 +311,22 @@ def refuse_missing(names: Sequence[str], folder: Path) -> None:
         raise UserError(f"{folder}: the weights of {names[0]} (and maybe more) are missing.")
 
 
+def check_weights(build: Callable[[], nn.Module], folder: Path) -> None:
+    """Raises a UserError where a model is far larger than the weights in its folder.
+
+    It is built without memory: the one that a stranger's config describes might not fit.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        kept = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in build().parameters())
+    if wanted > 2 * kept + 2**20:  # position embeddings may be resized
+        has = f"config.json describes {wanted:,} parameters, and its weights are {kept:,}"
+        raise UserError(f"{folder}: {has}.")
+
+
 def build_image_encoder(
     config: dict[str, Any], folder: Path | None = None, **options: Any
 ) -> ImageEncoder:
@@ -318,6 +335,8 @@ def build_image_encoder(
     It has the weights of the folder's ``model.safetensors``, or random ones. UserError: timm has no
     such model, the tokens of this one cannot be read, or weights are missing.
     """
+    if folder is not None and config.get("model_args"):  # else the sizes are timm's own
+        check_weights(lambda: build_timm(config), folder)
     model = build_timm(config)
     if not hasattr(model, "forward_intermediates"):
         raise UserError(

@@ -8,7 +8,6 @@ TimeSformer reads single pictures too, with its spatial attention alone (eP-ALM,
 authors' code then drops only the time embeddings, and keeps the temporal attention.
 """
 
-import json
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyvl.encoders import Encoder, ImageEncoder, Percept, refuse_missing
+from tinyvl.encoders import Encoder, ImageEncoder, Percept, check_weights, refuse_missing
+from tinyvl.files import read_object
 from tinyvl.media_sound import MASKS, Sounds
 
 KINDS = {  # model_type: the class in transformers, and where its layers and its final norm are
@@ -192,10 +192,11 @@ def load_model(config: dict[str, Any], folder: Path | None) -> tuple[nn.Module, 
     if folder is None:
         return kind(made), {}
     file = folder / "preprocessor_config.json"
-    processor = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    processor = read_object(file) if file.is_file() else {}
     if name == "WhisperEncoder":  # the file holds the decoder's weights too
         from safetensors.torch import load_file
 
+        check_weights(lambda: kind(made), folder)
         model = kind(made)
         found = load_file(folder / "model.safetensors").items()
         parts = ((name.removeprefix("model.").partition("encoder."), t) for name, t in found)

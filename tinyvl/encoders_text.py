@@ -11,7 +11,6 @@ load as they are, and LilT's adapters go to the same places. Towers that are tra
 layer, and those that `Bert` cannot read, are transformers' own.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyvl import UserError
+from tinyvl import UserError, files
 from tinyvl.text import plain
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # BertConfig's own
@@ -37,7 +36,7 @@ def pool_tokens(tokens: Tensor, mask: Tensor, how: str) -> Tensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return files.read_object(folder / "config.json")
 
 
 def refuse_missing(names: Iterable[str], folder: Path, depth: int) -> None:

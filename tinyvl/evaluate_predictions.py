@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyvl import UserError
 from tinyvl.data_records import Record, get, parsed
-from tinyvl.files import dump, read_text, write_text
+from tinyvl.files import dump, hold, read_text, write_text
 from tinyvl.metrics import Scores
 from tinyvl.progress import bar, say
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FILE, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 IDS = ("id", "question_id", "image_id")
 PATHS = ("path", "image", "video", "audio")
+BUSY = "another process is writing this run"
 OPEN = {"encoding": "utf-8", "errors": "surrogateescape"}  # earlier runs wrote names as they are
 
 
@@ -43,6 +44,8 @@ class Log:
         if folder is None:
             return
         if refuse(folder, run, resume):
+            with suppress(FileNotFoundError), (folder / FILE).open("r+b") as file:
+                hold(file, folder, BUSY)  # before anything is changed
             self.lines = {line["id"]: line for line in read_lines(folder)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +54,7 @@ class Log:
         write_text(folder / RUN, dump(run, indent=1) + "\n")
         write_text(folder / FILE, "".join(f"{dump(line)}\n" for line in self.lines.values()))
         self.stream = (folder / FILE).open("a", encoding="utf-8", newline="\n")
+        hold(self.stream, folder, BUSY)
 
     def add(self, line: dict[str, Any]) -> None:
         """Keeps a prediction, on disk at once."""
@@ -116,8 +120,9 @@ def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
 def read_run(folder: Path) -> dict[str, Any]:
     """A folder's ``run.json``; empty where there is none."""
     try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -128,6 +133,8 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
         for line in re.findall(r"[^\n]*\n", (folder / FILE).read_text(**OPEN)):
             with suppress(ValueError):
                 found.append(json.loads(line))
+    if odd := [line for line in found if not isinstance(line, dict) or "id" not in line]:
+        raise UserError(f"{folder / FILE}: {str(odd[0])[:60]!r} is no prediction.")
     return found
 
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 
-HEAD = ("encoder", "transform", "what", "dtype", "tensors", "shards", "records")
+HEAD = {"encoder": dict, "transform": dict, "tensors": dict, "shards": list, "records": list}
+HEAD |= {"what": str, "dtype": str}
 WHAT = ("tokens", "summaries", "both")
 SHARD_BYTES = 2**26  # of a shard: twice that is held in memory
 SHARD_ROWS = 512  # a kill costs at most a shard, so that it is soon done where rows are small too
@@ -47,9 +48,12 @@ class FeatureStore(Shards):
     """A finished cache."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
-        super().__init__(folder, manifest, PRECISIONS[manifest["dtype"]])
+        with store.sound(folder, "manifest"):
+            super().__init__(folder, manifest, PRECISIONS[manifest["dtype"]])
+            self.known = Known(Entry(*record) for record in manifest["records"])
+            if not all(e.row is None or 0 <= e.row < len(self) for e in self.entries):
+                raise ValueError("a record's row is not there")
         self.manifest = manifest
-        self.known = Known(Entry(*record) for record in manifest["records"])
         self.part = slice(None), slice(None)  # of the tokens: which, and which of their numbers
         self.ids: dict[str, str] = {}  # of the paths that were asked for by their records
 
@@ -161,7 +165,7 @@ def load_encoder(
     """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
     extra = media or {}
     folder = hub.fetch(name, models.role_of("vision", extra))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = files.read_object(folder / "config.json")
     vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config}
     vision |= {"fit": fit, **extra}
     encoder = build_encoder(vision, folder)

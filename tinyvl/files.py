@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from tinyvl import UserError
 
@@ -138,6 +138,17 @@ def unquoted(name: str) -> str:
     return name
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object, such as a ``config.json``. UserError: it cannot be read, or is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file.parent}: {file.name} cannot be read ({error}).") from error
+    return found
+
+
 # ----------------------------------------------------------------------------- in one stroke
 
 
@@ -146,10 +157,19 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_tensors(file: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+    """A safetensors file of tensors on the CPU or elsewhere. UserError: it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    replace_file(file, lambda part: save_file(tensors, part, metadata))
+
+    def write(part: Path) -> None:
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:  # so it calls a full disk, too
+            raise OSError(None, str(error)) from error
+
+    replace_file(file, write)
 
 
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
@@ -213,21 +233,36 @@ def locked(folder: Path, message: str) -> Iterator[None]:
 
     Raises UserError: another process has it; ``message`` says what that one is doing.
     """
-    with (folder / ".lock").open("w") as file:
-        try:
-            try:
-                import fcntl
-            except ImportError:  # Windows
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:  # not flock, which forked workers inherit and keep after a kill
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"{folder}: {message}; wait until it has ended.") from error
-        except OSError:
-            pass  # a file system without locks
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}).") from error
+    with file:
+        hold(file, folder, message)
         yield
+
+
+def hold(file: IO, where: Path, message: str) -> None:
+    """Locks a file that is open for writing until it is closed, or its process ends.
+
+    Opening and closing it once more in this process unlocks it. Raises UserError: as `locked`.
+    """
+    try:
+        try:
+            import fcntl
+        except ImportError:  # Windows, where a byte that is locked cannot be read by others
+            import msvcrt
+
+            at = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            os.lseek(file.fileno(), at, os.SEEK_SET)
+        else:  # not flock, which forked workers inherit and keep after a kill
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"{where}: {message}; wait until it has ended.") from error
+    except OSError:
+        pass  # a file system without locks, or a pipe
 
 
 def cache_dir() -> Path:

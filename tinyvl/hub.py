@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tinyvl import UserError
-from tinyvl.files import cache_dir, cache_name, cached
+from tinyvl.files import cache_dir, cache_name, cached, read_object
 from tinyvl.hub_table import (
     BACKBONES,
     Backbone,
@@ -182,11 +182,24 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            named = read_object(index).get("weight_map")
+            shards = sorted(set(map(str, named.values()))) if isinstance(named, dict) else [".."]
+            if odd := [shard for shard in shards if Path(shard).name != shard or "\\" in shard]:
+                raise UserError(f"{index}: {odd[0]!r} is not the name of a file beside it.")
             parts = [folder / shard for shard in shards]
             if all(part.is_file() for part in parts):
                 return parts
     return []
+
+
+def check_download(file: Path) -> None:
+    """Raises UserError: in the hub's cache a large file is called by its SHA-256, and is another.
+
+    (A link in the snapshot leads to that name; where there are no links, nothing is known.)
+    """
+    blob = file.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(file) != blob:
+        raise UserError(f"{file} is damaged; delete it and run this again.")
 
 
 def _lacks(folder: Path, role: str) -> str:
@@ -310,6 +323,8 @@ def _from_hub(name: str, role: str, repository: str, offline: bool) -> Path:
             raise Missed(f"the model hub did not deliver {repository} ({reason})") from None
         lacks = _lacks(Path(snapshot), role)
         if not lacks:
+            for file in () if offline else weight_files(Path(snapshot)):
+                check_download(file)
             source = f"model hub: {repository}"
             return _as_timm(_as_safetensors(Path(snapshot), name, source), name, role, source)
         if lacks != "model.safetensors" or role == "checkpoint":
@@ -324,7 +339,7 @@ def _as_timm(folder: Path, name: str, role: str, source: str) -> Path:
     """
     if role != "vision" or "/" in name or _default(name):
         return folder
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     architecture = name.partition(".")[0]
     if config.get("architecture", architecture) == architecture:
         return folder
@@ -343,6 +358,8 @@ def _as_safetensors(folder: Path, name: str, source: str) -> Path:
     if _lacks(target, ""):
         from tinyvl.hub_convert import bins_to_safetensors
 
+        for file in bins:
+            check_download(file)
         with cached(target) as new:
             say(f"Converting {name} to safetensors, once ...")
             bins_to_safetensors(bins, new)

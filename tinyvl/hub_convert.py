@@ -14,7 +14,7 @@ import torch
 
 from tinyvl import UserError, hub_e5
 from tinyvl.files import write_tensors
-from tinyvl.hub_table import file_sha256, write_json
+from tinyvl.hub_table import write_json
 
 
 def bins_to_safetensors(bins: list[Path], target: Path) -> None:
@@ -27,14 +27,15 @@ def bins_to_safetensors(bins: list[Path], target: Path) -> None:
         return file.removeprefix("pytorch_").replace(".bin", ".safetensors")
 
     for file in bins:
-        blob = file.resolve().name  # in the hub's cache a file is called by its SHA-256
-        if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(file) != blob:
-            raise UserError(f"{file} is damaged; delete it and run this again.")
         mapped = zipfile.is_zipfile(file)  # older files must be read whole
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError:
             raise UserError(f"{file} holds more than tensors; use another model.") from None
+        except (RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
+            raise UserError(f"{file} is damaged; use another model.") from error
+        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+            raise UserError(f"{file} holds more than tensors; use another model.")
         # Tied weights share memory, which safetensors does not write.
         copies = {key: tensor.clone() for key, tensor in tensors.items()}
         write_tensors(target / renamed(file.name), copies, {"format": "pt"})

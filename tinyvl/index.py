@@ -35,7 +35,10 @@ from tinyvl.store import Part, Row, open_table, write_table
 from tinyvl.text import has_words
 
 TABLES = ("images", "captions")
-FIELDS = ("model", "fingerprint", "width", "source", "root", "generation", *TABLES)
+FIELDS = {
+    **dict.fromkeys(("model", "fingerprint", "source", "root"), str),
+    **dict.fromkeys(("width", "generation", *TABLES), int),
+}  # fmt: skip
 TEXTS = 64  # captions embedded together
 
 

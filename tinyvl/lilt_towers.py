@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyvl.encoders import ImageEncoder, Percept, build_timm, channels_last, normal, refuse_missing
+from tinyvl.encoders import (
+    ImageEncoder,
+    Percept,
+    build_timm,
+    channels_last,
+    check_weights,
+    normal,
+    refuse_missing,
+)
 from tinyvl.encoders_text import pool_tokens
 from tinyvl.method import Method, MicroBatch, pad
 from tinyvl.text import WORDS, clean_caption, cut, tidy
@@ -37,6 +45,8 @@ def image_model(
     if size:
         overlay = {"input_size": (3, size, size)}
         changes = {"pretrained_cfg_overlay": overlay, "img_size": size}
+    if folder is not None and config.get("model_args"):
+        check_weights(lambda: build_timm(config), folder)
     try:
         model: Any = build_timm(config, **changes)
     except TypeError:  # a CNN: it takes any size

@@ -43,13 +43,29 @@ NEAR = 2.0  # seconds: a frame further ahead is sought, a nearer one decoded up 
 ERRORS = 1000  # failed reads in a row that end a file
 
 
+# Of FFmpeg's containers those of the suffixes that are read: others, such as playlists, open
+# further files and addresses.
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,live_flv,ogg,wav,w64,"
+    "flac,mp3,aac,aiff,caf,amr,m4v,h264,hevc,av1,obu,ivf,gif,apng"
+)
+
+
+def container_of(name: str) -> InputContainer:
+    """An open file, never an address: a file may be called 12:30.mp4, or http:a.mp4."""
+    import av
+
+    safe = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    return av.open(f"file:{name}", options=safe)
+
+
 @contextmanager
 def opened(name: str, kind: str) -> Iterator[InputContainer]:
     """A video's or sound's container. Raises MediaError: not to be opened, or PyAV fails inside."""
     import av
 
     try:
-        with av.open(name) as container:
+        with container_of(name) as container:
             yield container
     except MediaError:
         raise
@@ -246,7 +262,7 @@ def last_time(name: str, stream: VideoStream, late: float | None) -> float | Non
     import av
 
     end, number = None, 0
-    with av.open(name) as again:
+    with container_of(name) as again:
         own = again.streams[stream.index]
         try:
             if late is not None:

@@ -24,17 +24,14 @@ from tinyvl.device import choose_device, choose_precision
 from tinyvl.method import Method
 from tinyvl.models_build import (
     METHODS,
-    ROLES,
-    backbones,
     build,
     check_options,
     class_of,
     new_config,
     place,
-    role_of,
-    towers,
     with_options,
 )
+from tinyvl.models_config import ROLES, backbones, read_config, role_of, towers
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, architecture
 
 __all__ = [
@@ -128,14 +125,14 @@ def load_weights(model: Method, folder: Path, *, more: tuple[str, ...] = ()) -> 
     """Fills a built model with a checkpoint folder's trainable tensors.
 
     Names that begin with one of ``more`` may be missing. UserError: they cannot be read, a name is
-    missing or unknown, or a shape differs.
+    missing or unknown, a shape differs, or one is not of finite numbers.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         state = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{folder}: model.safetensors cannot be read ({error}).") from error
     state = {name: tensor for name, tensor in state.items() if model.holds(name)}
     own = trainable_state(model)
@@ -143,6 +140,9 @@ def load_weights(model: Method, folder: Path, *, more: tuple[str, ...] = ()) -> 
     odd = sorted(own.keys() ^ state.keys())
     if odd := odd or [name for name in own if own[name].shape != state[name].shape]:
         raise UserError(f"{folder}: these weights do not fit the model ({odd[0]}).", 2)
+    for name in own:
+        if not (state[name].is_floating_point() and state[name].float().isfinite().all()):
+            raise UserError(f"{folder}: these weights are not finite numbers ({name}).")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -197,13 +197,6 @@ def checkpoint_folder(name: str, task: str = "caption") -> Path:
             2,
         )
     return folder
-
-
-def read_config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: config.json cannot be read ({error}).") from error
 
 
 def fingerprint(folder: Path, config: dict) -> str:

@@ -3,7 +3,6 @@
 A method's module is imported only where a model of this method is built.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tinyvl import UserError, hub
+from tinyvl import UserError, files, hub
+from tinyvl.models_config import ROLES, backbones, check_sizes, fitting, role_of, towers
 from tinyvl.presets_options import METHODS, ImageTuning, TextTuning, Tuning, check_choices
-from tinyvl.text import Questions, Text, read_text
+from tinyvl.text import Questions, Text, read_text, slow_tokenizer
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from tinyvl.lilt_towers import ImageTower, TextTower
     from tinyvl.method import Method
 
-# A configuration's backbones and the role in which `hub` fetches each.
-ROLES = {"decoder": "decoder", "vision": "vision", "text": "text", "image": "vision"}
 SOUNDS = ("audio-spectrogram-transformer", "whisper")  # model_type in transformers
 QUESTIONS = ("task", "separator", "answer_only")  # options of `text.Questions`
 
@@ -36,21 +34,6 @@ QUESTIONS = ("task", "separator", "answer_only")  # options of `text.Questions`
 def class_of(method: str) -> Any:
     """A method's class, which is named as its options; imports no other method's module."""
     return getattr(import_module(f"tinyvl.{method}"), METHODS[method].__name__)
-
-
-def towers(method: str) -> tuple[str, str]:
-    """What a configuration calls a method's language side and its image side."""
-    return ("text", "image") if method == "lilt" else ("decoder", "vision")
-
-
-def backbones(config: dict) -> dict[str, dict]:
-    """A configuration's backbones by what it calls them."""
-    return {side: config[side] for side in ROLES if side in config}
-
-
-def role_of(side: str, part: dict) -> str:
-    """The role in which `hub` fetches a backbone."""
-    return "audio" if part.get("modality") == "audio" else ROLES[side]
 
 
 def new_config(
@@ -69,7 +52,7 @@ def new_config(
         config[side] = {
             "name": name,
             "sha256": hub.fingerprint(folder),
-            "config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            "config": files.read_object(folder / "config.json"),
         }
         if ROLES[side] == "vision":
             config[side] |= {"fit": fit, **extra}
@@ -95,8 +78,9 @@ def build(
             2,
         )
     assemble = build_lilt if config["method"] == "lilt" else build_captioner
+    check_sizes(config)
     if not weights:
-        with torch.device("meta"):
+        with torch.device("meta"), fitting(config):
             return assemble(config, None, precision)
     folders = {}
     for side, part in backbones(config).items():
@@ -108,7 +92,9 @@ def build(
                 f"{part['name']}: the weights here are not those this model was trained with "
                 f"(SHA-256 {part['sha256'][:12]}…); its answers would be wrong."
             )
-    return place(assemble(config, folders, precision), device, precision)
+    with fitting(config):
+        model = assemble(config, folders, precision)
+    return place(model, device, precision)
 
 
 def place(model: "Method", device: torch.device, precision: torch.dtype) -> "Method":
@@ -362,9 +348,7 @@ def text_tower(
         else:
             model = encoders_text.build_text_model(text["config"], grow=grow)
         if folder:
-            from transformers import AutoTokenizer
-
-            known = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            known = slow_tokenizer(folder)
             tokenizer = encoders_text.Tokenizer(known.backend_tokenizer, known.pad_token_id)
     if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
         raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)

@@ -27,13 +27,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyvl import UserError, files
 
 SHARD = "{:05}.safetensors"
 AGAIN = "restore it, or extract into another folder"
+ANEW = "delete it and index anew"
 HALF = re.compile(r"\..+\.(?:safetensors|json|f32|jsonl)\.\d+")  # of `files.replace_file`
 OF_TABLES = re.compile(r"\w+\.(\d+|part)\.(?:f32|jsonl)")
 
@@ -55,26 +55,39 @@ def writing(folder: Path, busy: str) -> Iterator[None]:
         yield
 
 
-def read_head(file: Path, what: str, fields: Iterable[str], status: int) -> dict[str, Any] | None:
+def read_head(file: Path, what: str, fields: dict[str, type], status: int) -> dict[str, Any] | None:
     """What the head of ``what`` says, which must have some fields; None where there is none.
 
-    Raises UserError: it is damaged (with ``status``), of a later format, or its folder is a file.
+    ``fields``: the kind of each; a number is 0 or more. Raises UserError: it is damaged (with
+    ``status``), of a later format, or its folder is a file.
     """
     try:
         head = json.loads(file.read_text(encoding="utf-8"))
         known = head["format"] == 1
         if known and (missing := set(fields) - head.keys()):
             raise ValueError(f"it lacks {min(missing)}")
+        for name, kind in fields.items() if known else ():
+            if type(head[name]) is not kind or (kind is int and head[name] < 0):
+                raise ValueError(f"its {name} is {str(head[name])[:60]!r}")
     except FileNotFoundError:
         return None
     except NotADirectoryError:
         raise UserError(f"{file.parent} is a file, not a folder of {what}.", 2) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file.parent}: {file.name} cannot be read ({error}).", status) from error
     if not known:
         advice = f"of a later tinyvl; update this one, or make the {what} anew"
         raise UserError(f"{file.parent}: {file.name} is {advice}.", 2)
     return head
+
+
+@contextmanager
+def sound(folder: Path, what: str = "index", *, advice: str = AGAIN) -> Iterator[None]:
+    """While files are taken apart, what does not fit together is reported as damage."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise UserError(f"{folder}: this {what} is damaged ({error}); {advice}.") from error
 
 
 @dataclass(slots=True)
@@ -175,11 +188,11 @@ class Shards:
     def __init__(self, folder: Path, head: dict[str, Any], dtype: torch.dtype):
         """Raises UserError: a file that the head names is missing, or has another size."""
         self.folder, self.tensors, self.dtype = folder, head["tensors"], dtype
-        self.files = [folder / shard["file"] for shard in head["shards"]]
+        self.files = [folder / SHARD.format(number) for number in range(len(head["shards"]))]
         for file, shard in zip(self.files, head["shards"], strict=True):
             if stat(file)[0] != shard["bytes"]:
                 raise UserError(f"{folder}: {file.name} is missing or was changed; {AGAIN}.", 2)
-        self.ends = list(itertools.accumulate(shard["rows"] for shard in head["shards"]))
+        self.ends = list(itertools.accumulate(int(shard["rows"]) for shard in head["shards"]))
         self.mapped: dict[tuple[int, str], Tensor] = {}
 
     def __len__(self) -> int:
@@ -192,20 +205,26 @@ class Shards:
         """
         if name not in self.tensors:
             raise UserError(f"{self.folder}: {name} are not kept there.", 2)
+        where = [bisect(self.ends, index) for index in indices]
+        maps = {file: self._map(file, name) for file in where}  # checked before memory is taken
         shape = torch.empty(self.tensors[name], device="meta")[part].shape
         out = torch.empty(len(indices), *shape, dtype=self.dtype)
-        for i, index in enumerate(indices):
-            file = bisect(self.ends, index)
-            out[i] = self._map(file, name)[index - (self.ends[file - 1] if file else 0), *part]
+        for i, (file, index) in enumerate(zip(where, indices, strict=True)):
+            out[i] = maps[file][index - (self.ends[file - 1] if file else 0), *part]
         return out
 
     def _map(self, file: int, name: str) -> Tensor:
         if (file, name) not in self.mapped:
             try:
                 with safe_open(self.files[file], "pt") as shard:  # maps it, keeps no descriptor
-                    self.mapped[file, name] = shard.get_tensor(name)
+                    found = shard.get_tensor(name)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{self.files[file]}: cannot be read ({error}).") from error
+            rows = self.ends[file] - (self.ends[file - 1] if file else 0)
+            if [*found.shape] != [rows, *self.tensors[name]] or found.dtype != self.dtype:
+                what = f"its {name} are {found.dtype} {[*found.shape]}, which the manifest denies"
+                raise UserError(f"{self.files[file]}: {what}; {AGAIN}.", 2)
+            self.mapped[file, name] = found
         return self.mapped[file, name]
 
 
@@ -217,7 +236,7 @@ def write_shard(
     # One key only: of several, safetensors writes the order in which a hash map has them.
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
     file = folder / SHARD.format(number)
-    files.replace_file(file, lambda part: save_file(tensors, part, metadata))
+    files.write_tensors(file, tensors, metadata)
 
 
 def read_shards(
@@ -232,15 +251,16 @@ def read_shards(
         try:
             with safe_open(file, "pt") as shard:
                 found = json.loads(shard.metadata()["tinyvl"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            head, records = found["head"], [Entry(*record) for record in found["records"]]
+            head.keys()
+        except Exception as error:  # of safetensors, of JSON, or of something else in it
             message = f"{file}: this is no shard of features; extract into another folder."
             raise UserError(message, 2) from error
         if file.name != SHARD.format(number):
             raise UserError(f"{folder}: {SHARD.format(number)} is missing; {AGAIN}.", 2)
-        check(found["head"])
+        check(head)
         first = row
-        for record in found["records"]:
-            entry = Entry(*record)
+        for entry in records:
             if entry.error is None:
                 entry.row, row = row, row + 1
             entries.append(entry)
@@ -261,19 +281,17 @@ class Row:
     mtime: int = 0  # nanoseconds
     caption: str | None = None
 
+    @classmethod
+    def of(cls, line: bytes) -> Row:
+        """Raises ValueError or TypeError: it is not such a line."""
+        row = cls(**json.loads(line))
+        if not all(isinstance(text, str) for text in (row.path, row.digest, row.caption or "")):
+            raise ValueError(f"no row: {line[:60]!r}")
+        return row
+
     def line(self) -> str:
         fields = {name: value for name in self.__slots__ if (value := getattr(self, name))}
         return json.dumps(fields) + "\n"  # in ASCII: names that are not UTF-8 survive
-
-
-@contextmanager
-def sound(folder: Path) -> Iterator[None]:
-    """While tables are read, what does not fit together is reported as damage."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:
-        message = f"{folder}: this index is damaged ({error}); delete it and index anew."
-        raise UserError(message) from error
 
 
 @dataclass(slots=True)
@@ -294,10 +312,10 @@ class Table:
         wanted = set(map(int, numbers))
         if not wanted:
             return {}
-        with sound(Path(self.list.name).parent):
+        with sound(Path(self.list.name).parent, advice=ANEW):
             self.list.seek(0)
             lines = itertools.islice(self.list, max(wanted) + 1)
-            rows = {i: Row(**json.loads(line)) for i, line in enumerate(lines) if i in wanted}
+            rows = {i: Row.of(line) for i, line in enumerate(lines) if i in wanted}
             if len(rows) < len(wanted):
                 raise ValueError(f"{self.list.name} is cut short")
         return rows
@@ -306,7 +324,7 @@ class Table:
 def open_table(folder: Path, about: dict[str, Any], name: str) -> Table:
     """Raises UserError: a file is missing or too short."""
     stem, count = f"{name}.{about['generation']}", about[name]
-    with sound(folder):
+    with sound(folder, advice=ANEW):
         lines = (folder / f"{stem}.jsonl").open("rb") if count else None
         return Table(lines, mapped(folder / f"{stem}.f32", count, about["width"]))
 
@@ -332,7 +350,7 @@ class Part:
             if not line.endswith(b"\n") or len(self.rows) == room:
                 break  # the kill cut it off, or its vector
             try:
-                self.rows.append(Row(**json.loads(line)))
+                self.rows.append(Row.of(line))
             except (ValueError, TypeError):
                 break  # so did a power cut
             whole += len(line)

@@ -97,9 +97,7 @@ def read_text(folder: Path, config: dict) -> Text:
 
         bos, eos = own("bos_token"), own("eos_token")
     else:
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        slow = slow_tokenizer(folder)
         bos, eos, tokenizer = slow.bos_token_id, slow.eos_token_id, slow.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -108,6 +106,13 @@ def read_text(folder: Path, config: dict) -> Text:
     if eos is None:
         raise UserError(f"{folder}: this tokenizer has no token that ends a text.")
     return Text(tokenizer, bos, eos)
+
+
+def slow_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder, which runs no code that lies there."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def first(*values: Any) -> Any:

@@ -39,15 +39,21 @@ def lr_at(step: int, steps: int, recipe: Recipe) -> float:
 def train(job: Job, run: Run) -> dict[str, Any]:
     """Trains a captioner or LilT, -> a summary. Leaves a checkpoint folder in ``run.out``.
 
-    UserError: options contradict each other, the data cannot be read, or the run is stopped
-    (`Interrupted`).
+    UserError: options contradict each other, the data cannot be read, another process trains in
+    this folder, or the run is stopped (`Interrupted`).
     """
+    train_run.check_features(job, run)
+    with train_run.alone(run.out):
+        return trained(job, run)
+
+
+def trained(job: Job, run: Run) -> dict[str, Any]:
+    """`train`, in a folder that nobody else writes to."""
     keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
-    train_run.check_features(job, run)
     resumed = run.resume and (run.out / "config.json").exists()
     config = models.read_config(run.out) if resumed else {}  # with the backbones it started with
-    train_run.open_run(run, settings, config["training"] if resumed else None)
+    train_run.open_run(run, settings, config.get("training", {}) if resumed else None)
     train_records, val_records = load_records(job)
     val_records = val_records[:1000]  # enough to choose by
     source = models.open_checkpoint(job.init, models.task_of(job.method)) if job.init else None

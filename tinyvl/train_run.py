@@ -65,8 +65,21 @@ def check_features(job: Job, run: Run) -> None:
         )
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """The only training in a folder, which is made; what a kill left half written goes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}).", 2) from error
+    with files.locked(out, "another process is training this run"):
+        for part in out.glob(".*.safetensors.*"):
+            part.unlink()
+        yield
+
+
 def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None) -> None:
-    """Makes the folder of a new run, or checks that a run may be resumed.
+    """Checks that a folder is free for a new run, or that a run may be resumed.
 
     ``settings`` decide the result; ``started``: those that the run was started with, None: it is
     new. UserError: a new run would overwrite another, or the settings differ.
@@ -81,7 +94,6 @@ def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None)
                 2,
             )
         shutil.rmtree(run.out / "features", ignore_errors=True)  # of a start that saved nothing
-        run.out.mkdir(parents=True, exist_ok=True)
         return
     name = next((n for n in settings if settings[n] != started.get(n)), None)
     if name is not None:
@@ -94,8 +106,6 @@ def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None)
             "resume it with the same settings, or choose another --out.",
             2,
         )
-    for part in run.out.glob(".*.safetensors.*"):  # a file that a kill left half written
-        part.unlink()
 
 
 class Watch:
@@ -160,15 +170,28 @@ class State:
         files.write_tensors(self.file, tensors, {"training": json.dumps(meta)})
 
     def restore(self) -> tuple[int, float]:
-        """Fills in what was saved; -> (steps done, best validation loss)."""
-        from safetensors import safe_open
+        """Fills in what was saved; -> (steps done, best validation loss).
 
+        UserError: the file is damaged, or of another model.
+        """
         if not self.file.exists():  # stopped before anything was saved
             return 0, math.inf
+        try:
+            return self._restored()
+        except Exception as error:  # of safetensors, of JSON, or of shapes that differ
+            what = f"cannot be resumed from ({str(error)[:200]})"
+            raise UserError(f"{self.file}: {what}; train in another --out.") from error
+
+    def _restored(self) -> tuple[int, float]:
+        from safetensors import safe_open
+
         with safe_open(self.file, "pt") as file, torch.no_grad():
             meta, kept = json.loads(file.metadata()["training"]), set(file.keys())
             for name, parameter in self.parameters.items():
-                parameter.copy_(file.get_tensor(f"model/{name}"))
+                found = file.get_tensor(f"model/{name}")
+                if not found.isfinite().all():
+                    raise ValueError(f"{name} is not of finite numbers")
+                parameter.copy_(found)
                 if name in self.average:
                     self.average[name].copy_(file.get_tensor(f"average/{name}"))
                 for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -177,7 +200,7 @@ class State:
                         value = value if key == "step" else value.to(parameter.device)
                         self.optimizer.state[parameter][key] = value
         self.scaler.load_state_dict(meta["scaler"])
-        return meta["step"], meta["best"]
+        return int(meta["step"]), float(meta["best"])
 
 
 def open_log(run: Run, step: int) -> TextIO:
@@ -186,8 +209,9 @@ def open_log(run: Run, step: int) -> TextIO:
     Lines of steps that will be taken again go, and so does a line cut off by a kill.
     """
     file, kept = run.out / "log.jsonl", []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        with suppress(ValueError):
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError, LookupError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(f"{line}\n")
     files.write_text(file, "".join(kept))

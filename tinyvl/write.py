@@ -20,7 +20,7 @@ from torch import Tensor
 from tinyvl import UserError, decode, media_workers
 from tinyvl.decode import Style
 from tinyvl.device import Pieces
-from tinyvl.files import ESCAPED, dump, quoted, read_text, unquoted, write_text
+from tinyvl.files import ESCAPED, dump, hold, quoted, read_text, unquoted, write_text
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
@@ -81,7 +81,11 @@ def stored(
         if entry is None:
             yield path, UserError(f"{path}: not in {store.folder}, or changed since.")
         else:
-            yield path, UserError(entry.error) if entry.error else store.read(what, [entry.row])[0]
+            error = entry.error
+            found = None if error else store.read(what, [entry.row])[0]
+            if found is not None and not found.float().isfinite().all():  # of an older tinyvl
+                error = f"{path}: its features are not finite numbers; extract them anew elsewhere"
+            yield path, UserError(error) if error else found
 
 
 def run(
@@ -258,7 +262,12 @@ def write_rows(
         else:
             lines = [("" if bare else f"{quoted(path)}\t") + text.format(**row) for row in rows]
         # All of a picture's at once: --resume finds whole pictures.
-        print("\n".join(lines), file=stream, flush=True)
+        try:
+            print("\n".join(lines), file=stream, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk
+            raise UserError(f"{stream.name}: cannot be written ({error.strerror}).") from error
     return status
 
 
@@ -273,30 +282,37 @@ def open_output(
     and do not count. A line of JSON has ``field`` unless its file failed; in one of text, ``tabs``
     columns follow the path.
 
-    Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's.
+    Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's; or
+    another process writes it.
     """
-    append = partial(out.open, "a", encoding="utf-8", errors=ESCAPED, newline="\n")
-    if not out.exists():
+
+    def append() -> TextIO:
         try:
-            return append(), set()
+            stream = out.open("a", encoding="utf-8", errors=ESCAPED, newline="\n")
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror}).", 2) from error
+        hold(stream, out, "another process is writing this file")
+        return stream
+
+    if not out.exists():
+        return append(), set()
     if not resume:
         advice = "go on with it by --resume, or choose another name"
         raise UserError(f"{out}: this file exists; {advice}.", 2)
+    append().close()  # nobody else is at it
     kept: list[tuple[str, str]] = []  # path, line
     for line in re.findall(r"[^\n]*\n", read_text(out, "surrogateescape")):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("path"), str):
             if field in record:
                 ours = record.get("question") == question
-                ours = ours and list(record.get("choices", ())) == (choices or [])
-                kept.append((record.get("path") if ours else None, line))
+                ours = ours and list(record.get("choices") or ()) == (choices or [])
+                kept.append((record["path"] if ours else "", line))
             continue
-        if line.count("\t") < tabs:
+        if record is not None or line.count("\t") < tabs:
             message = "this file was not written by tinyvl; nothing was changed."
             raise UserError(f"{out}: {message}", 2)
         # A path may hold a tab, a caption or label does not.
