@@ -335,7 +335,10 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # while an error can be told
     except UserError as error:
         if debug:
             raise

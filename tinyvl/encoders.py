@@ -9,6 +9,7 @@ without parameters; for the last stage that is the mean of its final features, a
 """
 
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tinyvl import UserError
 from tinyvl.media_augment import RandomCrop, SmallJpeg, Thin, View
 
+ELSEWHERE = {"pretrained", "checkpoint_path", "cache_dir"}  # timm would load other files
 FITS = ("crop", "squash", "jpeg")
 FRAMES = 8  # of a video, where nobody says how many
 # Pictures that a CPU encodes at once. The layers' outputs of more outgrow what malloc keeps (at
@@ -368,9 +370,12 @@ def build_timm(config: dict[str, Any], **changes: Any) -> nn.Module:
             2,
         )
     settings = {"pretrained_cfg": config.get("pretrained_cfg"), **config.get("model_args", {})}
+    name = str(config["architecture"])
+    if odd := settings.keys() & ELSEWHERE:
+        raise UserError(f"{name}: its config.json asks for {min(odd)}; use another model.", 2)
+    if not re.fullmatch(r"[\w.]+", name):  # timm would read hf-hub:owner/name, or local-dir:folder
+        raise UserError(f"timm has no image model named {name!r}.", 2)
     try:
-        return timm.create_model(
-            config["architecture"], pretrained=False, num_classes=0, **(settings | changes)
-        )
+        return timm.create_model(name, pretrained=False, num_classes=0, **(settings | changes))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"timm has no image model named {config['architecture']!r}.", 2) from error
+        raise UserError(f"timm has no image model named {name!r}.", 2) from error

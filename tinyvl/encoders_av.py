@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tinyvl.encoders import Encoder, ImageEncoder, Percept, check_weights, refuse_missing
 from tinyvl.files import read_object
+from tinyvl.hub import harmless
 from tinyvl.media_sound import MASKS, Sounds
 
 KINDS = {  # model_type: the class in transformers, and where its layers and its final norm are
@@ -187,7 +188,7 @@ def load_model(config: dict[str, Any], folder: Path | None) -> tuple[nn.Module, 
 
     name = KINDS[config["model_type"]][0]
     kind: Any = WhisperEncoder if name == "WhisperEncoder" else getattr(transformers, name)
-    settings = {k: v for k, v in config.items() if k != "model_type"}
+    settings = {k: v for k, v in harmless(config).items() if k != "model_type"}
     made = kind.config_class(**settings)
     if folder is None:
         return kind(made), {}
@@ -204,7 +205,11 @@ def load_model(config: dict[str, Any], folder: Path | None) -> tuple[nn.Module, 
         missing, _ = model.load_state_dict(state, strict=False)
     else:
         model, info = kind.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            folder,
+            config=made,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
         missing = sorted(info["missing_keys"])
     refuse_missing(missing, folder)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyvl import UserError, files
+from tinyvl import UserError, files, hub
 from tinyvl.text import plain
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # BertConfig's own
@@ -57,7 +57,7 @@ def build_text_model(config: dict[str, Any], *, grow: int = 0) -> Any:
     """
     from transformers import AutoConfig, AutoModel
 
-    own = {k: v for k, v in config.items() if k != "model_type"}
+    own = {k: v for k, v in hub.harmless(config).items() if k != "model_type"}
     try:
         settings = AutoConfig.for_model(config["model_type"], **own)
         settings.num_hidden_layers += grow

@@ -172,6 +172,12 @@ def fingerprint(folder: Path | str) -> str:
     return weights_hash(folder)
 
 
+def harmless(config: dict) -> dict:
+    """A transformers config without what makes transformers load code, kernels or other files."""
+    odd = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config")
+    return {key: value for key, value in config.items() if key.lstrip("_") not in odd}
+
+
 # -------------------------------------------------------------------------- what is here already
 
 

@@ -85,6 +85,8 @@ def check_model(folder: Path, about: dict[str, Any], model: Any, name: str) -> N
         advice = "name that one with --model, or delete the index to make it anew"
         made = f"made by another model ({about['model']}) than {name} is now"
         raise UserError(f"{folder} was {made}; {advice}.", 2)
+    if about["width"] != model.width:
+        raise UserError(f"{folder}: this index is damaged; delete it and index anew.")
 
 
 def portable(path: str, root: str, folder: Path) -> str:

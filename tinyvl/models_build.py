@@ -87,6 +87,7 @@ def build(
         if side not in sides:
             continue
         folders[side] = hub.fetch(part["name"], role_of(side, part))
+        check_sizes({side: {"config": files.read_object(folders[side] / "config.json")}})
         if part["sha256"] != hub.fingerprint(folders[side]):
             raise UserError(
                 f"{part['name']}: the weights here are not those this model was trained with "
