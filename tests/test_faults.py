@@ -149,14 +149,15 @@ def test_a_folder_that_cannot_be_written(what, closed, world, captioner, photos,
     data = worlds.write_lines(tmp_path / "d.jsonl", [{"image": str(photos / "000.png"), "captions": ["a"]}])  # fmt: skip  # noqa: E501
     vision = ["--vision", world["vision"], "--fit", "crop", "--device", "cpu"]
     command = {
-        "train": ["train", "itune", "--data", data, "--lm", world["language"], *vision, "--out", out],
+        "train": ["train", "itune", "--data", data, "--lm", world["language"], *vision,
+                  "--out", out],
         "features": ["features", data, *vision, "-o", out],
         "caption": ["caption", photos / "000.png", "--model", captioner, "-o", out],
         "eval": ["eval", "caption", captioner, data, "--metrics", "BLEU-1", "-o", out],
         "convert": ["data", "convert", data, "-o", out],
     }  # fmt: skip
     if what == "index":
-        with pytest.raises(UserError, match="cannot be (made|written)"):
+        with pytest.raises(UserError, match=r"cannot be (made|written)"):
             refresh(out, photos)
         return
     done = shell.run(*command[what])
@@ -175,7 +176,7 @@ def test_a_folder_that_vanishes(world, photos, tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         train.train(job(world), run(tmp_path / "t", stop=gone("t", lambda: steps(tmp_path / "t") > 2)))  # fmt: skip  # noqa: E501
     pictures = [(str(path), path.name) for path in sorted(photos.iterdir())]
-    with pytest.raises((UserError, OSError), match="cannot be written|No such file"):
+    with pytest.raises((UserError, OSError), match=r"cannot be written|No such file"):
         worlds.fill(tmp_path / "f", pictures, Path(world["vision"]), gone("f", lambda: True))
 
     class Removes(Dual):
@@ -229,7 +230,7 @@ def test_one_writer_of_a_run_of_predictions_and_of_captions(world, tmp_path):
     ):
         before = {p: p.read_bytes() for p in file.parent.rglob("*") if p.is_file()}
         with held(file):
-            with pytest.raises(UserError, match="another process is .*; wait until it has ended"):
+            with pytest.raises(UserError, match=r"another process is .*; wait until it has ended"):
                 use()
             after = {p: p.read_bytes() for p in file.parent.rglob("*") if p.is_file()}
             assert {p: b for p, b in after.items() if p.name != ".lock"} == before
@@ -252,9 +253,12 @@ def test_locks_on_windows(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as if there were none
     monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt)
-    with files.locked(tmp_path, "busy"):
-        with pytest.raises(UserError, match="busy; wait"), files.locked(tmp_path, "busy"):
-            raise AssertionError
+    with (
+        files.locked(tmp_path, "busy"),
+        pytest.raises(UserError, match="busy; wait"),
+        files.locked(tmp_path, "busy"),
+    ):
+        raise AssertionError
     with (tmp_path / "a").open("a") as file:
         files.hold(file, tmp_path, "busy")
         file.write("text")
@@ -302,7 +306,7 @@ def test_other_commands_end_in_a_sentence(number, monkeypatch):
 class Blind:
     """A model that says one thing of every picture."""
 
-    class encoder:  # noqa: N801
+    class encoder:
         size = 8
         view = staticmethod(lambda: lambda picture: torch.zeros(3, 8, 8, dtype=torch.uint8))
 

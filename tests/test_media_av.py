@@ -291,6 +291,35 @@ def test_pixels_that_are_not_square_become_so(aspect, size, tmp_path):
     assert abs(small.width / small.height - size[0] / size[1]) < 0.05
 
 
+MATRICES = {"BT.709": (1, 0.2126, 0.0722), "BT.601": (6, 0.299, 0.114), "none": (2, 0.299, 0.114)}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("standard", MATRICES)
+def test_colours_are_those_of_the_files_matrix_and_range(standard, full, tmp_path):
+    """Y'CbCr by the standards' coefficients, tagged; untagged videos are of BT.601."""
+    tag, kr, kb = MATRICES[standard]
+    colours = np.array([(200, 30, 30), (30, 180, 40), (40, 60, 200), (128, 128, 128)])
+    rgb = np.repeat(colours[None], 32, 1).repeat(64, 0) / 255
+    y = rgb @ [kr, 1 - kr - kb, kb]
+    chroma = [(rgb[..., 2] - y) / (2 - 2 * kb), (rgb[..., 0] - y) / (2 - 2 * kr)]
+    scale = [(255, 255), (0, 128)] if full else [(219, 224), (16, 128)]
+    planes = [scale[0][0] * y + scale[1][0], *(scale[0][1] * c + scale[1][1] for c in chroma)]
+    pixels = np.round(planes).clip(0, 255).astype(np.uint8)
+    with av.open(str(tmp_path / "c.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv444p"
+        stream.options, context = {"crf": "1"}, stream.codec_context
+        context.colorspace, context.color_range = tag, 2 if full else 1
+        frame = av.VideoFrame.from_ndarray(pixels, format="yuv444p")
+        frame.colorspace, frame.color_range = tag, 2 if full else 1
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (seen,) = media_av.load_frames(tmp_path / "c.mp4", 1)
+    found = [seen.getpixel((32 * i + 16, 32)) for i in range(4)]
+    assert np.abs(np.array(found) - colours).max() <= 3
+
+
 def test_frames_may_change_their_size_on_the_way(tmp_path, monkeypatch):
     path = tmp_path / "a.webm"
     with av.open(str(path), "w") as container:
