@@ -25,6 +25,7 @@ ROOMS = {  # how many mistakes in each, and the tests of it
     "data.py": (4, ["test_data.py", "test_data_captions.py", "test_names.py"]),
     "files.py": (4, ["test_text_files.py", "test_files.py", "test_models.py", "test_hub.py"]),
 }  # fmt: skip
+CHECKS = ("strict", "exist_ok", "missing_ok", "ignore_errors", "ignore_cleanup_errors")
 SWAPPED = {
     ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -42,6 +43,7 @@ def places(tree: ast.Module) -> list[ast.AST]:
             id(node)
             for part in ast.walk(function)
             if isinstance(part, ast.Raise | ast.JoinedStr | ast.arguments | ast.AnnAssign)
+            or (isinstance(part, ast.keyword) and part.arg in CHECKS)
             for node in ast.walk(part)
         }
         for node in ast.walk(function):

@@ -23,7 +23,6 @@ from tinyvl import UserError, files, hub
 from tinyvl.device import choose_device, choose_precision
 from tinyvl.method import Method
 from tinyvl.models_build import (
-    METHODS,
     build,
     check_options,
     class_of,
@@ -230,7 +229,7 @@ def load(
     """
     found = name if isinstance(name, Checkpoint) else open_checkpoint(name, task)
     config = found.config
-    if found.task != task and config.get("method") in METHODS:
+    if found.task != task:
         raise UserError(f"{found.name}: this model does not {DOES[task]}; name one that does.", 2)
     device = device or choose_device()
     precision = precision or choose_precision(None, device)

@@ -68,15 +68,9 @@ def build(
     """The model of a ``config.json``, its trainable modules new.
 
     Without ``weights`` it is on the meta device; ``sides``: of a LilT's "text" and "image" those
-    that are wanted. UserError: the method or an option is refused, or a backbone's weights are not
-    those that the model was trained with.
+    that are wanted. UserError: an option is refused, or a backbone's weights are not those that the
+    model was trained with.
     """
-    if config.get("format") != 1 or config.get("method") not in METHODS:
-        raise UserError(
-            f"This checkpoint's method is {config.get('method')!r} in format "
-            f"{config.get('format')!r}; this tinyvl reads {', '.join(METHODS)} in format 1.",
-            2,
-        )
     assemble = build_lilt if config["method"] == "lilt" else build_captioner
     check_sizes(config)
     if not weights:
@@ -238,16 +232,18 @@ def build_encoder(
         )
     from tinyvl.encoders import FRAMES, build_image_encoder
 
+    check_sizes({"vision": vision})
     maps = {key: vision[key] for key in ("lower", "larger") if vision.get(key)}
-    if kind in (*SOUNDS, "timesformer"):
-        from tinyvl import encoders_av
+    with fitting({"vision": vision}):
+        if kind in (*SOUNDS, "timesformer"):
+            from tinyvl import encoders_av
 
-        for key, value in maps.items():
-            raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
-        encoder = encoders_av.build(vision, folder, levels)
-    else:
-        config, fit = vision["config"], vision["fit"]
-        encoder = build_image_encoder(config, folder, fit=fit, levels=levels, **maps)
+            for key, value in maps.items():
+                raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
+            encoder = encoders_av.build(vision, folder, levels)
+        else:
+            config, fit = vision["config"], vision["fit"]
+            encoder = build_image_encoder(config, folder, fit=fit, levels=levels, **maps)
     if modality != "audio":
         encoder.modality, encoder.frames = modality, vision.get("frames", FRAMES)
     return encoder

@@ -36,9 +36,11 @@ def role_of(side: str, part: dict) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's ``config.json``. UserError: it cannot be read, or is of no checkpoint."""
     config = files.read_object(folder / "config.json")
-    method = config["method"] = str(config.get("method"))
-    if config.get("format") != 1 or method not in METHODS:
-        return config  # `models.build` refuses it
+    method = config.get("method")
+    if config.get("format") != 1 or method not in [*METHODS]:
+        this = f"method is {str(method)[:60]!r} in format {str(config.get('format'))[:60]}"
+        known = f"this tinyvl reads {', '.join(METHODS)} in format 1"
+        raise UserError(f"{folder}: this checkpoint's {this}; {known}.", 2)
     language, image = towers(method)
     of_side = {"name": str, "sha256": str, "config": dict}
     wanted = {"": {"options": dict}, language: of_side, image: of_side | {"fit": str}}
@@ -81,6 +83,6 @@ def fitting(config: dict[str, Any]) -> Iterator[None]:
         raise
     except Exception as error:  # timm, transformers and tokenizers raise anything at all
         said = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        names = " and ".join(part["name"] for part in backbones(config).values())
+        names = " and ".join(part.get("name", side) for side, part in backbones(config).items())
         what = f"the configuration, the weights and the options of {names} do not fit together"
         raise UserError(f"{what} ({said[:200]}).") from error
