@@ -28,6 +28,7 @@ from worlds import job, run, steps
 
 from tinyvl import UserError, files, hub_wheels, index, media, train, write
 from tinyvl import evaluate_predictions as predictions
+from tinyvl.decode import Style
 from tinyvl.files import Unmarked
 
 FULL = "File too large|No space left"
@@ -75,16 +76,23 @@ def one_sentence(done: subprocess.CompletedProcess, status: int, words: str = ""
 # ------------------------------------------------------------------------------ writing
 
 
-@pytest.mark.parametrize("size", [5_000, 30_000, 60_000])  # features, a state, the model
-def test_training_on_a_full_disk(world, tmp_path, size):
-    short = job(world, epochs=2)
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> dict[str, bytes]:
+    """The weights of a run of one epoch that meets no fault."""
+    out = tmp_path_factory.mktemp("whole")
+    train.train(job(world, epochs=1), run(out))
+    return worlds.files(out)
+
+
+@pytest.mark.parametrize("size", [5_000, 60_000])  # features, a state
+def test_training_on_a_full_disk(world, whole, tmp_path, size):
+    short = job(world, epochs=1)
     with disk_of(size), pytest.raises(UserError, match=FULL):
         train.train(short, run(tmp_path / "parts"))
     assert not list((tmp_path / "parts").glob(".*.safetensors*"))
     again = (tmp_path / "parts" / "config.json").exists()
     train.train(short, run(tmp_path / "parts", resume=again))
-    train.train(short, run(tmp_path / "whole"))
-    assert worlds.files(tmp_path / "parts") == worlds.files(tmp_path / "whole")
+    assert worlds.files(tmp_path / "parts") == whole
 
 
 def test_features_on_a_full_disk(photos, world, tmp_path):
@@ -124,10 +132,10 @@ def test_an_index_on_a_full_disk(photos, tmp_path):
 def test_captions_on_a_full_disk(captioner, photos, tmp_path):
     out = tmp_path / "out.jsonl"
     command = ["caption", photos, "--model", captioner, "--json", "--beams", 1, "--max-tokens", 4]
-    with disk_of(4096):
+    with disk_of(2000):
         done = shell.run(*command, "-o", out)
     one_sentence(done, 1, "out.jsonl: cannot be written")
-    assert out.stat().st_size <= 4096
+    assert 0 < out.stat().st_size <= 2000
     assert shell.run(*command, "-o", out, "--resume").returncode == 0
     assert out.read_text() == shell.run(*command).stdout
 
@@ -173,8 +181,9 @@ def test_a_folder_that_vanishes(world, photos, tmp_path):
 
         return worlds.When(check)
 
+    hook = gone("t", lambda: steps(tmp_path / "t") > 2)
     with pytest.raises(UserError, match="cannot be written"):
-        train.train(job(world), run(tmp_path / "t", stop=gone("t", lambda: steps(tmp_path / "t") > 2)))  # fmt: skip  # noqa: E501
+        train.train(job(world, epochs=1), run(tmp_path / "t", stop=hook))
     pictures = [(str(path), path.name) for path in sorted(photos.iterdir())]
     with pytest.raises((UserError, OSError), match=r"cannot be written|No such file"):
         worlds.fill(tmp_path / "f", pictures, Path(world["vision"]), gone("f", lambda: True))
@@ -196,7 +205,7 @@ def held(file: Path) -> Iterator[None]:
     """Another process holds the lock of a file, and is then killed."""
     code = (
         "import sys, time; from pathlib import Path; from tinyvl import files\n"
-        "files.hold(open(sys.argv[1], 'a'), Path('x'), ''); print('held', flush=True)\n"
+        "file = open(sys.argv[1], 'a'); files.hold(file, Path(), '')\nprint('held', flush=True)\n"
         "time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
@@ -270,8 +279,8 @@ def test_locks_on_windows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_training_saves_first(number, world, tmp_path):
-    sent = []
+def test_training_saves_first(number, world, whole, tmp_path):
+    sent, short = [], job(world, epochs=1)
 
     def send() -> bool:
         if steps(tmp_path / "parts") == 3 and not sent:
@@ -281,15 +290,14 @@ def test_training_saves_first(number, world, tmp_path):
 
     asked = run(tmp_path / "parts", stop=worlds.When(send))
     with pytest.raises(UserError, match="stopped and saved; continue with --resume"):
-        train.train(job(world), asked)
+        train.train(short, asked)
     assert steps(tmp_path / "parts") == 3
-    train.train(job(world), run(tmp_path / "parts", resume=True))
-    train.train(job(world), run(tmp_path / "whole"))
-    assert worlds.files(tmp_path / "parts") == worlds.files(tmp_path / "whole")
+    train.train(short, run(tmp_path / "parts", resume=True))
+    assert worlds.files(tmp_path / "parts") == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_other_commands_end_in_a_sentence(number, monkeypatch):
+def test_other_commands_end_at_once(number, monkeypatch):
     def samples(folder: Path) -> list[Path]:
         os.kill(os.getpid(), number)
         time.sleep(5)
@@ -297,7 +305,7 @@ def test_other_commands_end_in_a_sentence(number, monkeypatch):
 
     monkeypatch.setattr(hub_wheels, "samples", samples)
     done = shell.run("samples")
-    assert (done.returncode, done.stderr) == (130, "tinyvl: interrupted\n")
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 # ------------------------------------------------------------------------------ pipes
@@ -327,7 +335,7 @@ class Endless:
 
 def captions(stdin: Endless) -> Iterator[tuple]:
     paths = media.expand(["-"], Unmarked(stdin))
-    return write.captions(Blind(), paths, style=None, workers=0)
+    return write.captions(Blind(), paths, style=Style(), workers=0)
 
 
 def test_an_endless_input_is_streamed_in_constant_memory(tmp_path):
@@ -370,8 +378,8 @@ PLAIN = {
     "command", ["--help", "train itune --help", "models", "data check é.jsonl"]
 )
 def test_no_terminal_no_colour_c_locale_40_columns(command, tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "猫.png")
-    worlds.write_lines(tmp_path / "é.jsonl", [{"image": "猫.png", "captions": ["une idée"]}])
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")  # JSON's other names are no names there
+    worlds.write_lines(tmp_path / "é.jsonl", [{"image": "a.png", "captions": ["une idée"]}])
     done = subprocess.run(
         [sys.executable, "-m", "tinyvl.cli", *command.split()],
         env=os.environ | PLAIN, cwd=tmp_path, capture_output=True, stdin=subprocess.DEVNULL,
