@@ -229,6 +229,10 @@ def test_one_writer_of_a_run_of_predictions_and_of_captions(world, tmp_path):
     def logged() -> None:
         predictions.Log(tmp_path / "eval", {"a": 1}, resume=True).stream.close()
 
+    def kept(folder: Path) -> dict[Path, bytes]:
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.read_bytes() for path in files}
+
     def written() -> None:
         write.open_output(tmp_path / "out.tsv", True)[0].close()
 
@@ -237,12 +241,11 @@ def test_one_writer_of_a_run_of_predictions_and_of_captions(world, tmp_path):
         (tmp_path / "eval" / "predictions.jsonl", logged),
         (tmp_path / "out.tsv", written),
     ):
-        before = {p: p.read_bytes() for p in file.parent.rglob("*") if p.is_file()}
+        before = kept(file.parent)
         with held(file):
             with pytest.raises(UserError, match=r"another process is .*; wait until it has ended"):
                 use()
-            after = {p: p.read_bytes() for p in file.parent.rglob("*") if p.is_file()}
-            assert {p: b for p, b in after.items() if p.name != ".lock"} == before
+            assert kept(file.parent) == before
         use()  # a dead process holds nothing
 
 
