@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MANIFEST = "manifest.json"
-
 HEAD = {"encoder": dict, "transform": dict, "tensors": dict, "shards": list, "records": list}
 HEAD |= {"what": str, "dtype": str}
 WHAT = ("tokens", "summaries", "both")
@@ -165,9 +164,8 @@ def load_encoder(
     """An encoder by name or folder, and its description as in a checkpoint's ``config.json``."""
     extra = media or {}
     folder = hub.fetch(name, models.role_of("vision", extra))
-    config = files.read_object(folder / "config.json")
-    vision = {"name": name, "sha256": hub.fingerprint(folder), "config": config}
-    vision |= {"fit": fit, **extra}
+    vision = {"name": name, "sha256": hub.fingerprint(folder), "fit": fit, **extra}
+    vision["config"] = files.read_object(folder / "config.json")
     encoder = build_encoder(vision, folder)
     if isinstance(encoder, ImageEncoder):
         encoder.fold()
