@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,13 @@ from tinyvl.index import (
     Index,
     check_model,
     embed_images,
-    one_line,
+    located,
     read_about,
-    read_source,
     update,
 )
+from tinyvl.index_source import Source, behind, one_line, read_source
+from tinyvl.progress import say
+from tinyvl.store import Row
 from tinyvl.write import computed, gathered
 
 HIDDEN = ".tinyvl"  # the index of a folder, in that folder
@@ -181,12 +182,14 @@ def shift_of(model: Any, plus: list[Query], minus: list[Query]) -> np.ndarray | 
 
 def answers(
     index: Index, model: Any, queries: list[Query], *, k: int, threshold: float | None = None,
-    shift: np.ndarray | float = 0.0, captions: bool = False, show: Callable[[str], str] = str,
+    shift: np.ndarray | float = 0.0, captions: bool = False, duplicates: bool = False,
+    show: Callable[[str], str] = str,
 ) -> Iterator[list[Hit] | UserError]:  # fmt: skip
     """For each query its results, best first, or what is wrong with it.
 
     ``shift`` is added to each query's vector before that is made a unit vector again. Results are
-    pictures, or with ``captions`` captions; ``show`` gives a row's path as it is printed.
+    pictures, or with ``captions`` captions; of equal files the first one, unless ``duplicates``
+    are wanted. ``show`` gives a row's path as it is printed.
     """
     table = index.captions if captions else index.images
     found, vectors = embed(model, queries), []
@@ -198,18 +201,41 @@ def answers(
             else:
                 vectors.append(vector / length)
     matrix = np.stack(vectors) if vectors else np.empty((0, model.width))
-    results = search(table.vectors, matrix, k, threshold)
-    rows = table.pick(n for numbers, _ in results for n in numbers)
-    remaining = iter(results)
+    most = k
+    while True:
+        results = search(table.vectors, matrix, most, threshold)
+        rows = table.pick(n for numbers, _ in results for n in numbers)
+        found_rows = [
+            list(zip(*pairs, strict=True)) if duplicates else folded(pairs, rows)
+            for pairs in results
+        ]
+        if (
+            not k
+            or most >= len(table.vectors)
+            or all(
+                len(own) >= k or len(numbers) < most
+                for own, (numbers, _) in zip(found_rows, results, strict=True)
+            )
+        ):
+            break
+        most *= 2  # too many of them were equal files
+    remaining = iter(found_rows)
     for query, vector in zip(queries, found, strict=True):
         if isinstance(vector, UserError):
             yield vector
             continue
-        pairs = zip(*next(remaining), strict=True)
         yield [
             Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
-            for rank, (n, score) in enumerate(pairs, 1)
+            for rank, (n, score) in enumerate(next(remaining)[: k or None], 1)
         ]
+
+
+def folded(pairs: tuple[np.ndarray, np.ndarray], rows: dict[int, Row]) -> list[tuple[int, float]]:
+    """(row, score) of results, of those with the same content only the first."""
+    first: dict[str, tuple[int, float]] = {}
+    for n, score in zip(*pairs, strict=True):
+        first.setdefault(rows[n].digest, (n, score))
+    return list(first.values())
 
 
 # ----------------------------------------------------------------------------------------- labels
@@ -267,49 +293,54 @@ def classify(
 
 
 def bring_up_to_date(
-    data: str, out: Path, model: str | None, load: Callable[..., Any], *, batch: int = 16,
-    workers: int | None = None, announce: bool = False, **reading: Any,
+    source: Source, out: Path, model: str | None, load: Callable[..., Any], *, batch: int = 16,
+    workers: int | None = None, retry: bool = False, quiet: bool = False, report: bool = True,
 ) -> tuple[int, Any]:  # fmt: skip
-    """Indexes ``data`` in the folder ``out``. -> the exit status, and the model.
+    """Indexes ``source`` in the folder ``out``. -> the exit status, and the model.
 
-    ``reading`` goes to `index.read_source`. Raises UserError: as `index.update`; on Control-C.
+    ``report``: says at the end what was done. Raises UserError: as `index.update`; on Control-C.
     """
-    about = read_about(out) or {}
-    source = read_source(data, **reading)
-    if announce:
-        there, count = "unfinished" if about else "no", len(source.captions)
-        work = f"{there} index yet; embedding {count:,} pictures into {out}"
-        print(f"tinyvl: {data}: {work}", file=sys.stderr)
-    name = local(model or about.get("model", "default"))
+    name = local(model or (read_about(out) or {}).get("model", "default"))
     loaded = load(name)
     try:
-        changes = update(out, source, loaded, name=name, batch=batch, workers=workers)
+        changes = update(
+            out, source, loaded, name=name, batch=batch, workers=workers, retry=retry, quiet=quiet
+        )
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on from here", 130) from None
-    print(f"{out}: {changes}", file=sys.stderr)
+    say(f"{out}: {changes}", quiet or not report)
     return int(changes.unreadable > 0), loaded
 
 
 def opened(
     folder: str | None, home: Path | None, model: str | None, load: Callable[..., Any],
-    queries: list[Query], *, captions: bool = False, workers: int | None = None,
+    queries: list[Query], *, captions: bool = False, fresh: bool = True, **how: Any,
 ) -> tuple[int, Index, Any]:  # fmt: skip
-    """The index ``home``, or the folder's own, which is made first where there is none.
+    """The index ``home``, or the folder's: its own, or that of a folder around it.
+
+    Where there is none it is made first; where its folder has changed it is brought up to date,
+    unless it shall be read as it is: ``fresh`` False. ``how`` goes to `bring_up_to_date`.
 
     Returns the exit status, the index, and the model, with the towers that ``queries`` need.
 
     Raises UserError: there is nothing to search, or ``model`` did not make the index.
     """
     status, loaded, where = 0, None, folder or "."
-    if home is None:
-        home = Path(where) / HIDDEN
-        if not (read_about(home) or {}).get("generation"):
-            status, loaded = bring_up_to_date(
-                where, home, model, load, workers=workers, announce=True
-            )
+    own, home = home is None, home or nearest(where)
+    about, quiet = read_about(home) or {}, how.get("quiet", False)
+    if own and not about.get("generation"):
+        source = read_source(where)
+        count = f"{len(source.captions):,} pictures into {home}"
+        work = f"no index yet; embedding {count}"
+        say(f"tinyvl: {where}: {f'going on with an index of {count}' if about else work}", quiet)
+        status, loaded = bring_up_to_date(source, home, model, load, **how)
+    elif fresh and os.path.isdir(root := located(about.get("source", ""), home)):
+        status, loaded = refreshed(root, home, model, load, **how)
     found = Index(home)
+    if own and home != Path(where) / HIDDEN:
+        found.narrow(os.path.abspath(where))
     if not captions and not len(found.images.vectors):
-        raise UserError(f"{home}: this index holds no pictures.")
+        raise UserError(f"{home}: this index holds no pictures{' of that folder' * own}.")
     if captions and not len(found.captions.vectors):
         raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
     if loaded is None:
@@ -320,12 +351,48 @@ def opened(
     return status, found, loaded
 
 
+def nearest(folder: str) -> Path:
+    """The index of the nearest folder that has one: this one, or around it; else this one's."""
+    home = Path(folder) / HIDDEN
+    if not (home / "index.json").exists():
+        for above in Path(os.path.abspath(folder)).parents:
+            about = read_about(above / HIDDEN) or {}
+            if about.get("generation") and located(about["source"], above / HIDDEN) == str(above):
+                return above / HIDDEN
+    return home
+
+
+def refreshed(
+    root: str, home: Path, model: str | None, load: Callable[..., Any], **how: Any
+) -> tuple[int, Any]:
+    """Brings a folder's index up to date if the folder has changed since it was made.
+
+    -> the exit status, and the model, if it had to be loaded. Where that is not possible, because
+    nobody may write there say, the index is left as it is, and a line says so.
+    """
+    try:
+        source, index = read_source(root), Index(home)
+        failed = {} if how.get("retry") else index.about.get("failed", {})
+        changes = behind(source, index.images.rows(), index.captions.rows(), failed)
+        if changes:
+            advice = "bringing its index up to date (--no-update leaves it as it is)"
+            named = root.removeprefix(os.path.join(os.getcwd(), ""))
+            say(f"tinyvl: {named}: {changes} since it was indexed; {advice}", how.get("quiet"))
+            return bring_up_to_date(source, home, model, load, report=False, **how)
+    except UserError as error:
+        if error.status != 1:
+            raise
+        print(f"tinyvl: {str(error).rstrip('.')}; searching the index as it is", file=sys.stderr)
+    return 0, None
+
+
 def shown(index: Index, folder: str | None) -> Callable[[str], str]:
     """How a row's path is printed: below the folder as it was named, else as short as it can be."""
-    if folder is not None:
-        return partial(os.path.join, folder)
     root, here = index.root, os.path.join(os.getcwd(), "")
-    return lambda path: os.path.join(root, path).removeprefix(here)
+    if folder is None:
+        return lambda path: os.path.join(root, path).removeprefix(here)
+    start = os.path.abspath(folder)
+    return lambda path: os.path.join(folder, os.path.relpath(os.path.join(root, path), start))
 
 
 def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:
