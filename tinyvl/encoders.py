@@ -351,7 +351,8 @@ def build_timm(config: dict[str, Any], **changes: Any) -> nn.Module:
     settings = {"pretrained_cfg": config.get("pretrained_cfg"), **config.get("model_args", {})}
     try:
         return timm.create_model(
-            config["architecture"], pretrained=False, num_classes=0, **(settings | changes)
-        )
+            config["architecture"], pretrained=False,
+            **(settings | {"num_classes": 0} | changes),  # timm writes a number of its own
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise UserError(f"timm has no image model named {config['architecture']!r}.", 2) from error
