@@ -35,11 +35,13 @@ class Source:
 
 
 def read_source(
-    name: str, null: bool = False, format: str | None = None, images: str | None = None
-) -> Source:
+    name: str, null: bool = False, format: str | None = None, images: str | None = None,
+    quiet: bool = False,
+) -> Source:  # fmt: skip
     """A folder's pictures (captions from ``x.txt`` beside ``x.jpg``), a data set, or ``-``.
 
     With ``null`` the paths behind ``-`` end with NUL; ``format`` and ``images`` as in `data.read`.
+    Unless ``quiet``, a line says what else is in a folder.
 
     Raises UserError: as `data.read`, or there are no pictures. The index is then left as it is: a
     disk that is not mounted looks like an empty folder.
@@ -53,7 +55,7 @@ def read_source(
     elif os.path.isdir(name):
         root = os.path.abspath(name)
         source = Source(root, root)
-        for path in media.expand([root]):
+        for path in media.expand([root], others=media.Others("image", quiet)):
             lines = source.captions[os.path.relpath(path, root)] = []
             beside = Path(os.path.splitext(path)[0] + ".txt")
             try:
