@@ -302,7 +302,7 @@ def test_an_empty_index_finds_nothing(tinyvl, photos):
         (["retrieve", "photos", "-q", "x", "--model", "two"], 2, "another model"),
         (["index", "photos", "--model", "two"], 2, "another model"),
         (["index", "-"], 2, "-o INDEX"),
-        (["index", "no/such", "-o", "i"], 1, "does not exist"),
+        (["index", "no/such", "-o", "i"], 2, "does not exist"),
         (["classify", "photos"], 2, "--labels"),
         (["classify", "photos", "--labels", "cat"], 2, "two names"),
         (["classify", "photos", "--labels", "cat,dog", "--resume"], 2, "-o FILE"),

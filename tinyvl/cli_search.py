@@ -21,7 +21,7 @@ from tinyvl.cli_options import (
     piped,
     same,
 )
-from tinyvl.files import Unmarked, dump, quoted
+from tinyvl.files import Unmarked, dump, local, quoted
 from tinyvl.presets_options import Job, Run, option
 
 app = group()
@@ -60,11 +60,11 @@ def index(
     """
     if out is None and not os.path.isdir(data):
         raise UserError("Name the index's folder with -o INDEX.", 2)
-    from tinyvl import search
+    from tinyvl import index_source, search_open
 
-    out = out or Path(data) / search.HIDDEN
-    source = search.read_source(data, null, format, images)
-    status, _ = search.bring_up_to_date(
+    out = out or Path(data) / search_open.HIDDEN
+    source = index_source.read_source(data, null, format, images, quiet)
+    status, _ = search_open.bring_up_to_date(
         source, out, model, loader(place), batch=batch, workers=place.workers, retry=retry,
         quiet=quiet,
     )  # fmt: skip
@@ -127,12 +127,12 @@ def retrieve(
         texts = ["-"]
     if not all(text.strip() for text in texts):
         raise UserError("--query takes a text, not an empty one.", 2)
-    from tinyvl import search
+    from tinyvl import search, search_open
 
     pictures = [search.Query(path, True) for path in images]
     adds, subtracts = [[search.term(text) for text in terms or []] for terms in (plus, minus)]
     named = [search.Query(text) for text in texts] + pictures + adds + subtracts
-    status, found, loaded = search.opened(
+    status, found, loaded = search_open.opened(
         folder, index, model, loader(place), named, captions=captions, fresh=update,
         workers=place.workers, retry=retry, quiet=quiet,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def retrieve(
         for hits in search.answers(
             found, loaded, queries, k=k, threshold=threshold, captions=captions,
             duplicates=duplicates, shift=search.shift_of(loaded, adds, subtracts),
-            show=search.shown(found, folder),
+            show=search_open.shown(found, folder),
         ):  # fmt: skip
             if isinstance(hits, UserError):
                 status = 1
@@ -183,18 +183,27 @@ def classify(
     from tinyvl import media
     from tinyvl.classes import class_embeddings, templates
     from tinyvl.search import classify, read_labels
-    from tinyvl.write import open_output, write_rows
+    from tinyvl.write import Told, absent, check_output, listed, open_output, write_rows
 
     names, prompts = read_labels(labels), templates(prompt)
     bare = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file() and how.out is None
-    paths = media.expand(inputs, Unmarked(sys.stdin), null=how.null)
-    stream, done = sys.stdout, set()
+    others, text = media.Others("image", how.quiet), "{label}\t{probability:.4f}"
+    paths = media.expand(inputs, Unmarked(sys.stdin), null=how.null, others=others)
+    stream, done, told = None, set(), Told("pictures", None, how.out, how.quiet)
+    if how.out is not None:
+        check_output(how.out, how.resume)
+    if "-" not in inputs:
+        paths, told.total, there = listed(paths)
+        if not there and told.total:
+            raise typer.Exit(write_rows(absent(paths), None, text, as_json=how.as_json, bare=False))
     loaded = loader(how)(how.model)
     classes = class_embeddings(loaded.embed_texts, names, prompts)
     if how.out is not None:
         many = min(top, len(names))
-        stream, done = open_output(how.out, how.resume, field="label", tabs=2, lines=many)
+        made_by = {"model": local(how.model), "labels": names, "prompts": prompts, "top": top}
+        stream, done = open_output(
+            how.out, how.resume, field="label", tabs=2, lines=many, made_by=made_by
+        )
         paths = (path for path in paths if path not in done)
     results = classify(loaded, paths, names, classes, top=top, batch=how.batch, workers=how.workers)
-    text = "{label}\t{probability:.4f}"
-    raise typer.Exit(write_rows(results, stream, text, as_json=how.as_json, bare=bare))
+    raise typer.Exit(write_rows(results, stream, text, as_json=how.as_json, bare=bare, told=told))
