@@ -153,12 +153,12 @@ class Run:
     """How a run is carried out."""
 
     out: Path = option("Output", MISSING, "Checkpoint folder.", shown="runs/METHOD")
+    device: "torch.device" = option("Run", MISSING, "cpu, cuda, cuda:1 or mps.", parse=str,
+        shown="the best there is")
     architecture: str | None = option("Model", None, "timm's name for the model in the file of "
         "weights (.safetensors, .pth) that --vision names.")
     random_vision: bool = option("Model", False, "--vision is a name of timm's; random weights, as "
         "a control.", name="--random-init", of=("itune", "epalm", "clipcap"))
-    device: "torch.device" = option("Run", MISSING, "cpu, cuda, cuda:1 or mps.", parse=str,
-        shown="the best there is")
     micro: int = option("Run", 64, "Captions in memory at once. (default: 64; 2500 in LilT with "
         "frozen, cached towers)", name="--micro-batch", shown="", min=1)
     checkpointing: bool = option("Run", False, "Recompute layers: less memory, slower.")
