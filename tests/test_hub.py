@@ -281,8 +281,8 @@ def test_any_timm_name(tmp_path):
     with pytest.raises(UserError, match="nonsense") as error:
         hub.fetch("resnet10t.nonsense", "vision")
     assert error.value.status == 2
-    with pytest.raises(UserError, match="no image model named 'resnet1ot'; is resnet10t meant"):
-        hub.fetch("resnet1ot", "vision")
+    with pytest.raises(UserError, match="no image model named 'mixer_b16_42'; is mixer_b16_224 meant"):
+        hub.fetch("mixer_b16_42", "vision")
 
 
 def test_a_file_of_weights_random_weights_and_what_timm_wrote(tmp_path, monkeypatch):

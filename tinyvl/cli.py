@@ -281,7 +281,7 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
+        app(prog_name="tinyvl")
     except UserError as error:
         if debug:
             raise
