@@ -268,6 +268,7 @@ def test_a_broken_picture_leaves_status_1(home, tmp_path):
         (["caption", "--metrics", "BLEU", "FEW"], "BLEU-1"),
         (["caption", "no/such/model", "FEW"], "no tinyvl checkpoint"),
         (["caption", "CAPTIONER", "no/such/data"], "no/such/data"),
+        (["caption", "CAPTIONER"], "is a model; name the data behind it"),
         (["caption", "CAPTIONER", "FEW", "--split", "test"], "no split 'test'"),
         (["caption", "CAPTIONER", "FEW", "--sample", "--temperature", "0"], "--temperature"),
         (["caption", "LILT", "FEW"], "lilt"),

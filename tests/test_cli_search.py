@@ -297,6 +297,7 @@ def test_an_empty_index_finds_nothing(tinyvl, photos):
         (["retrieve", "photos", "-q", "x", "--json", "-0"], 2, "not go together"),
         (["retrieve", "photos", "-q", "x", "--scores", "-0"], 2, "not go together"),
         (["retrieve", "photos", "-q", "x", "--threshold", "1.5"], 2, "from -1 to 1"),
+        (["retrieve", "photos", "-i", "no.png"], 1, "no.png: there is no such file"),
         (["retrieve", "a dog"], 2, '--query "a dog"'),
         (["retrieve", "--index", "no/such", "-q", "x"], 2, "no index there"),
         (["retrieve", "photos", "-q", "x", "--model", "two"], 2, "another model"),

@@ -281,7 +281,9 @@ def test_any_timm_name(tmp_path):
     with pytest.raises(UserError, match="nonsense") as error:
         hub.fetch("resnet10t.nonsense", "vision")
     assert error.value.status == 2
-    with pytest.raises(UserError, match="no image model named 'mixer_b16_42'; is mixer_b16_224 meant"):
+    with pytest.raises(
+        UserError, match="no image model named 'mixer_b16_42'; is mixer_b16_224 meant"
+    ):
         hub.fetch("mixer_b16_42", "vision")
 
 

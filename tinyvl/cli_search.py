@@ -125,6 +125,8 @@ def retrieve(
         if sys.stdin.isatty():
             raise UserError("Say what to look for: --query TEXT or --image FILE.", 2)
         texts = ["-"]
+    if images and not texts and not any(map(os.path.exists, images)):
+        raise UserError(f"{images[0]}: there is no such file.")
     if not all(text.strip() for text in texts):
         raise UserError("--query takes a text, not an empty one.", 2)
     from tinyvl import search, search_open
