@@ -115,20 +115,7 @@ def retrieve(
         raise UserError(f"-0 and {'--json' if as_json else '--scores'} do not go together.", 2)
     if threshold is not None and not -1 <= threshold <= 1:
         raise UserError(f"--threshold is from -1 to 1, not {threshold:g}.", 2)
-    if folder and not os.path.isdir(folder):
-        advice = "an index elsewhere is named by --index"
-        if not (query or image):
-            advice = f'words to look for are named by --query: --query "{folder}"'
-        raise UserError(f"{folder}: not a folder; {advice}.", 2)
-    texts, images = query or [], image or []
-    if not texts and not images:
-        if sys.stdin.isatty():
-            raise UserError("Say what to look for: --query TEXT or --image FILE.", 2)
-        texts = ["-"]
-    if images and not texts and not any(map(os.path.exists, images)):
-        raise UserError(f"{images[0]}: there is no such file.")
-    if not all(text.strip() for text in texts):
-        raise UserError("--query takes a text, not an empty one.", 2)
+    texts, images = asked_for(query or [], image or [], folder)
     from tinyvl import search, search_open
 
     pictures = [search.Query(path, True) for path in images]
@@ -155,6 +142,24 @@ def retrieve(
                 print(line, end="\0" if null else "\n")
         sys.stdout.flush()
     raise typer.Exit(status)
+
+
+def asked_for(texts: list[str], images: list[str], folder: str | None) -> tuple[list, list]:
+    """The texts and pictures to look for. UserError: there are none, or nothing to search."""
+    if folder and not os.path.isdir(folder):
+        advice = "an index elsewhere is named by --index"
+        if not texts and not images:
+            advice = f'words to look for are named by --query: --query "{folder}"'
+        raise UserError(f"{folder}: not a folder; {advice}.", 2)
+    if not texts and not images:
+        if sys.stdin.isatty():
+            raise UserError("Say what to look for: --query TEXT or --image FILE.", 2)
+        texts = ["-"]
+    if images and not texts and not any(map(os.path.exists, images)):
+        raise UserError(f"{images[0]}: there is no such file.")
+    if not all(text.strip() for text in texts):
+        raise UserError("--query takes a text, not an empty one.", 2)
+    return texts, images
 
 
 def line_of(hit: Any, as_json: bool, several: bool, null: bool) -> str:
