@@ -61,7 +61,7 @@ def read_source(
             try:
                 found = [line for _, line in files.text_lines(beside, optional=True)]
                 lines += filter(has_words, found)
-                if bare := len(found) - len(lines):
+                if (bare := len(found) - len(lines)) and not quiet:
                     skip(f"{bare} captions without words in {beside}")
             except UserError as error:
                 skip(str(error))

@@ -7,6 +7,7 @@ None: the one that made the index, or the default.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def nearest(folder: str) -> Path:
     home = Path(folder) / HIDDEN
     if not (home / "index.json").exists():
         for above in Path(os.path.abspath(folder)).parents:
-            about = read_about(above / HIDDEN) or {}
+            about: dict[str, Any] = {}
+            with suppress(UserError):  # one that cannot be read is not for this folder
+                about = read_about(above / HIDDEN) or {}
             if about.get("generation") and located(about["source"], above / HIDDEN) == str(above):
                 return above / HIDDEN
     return home
