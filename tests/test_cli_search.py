@@ -385,7 +385,9 @@ def test_classify_reads_paths_names_bad_files_and_resumes(tinyvl, photos):
     assert done.status == 1
     assert [line["path"] for line in lines] == [paths[i] for i in (0, 0, 1, 2, 2)]
     assert list(lines[2]) == ["path", "error"]
-    assert done.err.splitlines()[-1].startswith("tinyvl: photos/bad.png: ")
+    error, end = done.err.splitlines()
+    assert error.startswith("tinyvl: photos/bad.png: ")
+    assert end.endswith("1 failed")
 
     done = tinyvl(*args, "-", "-o", "out.tsv", stdin=stdin)
     whole = Path("out.tsv").read_text()

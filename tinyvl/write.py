@@ -359,10 +359,11 @@ def open_output(
         return stream, set()
     if made_by and beside.exists():
         before = json.loads(read_text(beside))
-        for name in made_by:
-            if before.get(name) != made_by[name]:
-                was = f"its lines were made with {name} {before.get(name)}, not {made_by[name]}"
+        for name in before.keys() & made_by.keys():  # an answer of given choices has no search
+            if before[name] != made_by[name]:
+                was = f"its lines were made with {name} {before[name]}, not {made_by[name]}"
                 raise UserError(f"{out}: {was}; go on with that, or choose another name.", 2)
+        made_by = before | made_by
     kept: list[tuple[str, str]] = []  # path, line
     for line in re.findall(r"[^\n]*\n", read_text(out, "surrogateescape")):
         try:
@@ -383,4 +384,6 @@ def open_output(
     counts = Counter(path for path, _ in kept)
     whole = "".join(line for path, line in kept if counts[path] >= lines)
     write_text(out, whole)
+    if made_by and out.is_file():
+        write_text(beside, json.dumps(made_by) + "\n")
     return append(), {path for path, count in counts.items() if count >= lines}
