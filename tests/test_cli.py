@@ -46,7 +46,35 @@ def test_every_command_and_option_has_help():
 
 
 def test_version():
-    assert shell.invoke("--version").output.strip() == __version__
+    found = dict(line.split(" ", 1) for line in shell.invoke("--version").output.splitlines())
+    assert found["tinyvl"] == __version__
+    assert list(found) == ["tinyvl", "torch", "device", "cache"]
+
+
+def test_the_package_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyvl", "inspect"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: tinyvl inspect")
+
+
+def completed(monkeypatch, *words: str) -> set[str]:
+    """What a shell offers for the last word."""
+    monkeypatch.setenv("_TINYVL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(["tinyvl", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    return set(shell.run(*words).stdout.split())
+
+
+def test_a_shell_completes_commands_presets_and_backbones(monkeypatch):
+    assert completed(monkeypatch, "cap") == {"caption"}
+    assert "--beams" in completed(monkeypatch, "caption", "--be")
+    assert "itune-base" in completed(monkeypatch, "train", "itune", "--preset", "itune-b")
+    assert completed(monkeypatch, "train", "itune", "--lm", "gpt2-m") == {"gpt2-medium"}
+    assert completed(monkeypatch, "inspect", "Smol") == {"SmolLM2-135M"}
+    assert completed(monkeypatch, "train", "lilt", "--fit", "s") == {"squash"}
+    assert completed(monkeypatch, "caption", "pho") == set()  # the shell knows its files
 
 
 def test_inspect_prints_the_papers_row_as_json():
@@ -58,6 +86,21 @@ def test_inspect_prints_the_papers_row_as_json():
     assert set(found) >= {"total_parameters", "trainable_percent"}
 
 
+def test_inspect_prints_lines_and_knows_backbones():
+    lines = dict(row.split("\t") for row in shell.invoke("inspect", "epalm").output.splitlines())
+    assert (lines["method"], lines["recipe.batch"]) == ("epalm", "64")
+    assert not [value for value in lines.values() if value[:1] in "{["]
+    lines = dict(row.split("\t") for row in shell.invoke("inspect", "gpt2").output.splitlines())
+    assert (lines["role"], lines["total_parameters"]) == ("decoder", "124,439,808")
+
+
+def test_pull_default_fetches_each_backbone_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "pull", lambda names: asked.extend(names) or ["there"])
+    assert shell.invoke("pull", "default").output == "there\n"
+    assert sorted(asked) == ["EfficientNet-Lite2", "SmolLM2-135M", "all-MiniLM-L6-v2"]
+
+
 def test_models_lists_presets_and_backbones():
     rows = list(map(json.loads, shell.invoke("models", "--json").output.splitlines()))
     names = {row["name"]: row for row in rows}
@@ -65,7 +108,15 @@ def test_models_lists_presets_and_backbones():
     backbone = names["SmolLM2-135M"]
     assert backbone["licence"] == "Apache-2.0"
     assert set(backbone) == {"name", "role", "parameters", "licence", "source", "here"}
-    assert "SmolLM2-135M" in shell.invoke("models").output
+    lines = [line.split("\t") for line in shell.invoke("models").output.splitlines()]
+    assert ["backbone", "SmolLM2-135M", "decoder", "134515008"] in [line[:4] for line in lines]
+    long = max(names, key=len)
+    assert long in {line[1] for line in lines}
+    lines = shell.invoke("models", "--method", "clipcap").output.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["clipcap", "clipcap-transformer"]
+    roles = shell.invoke("models", "--role", "audio").output.splitlines()
+    assert "Whisper-tiny.en" in {line.split("\t")[1] for line in roles}
+    assert {line.split("\t")[2] for line in roles} == {"audio"}
 
 
 def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_path, monkeypatch):
@@ -85,7 +136,7 @@ def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_p
     [
         (["inspect", "no-such-preset"], 2, "tinyvl models"),
         (["train", "itune", "--preset", "nope"], 2, "itune-base"),
-        (["train", "itune", "--data", "/no/such/file"], 1, "/no/such/file"),
+        (["train", "itune", "--data", "/no/such/file"], 2, "/no/such/file"),
         (["caption", "x.png", "--beams", "0"], 2, "beams"),
         (["frobnicate"], 2, "frobnicate"),
     ],

@@ -306,12 +306,15 @@ def test_check_opens_videos_and_sounds(tmp_path):
     assert errors[2].startswith("damaged, or in no format that can be read")
 
 
-def test_check_of_a_malformed_record_says_which(good):
+def test_check_names_every_malformed_line_and_checks_the_rest(good):
     with open(good, "a") as file:
-        file.write('{"image": 3}\n')
-    with pytest.raises(UserError, match=r"line 3: 'image' should be a text") as caught:
-        run("check", good)
-    assert caught.value.status == 1
+        file.write('{"image": 3}\n{"image": "gone.png", "captions": ["x"]}\nno JSON\n')
+    status, found = report(good)
+    assert (status, found["records"]) == (1, 3)
+    assert [(d["problem"], d["error"][:24]) for d in found["details"]] == [
+        ("malformed", "line 3: 'image' should be"[:24]), ("malformed", "line 5 is not JSON: Expe"),
+        ("missing", "there is no such file"),
+    ]  # fmt: skip
 
 
 def test_check_prints_tables_on_a_terminal(good, monkeypatch, capsys):

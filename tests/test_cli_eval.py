@@ -268,6 +268,7 @@ def test_a_broken_picture_leaves_status_1(home, tmp_path):
         (["caption", "--metrics", "BLEU", "FEW"], "BLEU-1"),
         (["caption", "no/such/model", "FEW"], "no tinyvl checkpoint"),
         (["caption", "CAPTIONER", "no/such/data"], "no/such/data"),
+        (["caption", "CAPTIONER"], "is a model; name the data behind it"),
         (["caption", "CAPTIONER", "FEW", "--split", "test"], "no split 'test'"),
         (["caption", "CAPTIONER", "FEW", "--sample", "--temperature", "0"], "--temperature"),
         (["caption", "LILT", "FEW"], "lilt"),
@@ -313,10 +314,21 @@ def test_tables_on_a_terminal(capsys):
     assert max(map(len, drawn.splitlines())) <= 80
     interval = {"value": 0.1, "low": -0.05, "high": 0.2}
     compared = report | {
-        "predictions": "b", "baseline": {"predictions": "a", "metrics": {"TR@1": 0.15}},
+        "predictions": "b",
+        "baseline": {"predictions": "a", "metrics": {"TR@1": 0.15}, "checkpoint": {"steps": 7}},
         "difference": {"TR@1": interval}, "groups": {},
     }  # fmt: skip
     draw(compared)
     drawn = capsys.readouterr().out
-    for text in ("B - A", "95 %", "-0.0500", "0.1500", "A: a", "B: b"):
+    for text in ("B - A", "95 %", "-0.0500", "0.1500", "A: a", "B: b", "A, checkpoint: steps 7",
+                 "B, checkpoint: method lilt"):  # fmt: skip
         assert text in drawn, text
+    assert "model: m" in drawn.replace("B, model", "model")
+    assert "\ncheckpoint" not in drawn
+    names = [f"{way}@{k}" for way in ("TR", "IR") for k in (1, 5, 10)] + ["TR-mean", "IR-mean"]
+    scores = dict.fromkeys(names, 0.1234)
+    languages = {"en": {"items": 10_000, **scores}, "de": {"items": 10_000, **scores}}
+    draw(report | {"metrics": scores, "chance": scores, "groups": {"language": languages}})
+    drawn = capsys.readouterr().out
+    assert drawn.count("chance") == 2  # not "chan...", for there are ten columns
+    assert max(map(len, drawn.splitlines())) <= 80

@@ -125,7 +125,7 @@ def test_a_picture_as_the_query_needs_no_text_tower(tinyvl, photos, loads):
     (photos / "bad.png").write_bytes(b"no")
     done = tinyvl("retrieve", photos, "-i", "photos/bad.png", "-i", "photos/red.png", "-k", "1")
     assert (done.status, done.out) == (1, "photos/red.png\tphotos/red.png\n")
-    assert done.err.startswith("tinyvl: photos/bad.png: ")
+    assert done.err.splitlines()[-1].startswith("tinyvl: photos/bad.png: ")
 
 
 def test_queries_are_added_and_subtracted(tinyvl, photos, loads):
@@ -149,7 +149,9 @@ def test_queries_are_added_and_subtracted(tinyvl, photos, loads):
 def test_a_threshold_and_no_limit(tinyvl, photos):
     tinyvl("index", photos)
     assert tinyvl("retrieve", photos, "-q", "red", "--threshold", "0.99").out == "photos/red.png\n"
-    done = tinyvl("retrieve", photos, "-q", "red", "--threshold", "1.5")
+    done = tinyvl("retrieve", photos, "-q", "red", "-q", "x", "--threshold", "1", "--minus", "red")
+    assert (done.status, done.out) == (1, "")
+    done = tinyvl("retrieve", photos, "-q", "x", "--threshold", "0.9")
     assert (done.status, done.out) == (0, "")
     assert len(tinyvl("retrieve", photos, "-q", "red", "-k", "0").out.splitlines()) == 4
 
@@ -179,9 +181,10 @@ def test_a_list_of_paths_on_standard_input(tinyvl, photos):
         Image.new("RGB", (20, 20), "green").save(name)
     done = tinyvl("index", "-", "-0", "-o", "i", stdin="\0".join(names))
     assert done.err.endswith("i: 2 embedded, 1 moved or copied\n")
-    done = tinyvl("retrieve", "--index", "i", "-q", "green", "-k", "2", "-0")
+    asked = ("retrieve", "--index", "i", "-q", "green", "-k", "2", "--duplicates")
+    done = tinyvl(*asked, "-0")
     assert sorted(done.out.split("\0")[:-1]) == sorted(names[1:])
-    done = tinyvl("retrieve", "--index", "i", "-q", "green", "-k", "2", "--json")
+    done = tinyvl(*asked, "--json")
     assert sorted(json.loads(line)["path"] for line in done.out.splitlines()) == sorted(names[1:])
     assert tinyvl("index", "-", "-o", "i", stdin="photos/red.png\n").err == (
         "i: 1 unchanged, 2 gone\n"
@@ -210,6 +213,71 @@ def test_a_bad_file_costs_status_1_and_the_rest_is_indexed(tinyvl, photos):
     assert "4 embedded, 1 unreadable" in done.err
 
 
+def test_a_folder_that_has_changed_is_indexed_before_it_is_searched(tinyvl, photos, loads):
+    tinyvl("index", photos)
+    Image.new("RGB", (20, 20), "black").save(photos / "black.png")
+    (photos / "red.png").unlink()
+    (photos / "bad.png").write_bytes(b"nothing")
+    asked = ("retrieve", photos, "-q", "red", "-k", "0")
+    old = tinyvl(*asked, "--no-update")
+    assert (old.status, old.err, len(old.out.split())) == (0, "", 4)
+    done = tinyvl(*asked)
+    assert done.status == 1
+    assert {Path(line).name for line in done.out.split()} == {
+        "black.png", "green.png", "blue.png", "white.png"
+    }  # fmt: skip
+    said = done.err.splitlines()
+    assert "photos: 2 new, 1 gone since it was indexed; bringing" in said[0]
+    assert "skipping" in said[1]
+    assert "bad.png: " in said[1]
+    assert len(said) == 2
+    again = tinyvl(*asked)
+    assert (again.status, again.out, again.err) == (0, done.out, "")
+    assert loads == [("text", "image"), ("text",), ("text", "image"), ("text",)]
+    assert tinyvl("index", photos).err.endswith("4 unchanged, 1 unreadable as before "
+                                                "(--retry tries again)\n")  # fmt: skip
+    assert tinyvl("index", photos, "--retry").status == 1
+    (photos / "bad.png").write_bytes((photos / "blue.png").read_bytes())  # mended
+    assert len(tinyvl(*asked, "--duplicates").out.split()) == 5
+
+
+def test_a_folder_nobody_may_write_to_is_searched_as_it_is(tinyvl, photos, monkeypatch):
+    tinyvl("index", photos)
+    (photos / "red.png").unlink()
+
+    def refuse(*args, **more):
+        raise PermissionError(13, "Permission denied", "there")
+
+    monkeypatch.setattr("tinyvl.index.store.writing", refuse)
+    done = tinyvl("retrieve", photos, "-q", "red", "-k", "1")
+    assert (done.status, done.out) == (0, "photos/red.png\n")
+    assert done.err.endswith("searching the index as it is\n")
+
+
+def test_a_subfolder_is_searched_by_the_index_around_it(tinyvl, photos, monkeypatch, loads):
+    (photos / "trip" / "day").mkdir(parents=True)
+    Image.new("RGB", (20, 20), (250, 9, 9)).save(photos / "trip" / "day" / "a.png")
+    Image.new("RGB", (20, 20), "navy").save(photos / "trip" / "b.png")
+    tinyvl("index", photos)
+    done = tinyvl("retrieve", photos / "trip", "-q", "red")
+    assert (done.err, done.out) == ("", "photos/trip/day/a.png\nphotos/trip/b.png\n")
+    monkeypatch.chdir(photos / "trip" / "day")
+    assert tinyvl("retrieve", "-q", "red").out == "a.png\n"
+    assert not Path(".tinyvl").exists()
+
+
+def test_equal_pictures_are_one_hit_and_scores_are_shown(tinyvl, photos):
+    for i in range(5):
+        (photos / f"{i}.png").write_bytes((photos / "red.png").read_bytes())
+    done = tinyvl("retrieve", photos, "-q", "red", "-k", "2", "--scores")
+    first, second = (line.split("\t") for line in done.out.splitlines())
+    assert (first, second[0] in ("photos/blue.png", "photos/green.png", "photos/white.png")) == (
+        ["photos/0.png", "1.0000"], True
+    )  # fmt: skip
+    done = tinyvl("retrieve", photos, "-q", "red", "-k", "6", "--duplicates")
+    assert "photos/red.png" in done.out.splitlines()
+
+
 def test_an_empty_index_finds_nothing(tinyvl, photos):
     for file in photos.iterdir():
         file.write_bytes(b"nothing")
@@ -226,12 +294,16 @@ def test_an_empty_index_finds_nothing(tinyvl, photos):
         (["retrieve", "photos", "-q", " "], 2, "empty"),
         (["retrieve", "no/such", "-q", "x"], 2, "not a folder"),
         (["retrieve", "photos", "--index", "i", "-q", "x"], 2, "not both"),
-        (["retrieve", "photos", "-q", "x", "--json", "-0"], 2, "choose one"),
+        (["retrieve", "photos", "-q", "x", "--json", "-0"], 2, "not go together"),
+        (["retrieve", "photos", "-q", "x", "--scores", "-0"], 2, "not go together"),
+        (["retrieve", "photos", "-q", "x", "--threshold", "1.5"], 2, "from -1 to 1"),
+        (["retrieve", "photos", "-i", "no.png"], 1, "no.png: there is no such file"),
+        (["retrieve", "a dog"], 2, '--query "a dog"'),
         (["retrieve", "--index", "no/such", "-q", "x"], 2, "no index there"),
         (["retrieve", "photos", "-q", "x", "--model", "two"], 2, "another model"),
         (["index", "photos", "--model", "two"], 2, "another model"),
         (["index", "-"], 2, "-o INDEX"),
-        (["index", "no/such", "-o", "i"], 1, "does not exist"),
+        (["index", "no/such", "-o", "i"], 2, "does not exist"),
         (["classify", "photos"], 2, "--labels"),
         (["classify", "photos", "--labels", "cat"], 2, "two names"),
         (["classify", "photos", "--labels", "cat,dog", "--resume"], 2, "-o FILE"),
@@ -313,7 +385,9 @@ def test_classify_reads_paths_names_bad_files_and_resumes(tinyvl, photos):
     assert done.status == 1
     assert [line["path"] for line in lines] == [paths[i] for i in (0, 0, 1, 2, 2)]
     assert list(lines[2]) == ["path", "error"]
-    assert done.err.startswith("tinyvl: photos/bad.png: ")
+    error, end = done.err.splitlines()
+    assert error.startswith("tinyvl: photos/bad.png: ")
+    assert end.endswith("1 failed")
 
     done = tinyvl(*args, "-", "-o", "out.tsv", stdin=stdin)
     whole = Path("out.tsv").read_text()

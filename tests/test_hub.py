@@ -17,6 +17,7 @@ from offline import minilm_files, probe, sha256
 from safetensors.torch import load_file, save_file
 
 from tinyvl import UserError, hub, hub_convert, hub_table
+from tinyvl.encoders import build_image_encoder
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -280,6 +281,32 @@ def test_any_timm_name(tmp_path):
     with pytest.raises(UserError, match="nonsense") as error:
         hub.fetch("resnet10t.nonsense", "vision")
     assert error.value.status == 2
+    with pytest.raises(
+        UserError, match="no image model named 'mixer_b16_42'; is mixer_b16_224 meant"
+    ):
+        hub.fetch("mixer_b16_42", "vision")
+
+
+def test_a_file_of_weights_random_weights_and_what_timm_wrote(tmp_path, monkeypatch):
+    import timm
+
+    monkeypatch.setenv("TINYVL_CACHE", str(tmp_path / "cache"))
+    model = timm.create_model("resnet10t", pretrained=False)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "own.pth")
+    with pytest.raises(UserError, match="--architecture says"):
+        hub.fetch(str(tmp_path / "own.pth"), "vision")
+    folder = hub.fetch(str(hub.adopted(str(tmp_path / "own.pth"), "resnet10t")), "vision")
+    config = json.loads((folder / "config.json").read_text())
+    encoder = build_image_encoder(config, folder)
+    assert torch.equal(encoder.model.conv1[0].weight, model.conv1[0].weight)
+    first, again, other = (hub.randomly("resnet10t", seed) for seed in (0, 0, 1))
+    assert first == again
+    assert hub.weights_hash(first) != hub.weights_hash(other)
+    written = config | {"num_classes": 3, "model_args": {"num_classes": 3}}  # save_for_hf's
+    (folder / "config.json").write_text(json.dumps(written))
+    assert build_image_encoder(written, folder).width == encoder.width
+    assert hub.fetch(str(folder / "model.safetensors"), "vision") == folder
 
 
 def bin_folder(folder: Path, names: list[str]) -> Path:

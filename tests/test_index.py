@@ -17,7 +17,7 @@ import torch
 from dual import Dual
 from PIL import Image
 
-from tinyvl import UserError, index
+from tinyvl import UserError, index, index_source
 from tinyvl.device import Pieces
 from tinyvl.index import Index
 
@@ -37,7 +37,7 @@ def photos(tmp_path) -> Path:
 
 
 def refresh(folder: Path, data: Path | str, model: Dual | None = None, batch: int = 4):
-    source = index.read_source(str(data))
+    source = index_source.read_source(str(data))
     return index.update(folder, source, model or Dual(), name="m", batch=batch, workers=0)
 
 

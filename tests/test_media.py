@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from tinyvl import UserError, media
-from tinyvl.media import MediaError, expand, is_image, load_image
+from tinyvl.media import MediaError, Others, expand, is_image, load_image
 
 
 def scene(width: int = 96, height: int = 64) -> Image.Image:
@@ -550,9 +550,38 @@ def test_expand_standard_input():
     assert list(expand(["-"], io.BytesIO())) == []
     null = b"a\nb.jpg\0\0c.jpg\r\0 \0d"
     assert list(expand(["-"], io.BytesIO(null), null=True)) == ["a\nb.jpg", "c.jpg\r", " ", "d"]
-    with pytest.raises(UserError, match="-0 for NUL-separated") as caught:
+    with pytest.raises(UserError, match="read with -0") as caught:
         list(expand(["-"], io.BytesIO(b"a.jpg\0b.jpg\0")))
     assert caught.value.status == 2
+
+
+def test_a_picture_on_standard_input_is_no_list_of_paths():
+    found = expand(["-"], io.BytesIO(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"))
+    with pytest.raises(UserError, match=r"- stands for paths .* name a picture by its path"):
+        next(found)
+
+
+def test_what_a_folder_has_besides_is_counted_by_kind(tmp_path, capsys):
+    for name in [
+        "a.jpg",
+        "a.txt",
+        "b.NEF",
+        "c.cr2",
+        "d.mp4",
+        "e.psd",
+        "README",
+        "x.json",
+        ".hidden",
+    ]:
+        (tmp_path / name).touch()
+    assert list(expand([str(tmp_path)], others=Others("image"))) == [f"{tmp_path}/a.jpg"]
+    said = capsys.readouterr().err
+    for part in ("2 RAW pictures (.", "1 video (.mp4)", "2 other files ("):
+        assert part in said
+    assert list(expand([str(tmp_path)], others=Others("video", quiet=True))) == [
+        f"{tmp_path}/d.mp4"
+    ]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("null", [False, True])

@@ -136,8 +136,9 @@ def test_without_java_what_needs_it_fails_before_any_work(name, tmp_path):
 
 
 def test_unknown_metrics_and_spice_without_jars_are_refused():
-    with pytest.raises(UserError, match="'CIDER'"):
-        plan_captions(["CIDER"])
+    with pytest.raises(UserError, match="'CIDAR'"):
+        plan_captions(["CIDAR"])
+    assert plan_captions(["cider", "Bleu-4"]).metrics == ("CIDEr", "BLEU-4")  # in any case
     for name in ("SPICE", "SPIDEr"):
         with pytest.raises(UserError, match="--spice-jars") as caught:
             plan_captions([name])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_data import touch
 
-from tinyvl import UserError, data, data_check, evaluate_compare, index
+from tinyvl import UserError, data, data_check, evaluate_compare, index_source
 from tinyvl.evaluate import Source, choose, read, task_of
 
 
@@ -132,7 +132,7 @@ def test_records_without_a_part_are_counted_where_one_is_chosen(tmp_path, caplog
     file = lines(tmp_path / "a.jsonl", *entries, {"video": "c.mp4"})
     assert len(data.read(file, split="test")) == 1
     assert "left out 2 of 3 records: they name no split" in caplog.text
-    index.read_source(str(file))
+    index_source.read_source(str(file))
     assert "left out 1 of 3 records: not of a picture" in caplog.text
     said = lines(tmp_path / "p.jsonl", {"id": "a.jpg", "caption": "x"})
     options = {"scoring": {"metrics": ["BLEU-1"]}}

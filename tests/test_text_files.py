@@ -19,7 +19,7 @@ from tinyvl import (
     data,
     data_check,
     files,
-    index,
+    index_source,
     search,
     write,
 )
@@ -87,7 +87,7 @@ def test_captions_beside_pictures_are_one_text_in_index_and_training(tmp_path, c
     (tmp_path / "b.txt").write_bytes(b"a cup\n\n...\n")
     (tmp_path / "c.txt").write_bytes("a cup\n".encode("utf-16"))
     (tmp_path / "d.txt").write_bytes("a cup\n".encode("utf-16-le"))
-    found = index.read_source(str(tmp_path)).captions
+    found = index_source.read_source(str(tmp_path)).captions
     assert found == {"a.png": ["a cup"], "b.png": ["a cup"], "c.png": ["a cup"], "d.png": []}
     said = capsys.readouterr().err
     assert "d.txt, line 1 is not text in UTF-8: it has NUL" in said
@@ -104,13 +104,13 @@ def test_paths_and_queries_on_standard_input_lose_their_mark(monkeypatch, tmp_pa
         monkeypatch.setattr(sys, "stdin", open(tmp_path / "in", encoding="ascii"))  # noqa: SIM115
 
     given(b"\xef\xbb\xbf/a.png\r\n/b\rc.png\n")
-    assert list(index.read_source("-").captions) == ["/a.png", "/b\rc.png"]
+    assert list(index_source.read_source("-").captions) == ["/a.png", "/b\rc.png"]
     given("\ufeffein Hündchen\r\n\r\na cat".encode())
     ((first, second),) = search.groups(["-"], [])
     assert (first.name, second.name) == ("ein Hündchen", "a cat")
     given("/a.png\n".encode("utf-16"))
     with pytest.raises(UserError, match="standard input is UTF-16; give it as UTF-8"):
-        index.read_source("-")
+        index_source.read_source("-")
 
 
 def test_a_query_in_another_encoding_is_refused_and_others_are_answered():

@@ -104,9 +104,78 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(world, tmp_pat
         train.train(job(world, epochs=1), run(tmp_path / "out"))
     with pytest.raises(UserError, match="seed"):
         train.train(job(world, epochs=1, seed=5), run(tmp_path / "out", resume=True))
-    with pytest.raises(UserError, match=r"with recipe.epochs = 1, not 2; resume"):
+    with pytest.raises(UserError, match=r"with recipe.epochs = 1, not 2; its rate .* --init"):
         train.train(job(world, epochs=2), run(tmp_path / "out", resume=True))
     assert files(tmp_path / "out") == before
+
+
+def test_a_finished_run_says_so_and_goes_on_where_its_rate_does_not_fall(
+    world, tmp_path, monkeypatch, capsys
+):
+    still = {"rate": 1e-3, "final_rate": 1e-3}
+    first = train.train(job(world, epochs=1, **still), run(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_records", None)  # not even the data is read
+        again = train.train(job(world, epochs=1, **still), run(tmp_path / "out", resume=True,
+                                                               quiet=False))  # fmt: skip
+    assert again["steps"] == first["steps"] == 6
+    assert again["val_loss"] == first["val_loss"]
+    assert "has ended" in capsys.readouterr().err
+    more = train.train(job(world, epochs=2, **still), run(tmp_path / "out", resume=True))
+    assert (more["steps"], len(losses(tmp_path / "out"))) == (12, 12)
+    assert models.read_config(tmp_path / "out")["training"]["recipe"]["epochs"] == 2
+
+
+def test_a_start_that_fails_leaves_no_folder(world, tmp_path):
+    for changes in ({"options": {"drop": 99}}, {"data": str(tmp_path / "none.jsonl")}):
+        with pytest.raises(UserError):
+            train.train(job(world, **changes), run(tmp_path / "runs" / "out"))
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_resumed_run_has_its_options_in_its_folder(world, tmp_path):
+    """All but --out and --resume; the options come from files, too."""
+    typed = command(world, tmp_path / "out")[2:-1]
+    pairs = dict(zip(typed[::2], typed[1::2], strict=True))
+    numbers = {"--batch": int, "--micro-batch": int, "--per-image": int, "--rate": float}
+    told = {
+        name.removeprefix("--"): numbers[name](value) if name in numbers else value
+        for name, value in pairs.items()
+        if name not in ("--out", "--epochs", "--save-every", "--workers")
+    }
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    out = ["--out", str(tmp_path / "out")]
+    start = ["train", "itune", "--config", str(tmp_path / "run.json"), *out, "--epochs", "1"]
+    dry = shell.run(*start, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert not (tmp_path / "out").exists()
+    done = shell.run(*start)
+    found, planned = json.loads(done.stdout), json.loads(dry.stdout)
+    assert found["steps"] == planned["steps"] == 6
+    assert planned["memory"] > 16 * planned["trainable_parameters"]
+    again = shell.run("train", "itune", *out, "--resume", "--device", "cpu")
+    assert (again.returncode, json.loads(again.stdout)["steps"]) == (0, 6), again.stderr
+    other = shell.run("train", "itune", *out, "--resume", "--seed", "4")
+    assert other.returncode == 2
+    assert "seed = 0, not 4" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.toml", "epoch = 3", "no option 'epoch'; is epochs meant?"),
+        ("a.toml", "epochs = 'x'", "epochs is a number, not 'x'"),
+        ("a.json", '{"batch": 0}', "--batch is at least 1"),
+        ("a.json", "batch: 3", "is not JSON"),
+        ("a.json", "[3]", "takes an object"),
+    ],
+)
+def test_a_file_of_options_is_checked_as_options_are(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    done = shell.run("train", "itune", "--config", tmp_path / name, "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_accumulation_and_checkpointing_change_only_the_last_bits(world):

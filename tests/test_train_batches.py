@@ -11,6 +11,7 @@ from worlds import files, job, losses, run, stopped
 
 from tinyvl import UserError, data, models, train, train_batches
 from tinyvl.data import Record
+from tinyvl.train_plan import Plan
 
 
 def loaded(folder: Path, *entries: dict, val: list[dict] | None = None, **options):
@@ -222,3 +223,13 @@ def test_a_limit_counts_pairs():
         sum(len(r.captions) for r in records) / 10
     )
     assert len(train_batches.limit_pairs(records, 1000, seed=3)) == 40
+
+
+def test_a_batch_that_the_data_does_not_fill_says_so():
+    asked = SimpleNamespace(
+        objective="likelihood", task="caption", recipe=SimpleNamespace(batch=64)
+    )
+    plan = Plan.of([5] * 6, asked, SimpleNamespace(micro=64))
+    assert plan.told(50) == "50 steps of 30 captions (the data does not fill a batch of 64)"
+    plan = Plan.of([1] * 128, asked, SimpleNamespace(micro=16))
+    assert (plan.per_step, plan.told(1)) == (4, "2 steps of 64 captions")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from tiny import write_captioner
 
-from tinyvl import UserError, models, write
+from tinyvl import UserError, cli, models, progress, write
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,9 @@ def test_json_on_a_pipe_with_bad_files_named_and_the_rest_done(caption, photos, 
         text, score = expected[line["path"]]
         assert line["caption"] == text
         assert line["score"] == pytest.approx(score, abs=1e-3)
-    errors = done.stderr.splitlines()
+    *errors, end = done.stderr.splitlines()
     assert len(errors) == 2
+    assert re.fullmatch(r"tinyvl: 4 captions in \d+ s, 2 failed", end)
     assert "bad.png" in errors[0]
     assert "missing.png" in errors[1]
 
@@ -122,6 +124,43 @@ def test_odd_paths_survive_a_resume(tmp_path):
     stream.close()
     assert done == {"a\u2028b.png", "c\td.png", "{x}.png"}
     assert out.read_text() == rows.rpartition("\n")[0] + "\n"
+
+
+def test_files_that_are_not_there_cost_no_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "load_model", None)
+    done = shell.run("caption", tmp_path / "a.png", tmp_path / "b.png", "--json")
+    assert done.returncode == 1
+    line = json.loads(done.stdout.splitlines()[0])
+    assert line == {"path": f"{tmp_path}/a.png", "error": "there is no such file"}
+
+
+def test_a_resumed_file_is_gone_on_with_by_the_same_search(tmp_path):
+    out = tmp_path / "out.tsv"
+    write.open_output(out, False, made_by={"model": "m", "beams": 5})[0].close()
+    write.open_output(out, True, made_by={"model": "m", "beams": 5})[0].close()
+    with pytest.raises(UserError, match="made with beams 5, not 3") as caught:
+        write.open_output(out, True, made_by={"model": "m", "beams": 3})
+    assert caught.value.status == 2
+    assert [file.name for file in tmp_path.iterdir()] == [".out.tsv.json", "out.tsv"]
+
+
+def test_a_stopped_run_says_how_to_go_on(capsys):
+    def results():
+        yield "a", "a dog", -0.5
+        raise KeyboardInterrupt
+
+    told = write.Told("captions", 9, Path("out.tsv"))
+    with pytest.raises(UserError, match=r"after 1 of 9 captions; go on with -o out.tsv --resume"):
+        write.write(results(), io.StringIO(), as_json=False, bare=False, told=told)
+
+
+def test_the_time_left_is_by_all_that_was_done(monkeypatch, capsys):
+    """Results come sixteen at once: the rate between two of them would be far too high."""
+    clock = iter([0.0, 40.0, 40.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar("captions", 64) as advance:
+        advance(16)
+    assert capsys.readouterr().err == "captions: 16/64  2.5 s each, 2 min left\n"
 
 
 def test_a_mistake_in_the_model_leaves_no_output_file(photos, tmp_path):
@@ -173,8 +212,8 @@ def test_captions_stream_as_paths_come(checkpoint, photos):
         (["a.png", "--seed", "0"], 2, "--seed goes with --sample"),
         (["a.png", "--sample", "--beams", "4"], 2, "--beams is for searching"),
         (["a.png", "--sample", "--late-stopping"], 2, "--late-stopping is for searching"),
-        (["a.png", "--device", "cuda:99"], 2, "cuda:99"),
-        (["a.png", "--precision", "fp8"], 2, "fp8"),
+        (["-", "--device", "cuda:99"], 2, "cuda:99"),
+        (["-", "--precision", "fp8"], 2, "fp8"),
     ],
 )
 def test_mistakes_cost_one_sentence(args, status, said, checkpoint):
@@ -242,6 +281,6 @@ def test_failed_files_are_reported_in_json_too(capsys):
     assert write.write(results, stream, as_json=True, bare=False) == 1
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == [
         {"path": "a", "caption": "a dog", "score": -0.5},
-        {"path": "b", "error": "b: broken."},
+        {"path": "b", "error": "broken."},
     ]
     assert capsys.readouterr().err == "tinyvl: b: broken.\n"

@@ -19,6 +19,7 @@ import typer.main
 from tinyvl import UserError, __version__
 from tinyvl.cli_options import (
     ANSWER,
+    AS_JSON,
     Lines,
     Search,
     Teller,
@@ -28,7 +29,7 @@ from tinyvl.cli_options import (
     piped,
     same,
 )
-from tinyvl.files import ESCAPED, Unmarked, dump
+from tinyvl.files import ESCAPED, Unmarked, cache_name, local
 from tinyvl.presets_options import EPalm, commas, option
 
 # In the order a person meets them. A command that stands in another module is imported when it is
@@ -36,8 +37,8 @@ from tinyvl.presets_options import EPalm, commas, option
 COMMANDS = {
     "caption": "cli", "ask": "cli", "retrieve": "cli_search", "classify": "cli_search",
     "index": "cli_search", "features": "cli_data", "train": "cli_train", "eval": "cli_eval",
-    "data": "cli_data", "models": "cli", "inspect": "cli", "analyze": "cli", "samples": "cli",
-    "pull": "cli", "draw": "cli",
+    "data": "cli_data", "models": "cli_models", "inspect": "cli_models", "analyze": "cli",
+    "samples": "cli", "pull": "cli_models", "draw": "cli",
 }  # fmt: skip
 
 
@@ -69,21 +70,29 @@ app = typer.Typer(
     help="Frozen language models that see: caption, train and measure. Data goes to standard "
     "output, everything else to standard error.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-JSON = option("Output", False, "JSON instead of text.", name="--json")
 
 
 @app.callback(invoke_without_command=True)
 def start(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, torch's, the device, the cache.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     if version:
-        print(__version__)
+        import torch
+
+        from tinyvl.device import choose_device, choose_precision, precision_name
+
+        device = choose_device()
+        print(f"tinyvl {__version__}")
+        print(f"torch {torch.__version__}")
+        print(f"device {device} ({precision_name(choose_precision(None, device))})")
+        print(f"cache {cache_name()}")
         raise typer.Exit
 
 
@@ -149,22 +158,33 @@ def texts(
     task, field = ("caption", "caption") if question is None else ("vqa", "answer")
     bare = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file() and how.out is None
     checkpoint = models.open_checkpoint(how.model, task)
-    suffixes = media.SUFFIXES[checkpoint.modality]
-    paths = media.expand(files, Unmarked(sys.stdin), null=how.null, suffixes=suffixes)
-    stream, done, store = sys.stdout, set(), None
+    others = media.Others(checkpoint.modality, how.quiet)
+    paths = media.expand(files, Unmarked(sys.stdin), null=how.null, others=others)
+    stream, done, store = None, set(), None
+    told = write.Told({"caption": "captions", "vqa": "answers"}[task], None, how.out, how.quiet)
+    if how.out is not None:
+        write.check_output(how.out, how.resume)
     if how.features is not None:
         from tinyvl.features import open_store
 
         store = open_store(how.features, checkpoint.image, checkpoint.reads)
         paths = paths if files else iter([entry.path for entry in store.entries])
+    if "-" not in files:
+        paths, told.total, there = write.listed(paths)
+        if not there and told.total and store is None:
+            none = write.absent(paths)
+            raise typer.Exit(
+                write.write(none, None, as_json=how.as_json, bare=False, question=question)
+            )
     loaded = load_model(checkpoint, how, task)
     models.take_frames(loaded, how.frames)
     if store is not None:
         store.check(loaded)
     if how.out is not None:
         stream, done = write.open_output(
-            how.out, how.resume, field=field, question=question, choices=choices
-        )
+            how.out, how.resume, field=field, question=question, choices=choices,
+            made_by={"model": local(how.model)} | ({} if choices else vars(style)),
+        )  # fmt: skip
         paths = (path for path in paths if path not in done)
     results = write.captions(
         loaded, paths, style=None if choices else style, batch=how.batch, workers=how.workers,
@@ -172,64 +192,8 @@ def texts(
         choices=repeat(choices) if choices else None, store=store,
     )  # fmt: skip
     raise typer.Exit(
-        write.write(results, stream, as_json=how.as_json, bare=bare, question=question)
+        write.write(results, stream, as_json=how.as_json, bare=bare, question=question, told=told)
     )
-
-
-@command(app, "models")
-def list_models(as_json: bool = JSON) -> None:
-    """List presets and backbones: parameters, licence, source, whether they are here."""
-    from tinyvl import hub, presets
-
-    backbones = [
-        {
-            "name": b.name, "role": b.role, "parameters": b.parameters, "licence": b.licence,
-            "source": b.source, "here": hub.available(b.name),
-        }
-        for b in hub.BACKBONES.values()
-    ]  # fmt: skip
-    rows = [
-        {"name": name, "method": p.method, "language": p.language, "vision": p.vision, "row": p.row}
-        for name, p in presets.PRESETS.items()
-    ]
-    if as_json:
-        for row in rows + backbones:
-            print(dump(row))
-        return
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    console = Console(markup=False)
-    for title, entries in (("Presets", rows), ("Backbones", backbones)):
-        columns = (Column(name, overflow="fold") for name in entries[0])
-        table = Table(*columns, title=title, title_justify="left")
-        for entry in entries:
-            table.add_row(*(cell(value) for value in entry.values()))
-        console.print(table)
-
-
-def cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value / 1e6:,.1f} M" if isinstance(value, int) else str(value)
-
-
-@command(app, "inspect")
-def inspect(
-    name: Annotated[str, typer.Argument(help="A preset, a checkpoint folder, or default.")],
-    as_json: bool = JSON,
-    task: str = option("Model", "caption", "Which default: caption, vqa or retrieve.",
-        choices=("caption", "vqa", "retrieve")),
-) -> None:  # fmt: skip
-    """Count a model's parameters; needs neither weights nor network."""
-    from tinyvl import models
-
-    found = models.inspect(name, task)
-    if as_json:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(f"{key}\t{value:,}" if isinstance(value, int) else f"{key}\t{value}")
 
 
 analyze = group("Look into what training changed.")
@@ -244,7 +208,7 @@ def layernorm(
     model: Annotated[str, typer.Argument(help="A LilT checkpoint folder or hf://owner/name.")],
     out: Path | None = same(Lines, "out"),
     png: Path | None = option("Output", None, "Draw the figure: needs the extra plot."),
-    as_json: bool = JSON,
+    as_json: bool = AS_JSON,
 ) -> None:
     """LilT's Figure 4: how far each LayerNorm moved from the pretrained one, by depth.
 
@@ -284,22 +248,6 @@ def samples(
         print(path)
 
 
-@command(app, "pull")
-def pull(
-    names: Annotated[list[str], typer.Argument(help="Backbones or presets to fetch ahead.")],
-) -> None:
-    """Fetch backbones ahead of their use; prints the folders."""
-    from tinyvl import hub, presets
-
-    wanted = []
-    for name in names:
-        rows = [presets.PRESETS[name]] if name in presets.PRESETS else []
-        rows = list(presets.SMALL.values()) if name == "default" else rows
-        wanted += [part for row in rows for part in (row.language, row.vision)] or [name]
-    for folder in hub.pull(wanted):
-        print(folder)
-
-
 @command(app, "draw")
 def draw_set(
     folder: Annotated[Path, typer.Argument(help="Where to draw.")],
@@ -336,7 +284,7 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         try:
-            app()
+            app(prog_name="tinyvl")
         finally:
             sys.stdout.flush()  # while an error can be told
     except UserError as error:

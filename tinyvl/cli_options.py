@@ -140,9 +140,25 @@ def typer_option(name: str, of: Field, shown: Any, needed: bool) -> inspect.Para
                 metavar=told.get("metavar"),
                 rich_help_panel=told["panel"],
                 show_default=False,
+                autocompletion=completer(name, of),
             ),
         ],
     )
+
+
+def known_names(incomplete: str) -> list[str]:
+    """Presets and backbones that begin so: for a shell to complete."""
+    from tinyvl.hub_table import BACKBONES
+    from tinyvl.presets import PRESETS
+
+    return [name for name in ("default", *PRESETS, *BACKBONES) if name.startswith(incomplete)]
+
+
+def completer(name: str, of: Field) -> Callable[[str], list[str]] | None:
+    """What a shell offers for an option's value; None: files."""
+    if choices := of.metadata["choices"]:
+        return lambda incomplete: [word for word in choices if word.startswith(incomplete)]
+    return known_names if name in ("preset", "language", "vision", "model") else None
 
 
 def default_text(of: Field, shown: Any) -> str:
@@ -186,6 +202,7 @@ def batch_of(size: int = 16) -> Any:
 
 MODEL = option("Model", "default", "Checkpoint folder, hf://owner/name, or default.", shown="",
     name="--model,-m")  # fmt: skip
+AS_JSON = option("Output", False, "JSON instead of text.", name="--json")
 FEATURES = same(Run, "features")
 FRAMES = option("Data", None, "Frames of a video.", shown="as in training, or 8", min=1)
 PROMPTS = option("Model", None, "Sentence with {} for the class (\"a photo of the number {}\" "
@@ -224,6 +241,7 @@ class Reader(Place, Lines):
 
     model: str = MODEL
     batch: int = batch_of()
+    quiet: bool = same(Run, "quiet", False)
 
 
 @dataclass

@@ -1,9 +1,15 @@
 """`tinyvl train METHOD`: options in, one `presets.Job` and one `presets.Run` out."""
 
+import difflib
 import json
-from typing import Annotated, Any
+import tomllib
+from dataclasses import Field
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from tinyvl.cli_options import command, group
+from tinyvl import UserError, files
+from tinyvl.cli_options import command, group, value_of
+from tinyvl.presets_options import flag, options_of
 
 app = group()
 methods = group("Train a method's modules on your data.")
@@ -68,10 +74,15 @@ def train_lilt(asked: Annotated[dict, "lilt"]) -> None:
 
 def train(method: str, asked: dict[str, Any]) -> None:
     """Trains what the options say, and prints the summary."""
-    from tinyvl import models, presets
+    if "config" in asked:
+        asked = read_config(asked["config"], method) | asked
+    from tinyvl import models, presets, train_run
     from tinyvl import train as training
     from tinyvl.device import choose_device, choose_precision, precision_name
 
+    if asked.get("resume"):
+        asked = train_run.remembered(asked.get("out", presets.out_of(method)), method) | asked
+    asked = with_encoder(asked)
     start = models.start_of(asked["init"], method) if "init" in asked else None
     job = presets.job_of(method, asked, start)
     device = choose_device(asked.get("device"))
@@ -80,4 +91,74 @@ def train(method: str, asked: dict[str, Any]) -> None:
         from tinyvl import draw_av
 
         job.data = str(draw_av.default_folder(job.modality))
-    print(json.dumps(training.train(job, presets.run_of(job, asked, device))))
+    run = presets.run_of(job, asked, device)
+    if run.dry_run:
+        from tinyvl import train_dry
+
+        print(json.dumps(train_dry.estimate(job, run)))
+        return
+    print(json.dumps(training.train(job, run)))
+
+
+def with_encoder(asked: dict[str, Any]) -> dict[str, Any]:
+    """The options with a folder in the place of a file of weights, or of random ones."""
+    rest = {n: v for n, v in asked.items() if n not in ("architecture", "random_vision")}
+    if len(rest) == len(asked):
+        return asked
+    from tinyvl import hub
+
+    if "vision" not in asked or len(rest) < len(asked) - 1:
+        raise UserError("--architecture and --random-init are each about --vision: name that.", 2)
+    if "architecture" in asked:
+        folder = hub.adopted(asked["vision"], asked["architecture"])
+    else:
+        folder = hub.randomly(asked["vision"], asked.get("seed", 0))
+    return rest | {"vision": str(folder)}
+
+
+def read_config(file: Path, method: str) -> dict[str, Any]:
+    """The options in a JSON or TOML file, where they are called as on the command line.
+
+    UserError: it cannot be read, or has an option or a value that there is not.
+    """
+    try:
+        text, toml = files.read_text(file), file.suffix.lower() == ".toml"
+        told = tomllib.loads(text) if toml else json.loads(text)
+    except UserError as error:
+        raise UserError(f"--config: {error}.", 2) from None
+    except ValueError as error:
+        kind = "TOML" if toml else "JSON"
+        raise UserError(f"{file} is not {kind} ({error}); --config takes one.", 2) from None
+    if not isinstance(told, dict):
+        raise UserError(f"{file}: --config takes an object: names of options and values.", 2)
+    own = options_of(method)
+    known: dict[str, tuple[str, bool]] = {}
+    for name, of in own.items():
+        yes, _, no = (of.metadata["name"] or flag(name, of)).partition("/")
+        known |= {word.strip().lstrip("-"): (name, True) for word in yes.split(",")}
+        known |= {no.lstrip("-"): (name, False)} if no else {}
+    asked = {}
+    for key, value in told.items():
+        word = key.replace("_", "-")
+        if word not in known:
+            near = difflib.get_close_matches(word, known, 1)
+            meant = f"; is {near[0]} meant?" if near else "."
+            raise UserError(f"{file}: train {method} has no option {key!r}{meant}", 2)
+        name, yes = known[word]
+        value = typed(word, own[name], value)
+        asked[name] = value_of(name, own[name], value if yes else not value)
+    return asked
+
+
+def typed(word: str, of: Field, value: Any) -> Any:
+    """A value of a file as the command line gives it. UserError: it is of another type."""
+    if of.metadata["parse"]:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    kinds = set(get_args(of.type) or (of.type,)) - {type(None)}
+    takes = {bool: bool, int: int, float: (int, float), str: str, Path: str}
+    for kind in kinds:
+        if isinstance(value, takes[kind]) and (kind is bool or not isinstance(value, bool)):
+            return kind(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    wanted = " or ".join(names.get(kind, "a text") for kind in kinds)
+    raise UserError(f"--config: {word} is {wanted}, not {value!r}.", 2)

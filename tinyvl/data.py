@@ -73,7 +73,7 @@ LISTINGS = (
 def read(
     path: str | Path, *, format: str | None = None, split: str | None = None,
     images: str | Path | None = None, lang: str | None = None, files: bool = True,
-    blank: bool = False,
+    blank: bool = False, malformed: list[UserError] | None = None,
 ) -> list[Record]:  # fmt: skip
     """Read a data set: a file or folder in one of the formats of `READERS`.
 
@@ -87,6 +87,7 @@ def read(
         files: False keeps records whose file is missing (to score predictions, say).
         blank: keep captions without words, images without captions in a list of captions, and
             two pictures, or two questions, of one id.
+        malformed: takes the errors of a JSON Lines file's malformed lines, which are left out.
 
     Raises UserError if there is no such file, the format is unknown, a record is malformed,
     pictures are missing, two have one id, or nothing is left to keep.
@@ -95,15 +96,18 @@ def read(
     if format is None:
         path, format = recognise(path)
     elif not path.exists():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist", 2)
     if format not in READERS:
         raise UserError(f"unknown format {format!r}; choose from {', '.join(READERS)}", 2)
     if format not in EITHER and path.is_dir() != (format in FOLDERS):
         wants = "a folder" if format in FOLDERS else "a file"
         raise UserError(f"format {format!r} reads {wants}, which {path} is not", 2)
     with readable(path):
-        records = list(READERS[format](path))
-    if not records:
+        if format == "jsonl":
+            records = list(read_jsonl(path, malformed))
+        else:
+            records = list(READERS[format](path))
+    if not records and not malformed:
         raise UserError(f"{path} holds no {'pictures' if format in FOLDERS else 'records'}")
     for record in records:
         record.split = part_of(record.split)
@@ -245,7 +249,7 @@ def recognise(path: Path) -> tuple[Path, str]:
     data sets.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist", 2)
     with readable(path):
         if path.is_dir():
             return _in_folder(path)

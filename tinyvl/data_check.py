@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tinyvl import data
+from tinyvl import UserError, data
 from tinyvl.data import Record
 from tinyvl.media import MODALITIES, MediaError
 from tinyvl.text import has_words
@@ -30,13 +30,17 @@ def check(
     Returns the report, ready for JSON: counts (``records``, ``files``, ``splits``, ``langs``,
     ``captions``, ``questions``, ``classes``, ``domains``), ``problems`` (a number by kind) and
     ``details`` (for each problem ``problem``, ``path``, ``record`` and ``error``). Raises UserError
-    if a data set cannot be read (at its first malformed record, say).
+    if a data set cannot be read (at its first malformed record, unless it is JSON Lines).
     """
-    sets, records = [], []
+    sets, records, details = [], [], []
     for path in paths:
         path, known = (path, format) if format else data.recognise(path)
         options = {"format": known, "split": split, "lang": lang, "images": images}
-        found = data.read(path, **options, files=False, blank=True)
+        malformed: list[UserError] = []
+        found = data.read(path, **options, files=False, blank=True, malformed=malformed)
+        for error in malformed:
+            why = str(error).removeprefix(f"{path}, ")
+            details.append({"problem": "malformed", "path": str(path), "error": why})
         for record in found:
             if record.split is None and len(paths) > 1:
                 record.split = path.stem
@@ -45,7 +49,7 @@ def check(
     files = {record.path: record.modality for record in records}
     there = {path: kind for path, kind in files.items() if os.path.isfile(path)}
     missing = (path for path in files if path not in there)
-    details = [_problem("missing", path, "there is no such file") for path in missing]
+    details += [_problem("missing", path, "there is no such file") for path in missing]
     if not fast:
         details += unreadable(there, workers, quiet)
     details += text_problems(records)

@@ -132,7 +132,7 @@ def read_names(file: Path, label: str = SYNSET) -> tuple[list[dict[str, str]], l
     ``label`` and a space, or alone. Raises UserError if it cannot be read.
     """
     if not file.is_file():
-        raise UserError(f"{file} does not exist")
+        raise UserError(f"{file} does not exist", 2)
     if file.suffix == ".json":
         document = json_document(file)
         if isinstance(document, list):

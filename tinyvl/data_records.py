@@ -77,8 +77,11 @@ def line_of(record: Record, folder: Path) -> str:
     return dump(entry)
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """This package's own format: a record a line, or a JSON array of such records."""
+def read_jsonl(path: Path, malformed: list[UserError] | None = None) -> Iterator[Record]:
+    """This package's own format: a record a line, or a JSON array of such records.
+
+    A malformed line is an error, or where there is a list for them it goes there.
+    """
     with open_text(path) as file:
         start = file.read(4096).lstrip()
     if start.startswith("["):
@@ -86,7 +89,12 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             yield from records_of(entry, where)
         return
     for where, line in text_lines(path):
-        yield from records_of(parsed(line, where), where)
+        try:
+            yield from records_of(parsed(line, where), where)
+        except UserError as error:
+            if malformed is None:
+                raise
+            malformed.append(error)
 
 
 def records_of(entry: Any, where: object) -> Iterator[Record]:

@@ -376,6 +376,9 @@ def build_timm(config: dict[str, Any], **changes: Any) -> nn.Module:
     if not re.fullmatch(r"[\w.]+", name):  # timm would read hf-hub:owner/name, or local-dir:folder
         raise UserError(f"timm has no image model named {name!r}.", 2)
     try:
-        return timm.create_model(name, pretrained=False, num_classes=0, **(settings | changes))
+        return timm.create_model(
+            name, pretrained=False,
+            **(settings | {"num_classes": 0} | changes),  # timm writes a number of its own
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise UserError(f"timm has no image model named {name!r}.", 2) from error

@@ -141,6 +141,7 @@ def draws(items: int) -> Iterator[np.ndarray]:
 
 
 ROWS, RUNS = 100, 4  # the most rows of a table on a terminal, and of runs beside their mean
+SHARED = ("data", "split", "lang")  # by two runs that are compared
 DRAWN = {
     "task", "data", "metrics", "groups", "difference", "baseline", "deviation", "chance", "runs",
 }  # fmt: skip
@@ -175,8 +176,13 @@ def draw(report: dict[str, Any]) -> None:
             rows["chance"] = ["", *(report["chance"][name] for name in names)]
         console.print(title)
         console.print(table(["", "items", *names], rows))
-    lines = {"A": report.get("baseline", {}).get("predictions")}
-    lines |= {"B" if lines["A"] and key == "predictions" else key: report[key] for key in report}
+    lines: dict[str, Any] = {}
+    if base := report.get("baseline"):  # what made each, side by side
+        for key in ("predictions", "model", "checkpoint", "decoding", "shuffled"):
+            what = f", {key}" if key != "predictions" else ""
+            lines |= {f"{side}{what}": own.get(key) for side, own in (("A", base), ("B", report))}
+        report = {key: value for key, value in report.items() if key not in base or key in SHARED}
+    lines |= report
     lines |= {f"run {i}": run["predictions"] for i, run in enumerate(report.get("runs", ()), 1)}
     for key, value in lines.items():
         if isinstance(value, dict):
@@ -196,9 +202,9 @@ def table(columns: list[str], rows: dict[str, list[Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if i else "left", no_wrap=bool(i))
+        drawn.add_column(column, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for name, values in rows.items():
         drawn.add_row(name, *map(cell, values))
     return drawn

@@ -30,8 +30,11 @@ from tinyvl.hub_table import (
     write_json,
     write_source,
 )  # fmt: skip
+from tinyvl.hub_timm import FILES, adopted, check_name, randomly
 from tinyvl.progress import say
 
+__all__ = ["BACKBONES", "adopted", "available", "fetch", "find", "pull", "randomly"]
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # the weights in one file
 PROBE_SECONDS = 1.7  # without a hub transformers would retry for 26 s and timm for 52 s
 
 
@@ -183,7 +186,7 @@ def harmless(config: dict) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a model's weights, safetensors before .bin; [] if one is missing."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
+    for whole in WHOLE:
         if (folder / whole).is_file():
             return [folder / whole]
         index = folder / f"{whole}.index.json"
@@ -226,6 +229,11 @@ def _local(name: str, role: str) -> Path | None:
     lacks = _lacks(path, role)
     if not lacks:
         return _as_safetensors(path, f"{path.resolve().name}-{weights_hash(path)[:12]}", str(path))
+    if path.is_file() and path.suffix in FILES:
+        if path.name in WHOLE and not _lacks(path.parent, role):
+            return _local(str(path.parent.absolute()), role)
+        advice = "--architecture says of which model of timm they are" * (role == "vision")
+        raise UserError(f"{name}: a file of weights; {advice or 'give the folder of a model'}.", 2)
     if name.startswith((".", "~", "/", os.sep)) or path.is_absolute():  # must be a folder
         what = f"has no {lacks}" if path.is_dir() else "is not a folder"
         raise UserError(f"{name} {what}; give the folder of a model, or a model's name.")
@@ -277,10 +285,8 @@ def _repositories(name: str, role: str) -> list[str]:
         return [name]
     import timm
 
-    try:
-        known = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # a known architecture, but not this tag
-        raise UserError(f"{name}: {error}", 2) from None
+    check_name(name)
+    known = timm.get_pretrained_cfg(name)
     return [(known and known.hf_hub_id) or f"timm/{name}"]
 
 

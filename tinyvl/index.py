@@ -1,8 +1,8 @@
 """The search index: unit vectors of pictures and captions, and bringing them up to date.
 
 A folder with two tables (`store`), ``images.G.*`` and ``captions.G.*``, and ``index.json``, which
-names the model and its fingerprint, the source, the counts and the generation G. It is replaced in
-one stroke: a reader sees the old index or the new one, whole.
+names the model and its fingerprint, the source, the counts, the generation G and the files that
+could not be read. It is replaced in one stroke: a reader sees the old index or the new one, whole.
 
 What is there after any history of runs, kills and changes is what a new index would hold. Vectors
 are kept by the content they were made from, so a file that was moved, copied or touched is not
@@ -16,10 +16,9 @@ import hashlib
 import json
 import os
 import stat
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, data, files, media, media_workers, store
+from tinyvl import UserError, files, media_workers, store
 from tinyvl.device import Pieces
+from tinyvl.index_source import Source
 from tinyvl.progress import bar, skip
 from tinyvl.store import Part, Row, open_table, write_table
-from tinyvl.text import has_words
 
 TABLES = ("images", "captions")
 FIELDS = {
@@ -66,6 +65,14 @@ class Index:
     def root(self) -> str:
         """The folder that the rows' paths start from; "" where they are absolute."""
         return located(self.about["root"], self.folder)
+
+    def narrow(self, folder: str) -> None:
+        """Leaves only what lies in a folder below the root, and that folder's captions."""
+        start = os.path.join(os.path.relpath(folder, self.root), "")
+        self.images, self.captions = (
+            table.part(lambda path: path.startswith(start))
+            for table in (self.images, self.captions)
+        )
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
@@ -104,62 +111,6 @@ def located(path: str, folder: Path) -> str:
     return os.path.normpath(os.path.join(os.path.abspath(folder), path)) if path else ""
 
 
-# ----------------------------------------------------------------------------------- the source
-
-
-@dataclass
-class Source:
-    """What is indexed."""
-
-    name: str  # absolute path of a folder or a data file; "-" for a list of paths
-    root: str  # the folder that paths are relative to; "" where all are absolute
-    captions: dict[str, list[str]] = field(default_factory=dict)  # of each picture, by its path
-
-
-def read_source(
-    name: str, null: bool = False, format: str | None = None, images: str | None = None
-) -> Source:
-    """A folder's pictures (captions from ``x.txt`` beside ``x.jpg``), a data set, or ``-``.
-
-    With ``null`` the paths behind ``-`` end with NUL; ``format`` and ``images`` as in `data.read`.
-
-    Raises UserError: as `data.read`, or there are no pictures. The index is then left as it is: a
-    disk that is not mounted looks like an empty folder.
-    """
-    if (format or images) and (name == "-" or os.path.isdir(name)):
-        raise UserError("--format and --images go with a data set, not with bare pictures.", 2)
-    if name == "-":
-        source = Source("-", "")
-        for path in media.expand(["-"], files.Unmarked(sys.stdin), null=null):
-            source.captions[os.path.abspath(path)] = []
-    elif os.path.isdir(name):
-        root = os.path.abspath(name)
-        source = Source(root, root)
-        for path in media.expand([root]):
-            lines = source.captions[os.path.relpath(path, root)] = []
-            beside = Path(os.path.splitext(path)[0] + ".txt")
-            try:
-                found = [line for _, line in files.text_lines(beside, optional=True)]
-                lines += filter(has_words, found)
-                if bare := len(found) - len(lines):
-                    skip(f"{bare} captions without words in {beside}")
-            except UserError as error:
-                skip(str(error))
-    else:
-        file = os.path.abspath(os.path.expanduser(name))
-        root = os.path.dirname(file)
-        source = Source(file, root)
-        records = data.read(file, format=format, images=images)
-        pictures = [record for record in records if record.image]
-        data.say_left_out(name, records, pictures, "not of a picture")
-        for record in pictures:
-            path = record.image.removeprefix(os.path.join(root, ""))
-            source.captions.setdefault(path, []).extend(record.captions)
-    if not source.captions:
-        raise UserError(f"{name}: no pictures to index.")
-    return source
-
-
 # ----------------------------------------------------------------------------------- updating
 
 
@@ -172,24 +123,27 @@ class Changes:
     unchanged: int = 0
     gone: int = 0
     unreadable: int = 0
+    known_bad: int = 0  # could not be read by an earlier run, and are the same now
     captions: int = 0  # embedded
 
     def __str__(self) -> str:
         captions = "caption embedded" if self.captions == 1 else "captions embedded"
         words = {"moved": "moved or copied", "captions": captions}
+        words["known_bad"] = "unreadable as before (--retry tries again)"
         return ", ".join(f"{n:,} {words.get(what, what)}" for what, n in vars(self).items() if n)
 
 
 def update(
     folder: Path, source: Source, model: Any, *, name: str, batch: int = 16,
-    workers: int | None = None,
+    workers: int | None = None, retry: bool = False, quiet: bool = False,
 ) -> Changes:  # fmt: skip
     """Brings an index up to date with its source, or makes it. Those who search load ``name``.
 
     A picture is embedded in a batch of a fixed size, the last one filled up, because in batches of
     two sizes the same picture may differ in its last bits: so on a CPU the vectors are the same to
     the bit, however the work was cut. A caption is padded to the longest beside it, and may differ
-    by some 1e-7. What cannot be decoded is named on standard error and left out.
+    by some 1e-7. What cannot be decoded is named on standard error and left out; later runs leave
+    it out without a word, unless it changes or they ``retry``.
 
     Raises UserError: the index is of another source or model, is being written by another process,
     or cannot be written.
@@ -198,7 +152,9 @@ def update(
         folder.mkdir(parents=True, exist_ok=True)
         with store.writing(folder, "another process is writing this index"):
             about = begin(folder, source, model, name)
-            return Update(folder, about, source, model, batch, workers).run()
+            work = Update(folder, about, source, model, batch, workers, quiet)
+            work.known_bad = {} if retry else about.get("failed", {})
+            return work.run()
     except OSError as error:
         why = f"the index cannot be written ({error.strerror or error})"
         where = error.filename or folder
@@ -213,7 +169,7 @@ def begin(folder: Path, source: Source, model: Any, name: str) -> dict[str, Any]
             "format": 1, "model": name, "fingerprint": model.fingerprint, "width": model.width,
             "source": portable(source.name, source.root, folder),
             "root": portable(source.root, source.root, folder),
-            "generation": 0, "images": 0, "captions": 0,
+            "generation": 0, "images": 0, "captions": 0, "failed": {},
         }  # fmt: skip
         write_about(folder, about)
     check_model(folder, about, model, name)
@@ -227,10 +183,13 @@ class Update:
     """One run over an index that is locked."""
 
     def __init__(
-        self, folder: Path, about: dict, source: Source, model: Any, batch: int, workers: int | None
-    ):
+        self, folder: Path, about: dict, source: Source, model: Any, batch: int,
+        workers: int | None, quiet: bool,
+    ):  # fmt: skip
         self.folder, self.about, self.source, self.model = folder, about, source, model
-        self.batch, self.workers = batch, workers
+        self.batch, self.workers, self.quiet = batch, workers, quiet
+        self.known_bad: dict[str, list[int]] = {}  # as index.json's "failed": size and mtime
+        self.bad: dict[str, list[int]] = {}
         self.changes = Changes()
         self.old = {name: open_table(folder, about, name) for name in TABLES}
         self.parts = {name: Part(folder, name, model.width) for name in TABLES}
@@ -241,13 +200,16 @@ class Update:
         rows["captions"] = self.captions(rows["images"])
         for part in self.parts.values():
             part.close()
-        if rows != self.before or not self.about["generation"]:
+        failed = {path: self.bad[path] for path in sorted(self.bad, key=os.fsencode)}
+        other = rows != self.before or not self.about["generation"]
+        if other:
             self.about["generation"] += 1
             for name in TABLES:
                 stem = f"{name}.{self.about['generation']}"
                 write_table(self.folder, stem, rows[name], self.vectors(name))
                 self.about[name] = len(rows[name])
-            write_about(self.folder, self.about)
+        if other or failed != self.about.get("failed", {}):
+            write_about(self.folder, self.about | {"failed": failed})
         store.sweep(self.folder, self.about["generation"])
         return self.changes
 
@@ -263,8 +225,12 @@ class Update:
         rows: list[Row] = []
         changed: list[Row] = []  # without their digests
         for path in self.source.captions:
+            if self.known_bad.get(path) == list(store.stat(self.source.file(path))):
+                self.bad[path] = self.known_bad[path]
+                self.changes.known_bad += 1
+                continue
             try:
-                found = os.stat(os.path.join(self.source.root, path))
+                found = os.stat(self.source.file(path))
             except OSError as error:
                 self.failed(path, error.strerror)
                 continue
@@ -302,7 +268,7 @@ class Update:
 
         def unknown() -> Iterator[str]:  # runs in the decoder's reading thread
             for row in changed:
-                path = os.path.join(self.source.root, row.path)
+                path = self.source.file(row.path)
                 try:
                     with open(path, "rb") as file:
                         row.digest = hashlib.file_digest(file, blake).hexdigest()
@@ -320,7 +286,7 @@ class Update:
             unknown(), encoder.transform(), target=encoder.size, workers=self.workers
         )
         broken: dict[str, str] = {}
-        with bar("pictures", len(changed)) as advance:
+        with bar("pictures", len(changed), self.quiet) as advance:
             while group := list(islice(decoded, self.batch)):
                 good = []
                 for path, picture in group:
@@ -343,21 +309,18 @@ class Update:
 
     def failed(self, path: str, why: str | None) -> None:
         self.changes.unreadable += 1
-        skip(f"{os.path.join(self.source.root, path)}: {why}")
+        self.bad[path] = list(store.stat(self.source.file(path)))
+        skip(f"{self.source.file(path)}: {why}")
 
     def captions(self, pictures: list[Row]) -> list[Row]:
         """Embeds the captions that are new; -> the rows of all, sorted."""
-        texts: dict[str, str] = {}  # -> the first picture that has it
-        for row in pictures:
-            for text in self.source.captions[row.path]:
-                texts.setdefault(one_line(text), row.path)
-        texts.pop("", None)
+        texts = self.source.texts(row.path for row in pictures)
         digests = {text: blake(text.encode()).hexdigest() for text in texts}
         rows = [Row(path, digests[text], caption=text) for text, path in texts.items()]
         known = self.vectors("captions")
         new = [row for row in rows if row.digest not in known]
         new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
-        with bar("captions", len(new)) as advance:
+        with bar("captions", len(new), self.quiet) as advance:
             for i in range(0, len(new), TEXTS):
                 group = new[i : i + TEXTS]
                 vectors = self.model.embed_texts([row.caption for row in group])
@@ -370,11 +333,6 @@ class Update:
 def blake(content: bytes = b"") -> Any:
     """The hash that tells contents apart."""
     return hashlib.blake2b(content, digest_size=16)
-
-
-def one_line(text: str) -> str:
-    """A text as it is embedded: white space collapsed, what is no Unicode a question mark."""
-    return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
 def embed_images(model: Any, pictures: list[Tensor], size: int, pieces: Pieces) -> np.ndarray:

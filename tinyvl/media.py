@@ -1,41 +1,48 @@
 """Picture files: which there are, and how one is decoded.
 
-``expand`` turns what a user names (files, folders, patterns, ``-``) into paths. ``load_image``
-turns a path into an upright RGB picture, or says in one sentence why it cannot.
+``load_image`` turns a path into an upright RGB picture, or says in one sentence why it cannot.
+``expand``, in `media_files`, turns what a user names into paths.
 """
 
 from __future__ import annotations
 
-import glob
 import io
 import os
-import sys
 import warnings
 import zlib
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
-from typing import BinaryIO, TextIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
-from tinyvl import UserError
+from tinyvl.media_files import (
+    KIND_OF,
+    MODALITIES,
+    READABLE,
+    SUFFIXES,
+    MediaError,
+    Others,
+    expand,
+    is_image,
+    kind_of,
+)
 
-MODALITIES = ("image", "video", "audio")
-SUFFIXES = {
-    kind: frozenset(suffixes.split())
-    for kind, suffixes in {
-        "image": ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .webp .avif .heic .heif .hif "
-        ".bmp .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm",
-        "video": ".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp .ogv .ts",
-        "audio": ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .aif .aiff .wma",
-    }.items()
-}
-KIND_OF = {suffix: kind for kind in MODALITIES for suffix in SUFFIXES[kind]}
-# What a model of each modality reads: a picture is a video of one frame, and a video has a sound.
-READABLE = {"image": ("image", "video"), "video": ("video", "image"), "audio": ("audio", "video")}
+__all__ = [
+    "KIND_OF",
+    "MODALITIES",
+    "READABLE",
+    "SUFFIXES",
+    "MediaError",
+    "Others",
+    "expand",
+    "is_image",
+]
+__all__ += ["kind_of", "load_image"]
+
 # No EPS: Pillow would run Ghostscript on a stranger's program. No TGA: it has no magic number.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
 # What would be larger once decoded is refused unread. Pillow itself refuses at twice
@@ -43,10 +50,6 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG200
 MAX_PIXELS = 178_956_970
 MAX_TEXT = 2**20  # bytes: Pillow takes a PNG with a longer compressed text for a bomb
 T = TypeVar("T")
-
-
-class MediaError(UserError):
-    """A file that cannot be used: one sentence, ``PATH: REASON``."""
 
 
 # ------------------------------------------------------------------------------ one picture
@@ -298,99 +301,3 @@ def _what_else(head: bytes) -> str:
         return "is an SVG drawing; render it to PNG first (rsvg-convert, or a browser)"
     formats = ", ".join(_FORMATS)
     return f"is not a picture in a format tinyvl reads ({formats}, HEIC), or its header is damaged"
-
-
-# ------------------------------------------------------------------------------ many paths
-
-
-def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """What the suffix (upper or lower case) says a file is: "image", "video", "audio" or None."""
-    return KIND_OF.get(os.path.splitext(path)[1].lower())
-
-
-def is_image(path: str | os.PathLike[str]) -> bool:
-    """Whether the name ends like a picture's."""
-    return kind_of(path) == "image"
-
-
-def expand(
-    inputs: Iterable[str],
-    stdin: TextIO | BinaryIO | None = None,
-    null: bool = False,
-    suffixes: frozenset[str] = SUFFIXES["image"],
-) -> Iterator[str]:
-    """Turn what a user names into paths, lazily and in order.
-
-    A file stays as it is, and so does a name of nothing: the decoder then says so. A folder
-    gives the files of some ``suffixes`` in and below it, sorted, without hidden ones and linked
-    folders; a folder that may not be read gives itself. A pattern that the shell left alone
-    (``*.jpg``) gives its matches, sorted. ``-`` gives the lines of standard input, or of ``stdin``,
-    as they come, each taken literally; with ``null`` they end with NUL.
-
-    Raises MediaError: a folder has no such file; after all other inputs. Raises UserError: standard
-    input holds NUL bytes, but ``null`` is False.
-    """
-    empty = []
-    for item in map(os.fspath, inputs):
-        if item == "-":
-            yield from _lines(sys.stdin if stdin is None else stdin, null)
-            continue
-        matches = [item]
-        if glob.has_magic(item) and not os.path.lexists(item):
-            matches = sorted(glob.glob(item, recursive=True)) or [item]
-        for path in matches:
-            if not os.path.isdir(path):
-                yield path
-                continue
-            found = None
-            for found in _files_below(path, suffixes):
-                yield found
-            if not found:
-                empty.append(path)
-    if empty:
-        what = "images" if suffixes == SUFFIXES["image"] else "such files"
-        raise MediaError("; ".join(f"{path}: no {what} in this folder" for path in empty))
-
-
-def _files_below(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
-    todo = [(folder, True)]  # a stack: the next in order is last
-    while todo:
-        path, is_folder = todo.pop()
-        if not is_folder:
-            yield path
-            continue
-        try:
-            with os.scandir(path) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
-        except OSError:
-            yield path  # the decoder says why it cannot be read
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                todo.append((entry.path, True))
-            elif os.path.splitext(entry.name)[1].lower() in suffixes and (
-                entry.is_file() or entry.is_symlink()
-            ):
-                todo.append((entry.path, False))
-
-
-def _lines(stdin: TextIO | BinaryIO, null: bool) -> Iterator[str]:
-    # The unbuffered file: its read returns what is there, and a thread that waits in it holds no
-    # lock. A thread that waits in sys.stdin would hang forked children and abort the exit.
-    file = getattr(stdin, "buffer", stdin)
-    file = getattr(file, "raw", file)
-    end, rest, more = (b"\0" if null else b"\n"), b"", True
-    while more:
-        chunk = os.fsencode(file.read(65536) or b"")
-        more = bool(chunk)
-        *lines, rest = (rest + (chunk or end)).split(end)  # the last line needs no end
-        for line in lines:
-            line = line if null else line.removesuffix(b"\r")
-            if b"\0" in line:
-                what = "standard input is not a list of paths, a line each"
-                todo = "use -0 for NUL-separated names, and name a picture by its path"
-                raise UserError(f"{what}; {todo}", 2)
-            if line if null else line.strip():
-                yield line.decode(sys.getfilesystemencoding(), "surrogateescape")

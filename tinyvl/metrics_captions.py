@@ -50,7 +50,10 @@ def plan_captions(
     a folder with CoreNLP's jars, without which there is no SPICE. Raises UserError if one of
     ``metrics`` is unknown or cannot be computed here.
     """
-    names = tuple(CAPTION_METRICS if metrics is None else metrics)
+    known = {name.lower(): name for name in CAPTION_METRICS}
+    names = tuple(
+        known.get(n.lower(), n) for n in (CAPTION_METRICS if metrics is None else metrics)
+    )
     if unknown := [name for name in names if name not in CAPTION_METRICS]:
         raise UserError(f"No metric {unknown[0]!r}; there are {', '.join(CAPTION_METRICS)}.", 2)
     found = jvm.find_java(java)

@@ -255,9 +255,15 @@ def take_frames(model: Method, frames: int | None) -> None:
 def inspect(name: str, task: str = "caption") -> dict[str, Any]:
     """Parameter counts of a preset or a checkpoint, on the meta device: no weights, no network.
 
-    ``task``: whose default "default" is. UserError: the name is neither.
+    Of a backbone known by name what the table says of it. ``task``: whose default "default" is.
+    UserError: the name is none of these.
     """
     extra: dict[str, Any] = {}
+    if known := hub.find(name):
+        return {
+            "name": known.name, "role": known.role, "total_parameters": known.parameters,
+            "licence": known.licence, "source": known.source, "here": hub.available(known.name),
+        }  # fmt: skip
     if name in PRESETS or name in (*SMALL, "small"):
         row = PRESETS.get(name) or SMALL[name if name in SMALL else "itune"]
         language, vision = towers(row.method)
@@ -278,7 +284,9 @@ def inspect(name: str, task: str = "caption") -> dict[str, Any]:
         config = open_checkpoint(name, task).config
     else:
         raise UserError(
-            f"{name}: neither a preset nor a checkpoint folder; `tinyvl models` lists presets.", 2
+            f"{name}: neither a preset nor a checkpoint folder nor a known backbone; `tinyvl "
+            "models` lists presets and backbones.",
+            2,
         )
     model = build(config, device=torch.device("meta"), precision=torch.float32, weights=False)
     trainable = sum(p.numel() for n, p in model.named_parameters() if model.trainable(n))

@@ -251,14 +251,32 @@ def recipe_of(
     return replace(recipe, **chosen(asked, *declared(Recipe)))
 
 
+def out_of(method: str) -> Path:
+    """Where a run lies unless --out says it."""
+    return Path("runs") / method
+
+
 def run_of(job: Job, asked: dict[str, Any], device: Any) -> Run:
     """How the job is carried out."""
     row = preset(asked.get("preset"), job.method, asked.get("modality"))
-    own = {"out": Path("runs") / job.method, "cache": row.cache or "features" in asked}
-    run = Run(**own | chosen(asked, *declared(Run)) | {"device": device})
+    own = {"out": out_of(job.method), "cache": row.cache or "features" in asked}
+    run = Run(**own | chosen(asked, *declared(Run)) | {"device": device, "asked": kept(job, asked)})
     if job.method == "lilt" and "micro" not in asked and run.cache and not job.crops:
         sides = [job.options.get(side, {}) for side in ("text", "image")]
         learns = [side.get(what, "none") for side in sides for what in ("unlock", "adapter")]
         if set(learns) == {"none"}:  # what is learnt reads what is kept of the towers
             run.micro = 2500
     return run
+
+
+def kept(job: Job, asked: dict[str, Any]) -> dict[str, Any]:
+    """Of the options that were given those that a resumed run takes over, ready for JSON.
+
+    Not what each run says anew, such as its device; files and folders by their whole paths.
+    """
+    anew = ("out", "resume", "device", "workers", "quiet", "config", "dry_run")
+    whole = {name: getattr(job, name) for name in declared(Job) if isinstance(asked.get(name), str)}
+    if "features" in asked:
+        whole["features"] = str(Path(asked["features"]).absolute())
+    own = {name: value for name, value in asked.items() if name not in anew}
+    return own | whole | {"precision": job.precision}

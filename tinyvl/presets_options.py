@@ -155,6 +155,10 @@ class Run:
     out: Path = option("Output", MISSING, "Checkpoint folder.", shown="runs/METHOD")
     device: "torch.device" = option("Run", MISSING, "cpu, cuda, cuda:1 or mps.", parse=str,
         shown="the best there is")
+    architecture: str | None = option("Model", None, "timm's name for the model in the file of "
+        "weights (.safetensors, .pth) that --vision names.")
+    random_vision: bool = option("Model", False, "--vision is a name of timm's; random weights, as "
+        "a control.", name="--random-init", of=("itune", "epalm", "clipcap"))
     micro: int = option("Run", 64, "Captions in memory at once. (default: 64; 2500 in LilT with "
         "frozen, cached towers)", name="--micro-batch", shown="", min=1)
     checkpointing: bool = option("Run", False, "Recompute layers: less memory, slower.")
@@ -163,7 +167,10 @@ class Run:
         name=" /--no-cache", shown="")
     features: Path | None = option("Run", None, "Folder that `tinyvl features` made: read it "
         "instead of encoding.")
-    resume: bool = option("Output", False, "Continue the run in --out.")
+    resume: bool = option("Output", False, "Continue the run in --out, with the options it has.")
+    config: Path | None = option("Run", None, "JSON or TOML file with options, called as here; "
+        "those of the command line count more.")
+    dry_run: bool = option("Run", False, "Say what would be trained, its steps, memory and disk.")
     save_every: int = option("Advanced", 100, "Steps between saved states.", min=1)
     validate_every: int | None = option("Advanced", None, "Steps between validations.",
         shown="an epoch", min=1)
@@ -171,6 +178,7 @@ class Run:
         shown="by the cores", min=0)
     quiet: bool = option("Output", False, "No progress.")
     stop: list[int] = field(default_factory=list)  # signals received
+    asked: dict[str, Any] = field(default_factory=dict)  # the options that a resumed run takes over
 
     def settings(self) -> dict[str, Any]:
         """What changes the order or the choice of the best weights after all."""

@@ -16,32 +16,53 @@ def skip(why: str) -> None:
     print(f"tinyvl: skipping {why}", file=sys.stderr)
 
 
+def duration(seconds: float) -> str:
+    """ "40 s", "3 min", "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
-def bar(title: str, total: int, quiet: bool = False, start: int = 0):
-    """A Rich bar on a terminal; elsewhere a line at most every half minute. -> advance(n, text)."""
+def bar(title: str, total: int | None, quiet: bool = False, start: int = 0):
+    """A Rich bar on a terminal; elsewhere a line at most every half minute. -> advance(n, text).
+
+    Both say the count, the rate and the time left, by the mean of all that was done so far: results
+    come in batches, and a rate over the last seconds would be that inside a batch. Without a
+    ``total``, which a pipe does not tell, there is no time left.
+    """
     if quiet or total == start:
         yield lambda n, text="": None
         return
+    begun, done = time.monotonic(), start
+
+    def pace(n: int) -> str:
+        nonlocal done
+        done += n
+        rate = (done - start) / max(time.monotonic() - begun, 1e-3)
+        speed = f"{rate:.1f}/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s each"
+        return speed + (f", {duration((total - done) / rate)} left" if total and rate else "")
+
     if not sys.stderr.isatty():
-        begun = last = time.monotonic()
-        done = start
+        last, of = begun, "" if total is None else f"/{total:,}"
 
         def advance(n: int, text: str = "") -> None:
-            nonlocal done, last
-            done, now = done + n, time.monotonic()
-            if now - last > 30 or done == total:
-                last, left = now, (now - begun) / (done - start) * (total - done)
-                say(f"{title}: {done}/{total}  {left / 60:.0f} min left  {text}")
+            nonlocal last
+            now, speed = time.monotonic(), pace(n)
+            if now - last > 30:
+                last = now
+                say(f"{title}: {done:,}{of}  {speed}  {text}".rstrip())
 
         yield advance
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
     columns = (
-        "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        "{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[pace]}",
         "{task.fields[text]}",
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total, completed=start, text="")
-        yield lambda n, text="": progress.update(task, advance=n, text=text)
+    both = sys.stdout.isatty()  # then lines of data go above the bar
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=both) as progress:
+        task = progress.add_task(title, total=total, completed=start, pace="", text="")
+        yield lambda n, text="": progress.update(task, advance=n, pace=pace(n), text=text)

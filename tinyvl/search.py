@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,12 @@ from torch import Tensor
 
 from tinyvl import UserError, media, media_workers
 from tinyvl.device import Pieces
-from tinyvl.files import Unmarked, local, text_lines
-from tinyvl.index import (
-    Index,
-    check_model,
-    embed_images,
-    one_line,
-    read_about,
-    read_source,
-    update,
-)
+from tinyvl.files import Unmarked, text_lines
+from tinyvl.index import Index, embed_images
+from tinyvl.index_source import one_line
+from tinyvl.store import Row
 from tinyvl.write import computed, gathered
 
-HIDDEN = ".tinyvl"  # the index of a folder, in that folder
 SLACK = 1e-5  # more than an fp32 product of unit vectors is wrong by, at any width in use
 ROWS, QUERIES = 16384, 256  # of one matrix product: 16 MiB of scores
 
@@ -181,12 +173,14 @@ def shift_of(model: Any, plus: list[Query], minus: list[Query]) -> np.ndarray | 
 
 def answers(
     index: Index, model: Any, queries: list[Query], *, k: int, threshold: float | None = None,
-    shift: np.ndarray | float = 0.0, captions: bool = False, show: Callable[[str], str] = str,
+    shift: np.ndarray | float = 0.0, captions: bool = False, duplicates: bool = False,
+    show: Callable[[str], str] = str,
 ) -> Iterator[list[Hit] | UserError]:  # fmt: skip
     """For each query its results, best first, or what is wrong with it.
 
     ``shift`` is added to each query's vector before that is made a unit vector again. Results are
-    pictures, or with ``captions`` captions; ``show`` gives a row's path as it is printed.
+    pictures, or with ``captions`` captions; of equal files the first one, unless ``duplicates``
+    are wanted. ``show`` gives a row's path as it is printed.
     """
     table = index.captions if captions else index.images
     found, vectors = embed(model, queries), []
@@ -198,18 +192,41 @@ def answers(
             else:
                 vectors.append(vector / length)
     matrix = np.stack(vectors) if vectors else np.empty((0, model.width))
-    results = search(table.vectors, matrix, k, threshold)
-    rows = table.pick(n for numbers, _ in results for n in numbers)
-    remaining = iter(results)
+    most = k
+    while True:
+        results = search(table.vectors, matrix, most, threshold)
+        rows = table.pick(n for numbers, _ in results for n in numbers)
+        found_rows = [
+            list(zip(*pairs, strict=True)) if duplicates else folded(pairs, rows)
+            for pairs in results
+        ]
+        if (
+            not k
+            or most >= len(table.vectors)
+            or all(
+                len(own) >= k or len(numbers) < most
+                for own, (numbers, _) in zip(found_rows, results, strict=True)
+            )
+        ):
+            break
+        most *= 2  # too many of them were equal files
+    remaining = iter(found_rows)
     for query, vector in zip(queries, found, strict=True):
         if isinstance(vector, UserError):
             yield vector
             continue
-        pairs = zip(*next(remaining), strict=True)
         yield [
             Hit(query.name, rank, show(rows[n].path), float(score), rows[n].caption)
-            for rank, (n, score) in enumerate(pairs, 1)
+            for rank, (n, score) in enumerate(next(remaining)[: k or None], 1)
         ]
+
+
+def folded(pairs: tuple[np.ndarray, np.ndarray], rows: dict[int, Row]) -> list[tuple[int, float]]:
+    """(row, score) of results, of those with the same content only the first."""
+    first: dict[str, tuple[int, float]] = {}
+    for n, score in zip(*pairs, strict=True):
+        first.setdefault(rows[n].digest, (n, score))
+    return list(first.values())
 
 
 # ----------------------------------------------------------------------------------------- labels
@@ -258,74 +275,6 @@ def classify(
 
     for group in gathered(decoded, batch):
         yield from computed(group, likeliest)
-
-
-# --------------------------------------------------------------------------------------- commands
-
-# `tinyvl index` and `tinyvl retrieve`. ``load`` gives a model of its name, and of its towers those
-# that are named, if not both. ``model`` None: the one that made the index, or the default.
-
-
-def bring_up_to_date(
-    data: str, out: Path, model: str | None, load: Callable[..., Any], *, batch: int = 16,
-    workers: int | None = None, announce: bool = False, **reading: Any,
-) -> tuple[int, Any]:  # fmt: skip
-    """Indexes ``data`` in the folder ``out``. -> the exit status, and the model.
-
-    ``reading`` goes to `index.read_source`. Raises UserError: as `index.update`; on Control-C.
-    """
-    about = read_about(out) or {}
-    source = read_source(data, **reading)
-    if announce:
-        there, count = "unfinished" if about else "no", len(source.captions)
-        work = f"{there} index yet; embedding {count:,} pictures into {out}"
-        print(f"tinyvl: {data}: {work}", file=sys.stderr)
-    name = local(model or about.get("model", "default"))
-    loaded = load(name)
-    try:
-        changes = update(out, source, loaded, name=name, batch=batch, workers=workers)
-    except KeyboardInterrupt:
-        raise UserError("stopped; the same command goes on from here", 130) from None
-    print(f"{out}: {changes}", file=sys.stderr)
-    return int(changes.unreadable > 0), loaded
-
-
-def opened(
-    folder: str | None, home: Path | None, model: str | None, load: Callable[..., Any],
-    queries: list[Query], *, captions: bool = False, workers: int | None = None,
-) -> tuple[int, Index, Any]:  # fmt: skip
-    """The index ``home``, or the folder's own, which is made first where there is none.
-
-    Returns the exit status, the index, and the model, with the towers that ``queries`` need.
-
-    Raises UserError: there is nothing to search, or ``model`` did not make the index.
-    """
-    status, loaded, where = 0, None, folder or "."
-    if home is None:
-        home = Path(where) / HIDDEN
-        if not (read_about(home) or {}).get("generation"):
-            status, loaded = bring_up_to_date(
-                where, home, model, load, workers=workers, announce=True
-            )
-    found = Index(home)
-    if not captions and not len(found.images.vectors):
-        raise UserError(f"{home}: this index holds no pictures.")
-    if captions and not len(found.captions.vectors):
-        raise UserError(f"{home}: this index has no captions; index a data set that has some.", 2)
-    if loaded is None:
-        name, kinds = local(model or found.about["model"]), {query.picture for query in queries}
-        sides = [side for side, picture in (("text", False), ("image", True)) if picture in kinds]
-        loaded = load(name, sides)
-        check_model(home, found.about, loaded, name)
-    return status, found, loaded
-
-
-def shown(index: Index, folder: str | None) -> Callable[[str], str]:
-    """How a row's path is printed: below the folder as it was named, else as short as it can be."""
-    if folder is not None:
-        return partial(os.path.join, folder)
-    root, here = index.root, os.path.join(os.getcwd(), "")
-    return lambda path: os.path.join(root, path).removeprefix(here)
 
 
 def groups(texts: list[str], images: list[Query]) -> Iterator[list[Query]]:

@@ -300,6 +300,12 @@ class Table:
 
     list: BinaryIO | None  # None: it has no rows
     vectors: np.ndarray  # (rows, width) float32, mapped
+    numbers: list[int] | None = None  # of the rows in the list; None: all of them
+
+    def part(self, keep: Callable[[str], bool]) -> Table:
+        """The rows whose paths are to be kept; their vectors are copied."""
+        numbers = [i for i, row in enumerate(self.rows()) if keep(row.path)]
+        return Table(self.list, self.vectors[numbers], numbers)
 
     def rows(self) -> list[Row]:
         return list(self.pick(range(len(self.vectors))).values())
@@ -309,13 +315,14 @@ class Table:
 
         Raises UserError: the list is damaged.
         """
-        wanted = set(map(int, numbers))
+        wanted = {self.numbers[n] if self.numbers else n: n for n in map(int, numbers)}
         if not wanted:
             return {}
         with sound(Path(self.list.name).parent, advice=ANEW):
             self.list.seek(0)
             lines = itertools.islice(self.list, max(wanted) + 1)
-            rows = {i: Row.of(line) for i, line in enumerate(lines) if i in wanted}
+            found = ((wanted[i], line) for i, line in enumerate(lines) if i in wanted)
+            rows = {i: Row.of(line) for i, line in found}
             if len(rows) < len(wanted):
                 raise ValueError(f"{self.list.name} is cut short")
         return rows

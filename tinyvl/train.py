@@ -42,18 +42,34 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     UserError: options contradict each other, the data cannot be read, another process trains in
     this folder, or the run is stopped (`Interrupted`).
     """
-    train_run.check_features(job, run)
-    with train_run.alone(run.out):
-        return trained(job, run)
-
-
-def trained(job: Job, run: Run) -> dict[str, Any]:
-    """`train`, in a folder that nobody else writes to."""
     keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
+    train_run.check_features(job, run)
     resumed = run.resume and (run.out / "config.json").exists()
     config = models.read_config(run.out) if resumed else {}  # with the backbones it started with
-    train_run.open_run(run, settings, config.get("training", {}) if resumed else None)
+    train_run.check_run(run, settings, config.get("training", {}) if resumed else None)
+    if resumed and (ended := train_run.finished(run.out, job.recipe.epochs)):
+        say(f"{run.out}: this run has ended; nothing is left to do", run.quiet)
+        return summary_of(job, run, ended["step"], ended["best"])
+    with train_run.opened(run, new=not resumed):
+        return carry_out(job, run, settings, config)
+
+
+def summary_of(
+    job: Job, run: Run, step: int, best: float, speed: float = 0.0, seconds: float = 0.0
+) -> dict[str, Any]:
+    return {
+        "steps": step, "epochs": job.recipe.epochs,
+        "val_loss": best if math.isfinite(best) else None,
+        "captions_per_second": round(speed, 2), "seconds": round(seconds), "model": str(run.out),
+    }  # fmt: skip
+
+
+def carry_out(
+    job: Job, run: Run, settings: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains a new run, or goes on with one that has this ``config``, -> its summary."""
+    resumed = bool(config)
     train_records, val_records = load_records(job)
     val_records = val_records[:1000]  # enough to choose by
     source = models.open_checkpoint(job.init, models.task_of(job.method)) if job.init else None
@@ -62,10 +78,11 @@ def trained(job: Job, run: Run) -> dict[str, Any]:
     about = models.Checkpoint(run.out, config)
     if not resumed:
         dtype = cache_dtype(job, about.reads)
-        config["training"] = settings | {"tinyvl": __version__, "cache_dtype": dtype}
+        config["training"] = {"tinyvl": __version__, "cache_dtype": dtype}
     store = open_store(run.features, about.image, about.reads) if run.features else None
-    if not resumed:
-        models.save_config(run.out, config)
+    asked = run.asked or config["training"].get("asked", {})
+    config["training"] |= settings | {"asked": asked}  # a resumed run may have more epochs
+    models.save_config(run.out, config)
     precision = choose_precision(job.precision, run.device)
     torch.manual_seed(job.seed)
     model = models.build(config, device=run.device, precision=precision)
@@ -89,8 +106,8 @@ def trained(job: Job, run: Run) -> dict[str, Any]:
             objective = train_cider.SelfCritical(
                 model, references, val_references, job.samples, job.max_tokens
             )
-        steps = max(1, round(job.recipe.epochs * feed.steps_per_epoch))
-        validate_every = run.validate_every or feed.steps_per_epoch
+        plan, steps = feed.plan, feed.plan.steps(job.recipe.epochs)
+        validate_every = run.validate_every or plan.steps_per_epoch
         optimizer = torch.optim.AdamW(parameter_groups(model, parameters, job.recipe))
         scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
         clip = math.inf if job.recipe.clip is None else job.recipe.clip
@@ -102,19 +119,19 @@ def trained(job: Job, run: Run) -> dict[str, Any]:
         log = train_run.open_log(run, step)
         say(
             f"{sum(p.numel() for p in parameters.values()):,} trainable parameters; "
-            f"{feed}; {steps:,} steps of {feed.captions} captions",
+            f"{feed}; {plan.told(job.recipe.epochs)}",
             run.quiet,
         )
         advice = "use --checkpointing, a smaller language model or --device cpu"
         pieces = Pieces("One caption at a time", advice)
         seen = feed.pictures
         watch = train_run.Watch(run.out, dict(zip(seen.keys, seen.paths, strict=True)))
-        started, done, speed = time.monotonic(), 0.0, 0.0
+        started, done, speed, shown = time.monotonic(), 0.0, 0.0, ""
         with log, bar("training", steps, run.quiet, start=step) as advance:
             epoch: int | None = None
             while step < steps:
-                if epoch != step // feed.steps_per_epoch:  # a new epoch, or a resumed one
-                    epoch, behind = divmod(step, feed.steps_per_epoch)
+                if epoch != step // plan.steps_per_epoch:  # a new epoch, or a resumed one
+                    epoch, behind = divmod(step, plan.steps_per_epoch)
                     batches = feed.steps(epoch, behind)  # the rest of the epoch
                 rate = lr_at(step, steps, job.recipe)
                 for group in optimizer.param_groups:
@@ -138,12 +155,16 @@ def trained(job: Job, run: Run) -> dict[str, Any]:
                     speed = done / (time.monotonic() - started)
                     memory = peak_memory(run.device)
                     train_run.write(
-                        log, step=step, epoch=round(step / feed.steps_per_epoch, 4),
+                        log, step=step, epoch=round(step / plan.steps_per_epoch, 4),
                         loss=round(metrics["loss"], 5), rate=rate,
                         gradient_norm=round(norm, 4),
                         captions_per_second=round(speed, 2), peak_memory=memory,
                     )  # fmt: skip
-                    report = f"loss {metrics['loss']:.3f}  {speed:.1f} captions/s"
+                    # A contrast of few pairs has a small loss: a ragged last step's is not shown.
+                    whole = not model.whole_steps or metrics["captions"] >= 0.9 * plan.captions
+                    if whole or not shown:
+                        shown = f"loss {metrics['loss']:.3f}"
+                    report = f"{shown}  {speed:.1f} {plan.kind}/s"
                     advance(1, f"{report}  {memory / 2**30:.1f} GiB")
                 ends = step == steps
                 if feed.val_order and (step % validate_every == 0 or ends):
@@ -157,7 +178,7 @@ def trained(job: Job, run: Run) -> dict[str, Any]:
                             watch.saved("model.safetensors", step)
                 # Where steps fail, the last good state stays.
                 if ends or ((step % run.save_every == 0 or run.stop) and not watch.row):
-                    state.save(step, best)
+                    state.save(step, best, job.recipe.epochs if ends else None)
                     watch.saved("training.safetensors", step)
                 if run.stop and not ends:
                     raise Interrupted
@@ -167,14 +188,11 @@ def trained(job: Job, run: Run) -> dict[str, Any]:
             models.save(model, run.out, "model.safetensors")
     if not (run.out / "model.safetensors").exists():
         raise UserError(f"{run.out}: the loss was never finite; train with a lower --rate.")
-    summary = {
-        "steps": step, "epochs": job.recipe.epochs, "val_loss": best if feed.val_order else None,
-        "captions_per_second": round(speed, 2), "seconds": round(time.monotonic() - started),
-    }  # fmt: skip
+    summary = summary_of(job, run, step, best, speed, time.monotonic() - started)
     if done:
-        models.write_card(run.out, config, summary)
+        models.write_card(run.out, config, {k: v for k, v in summary.items() if k != "model"})
     shutil.rmtree(run.out / "features", ignore_errors=True)
-    return summary | {"model": str(run.out)}
+    return summary
 
 
 def starting_config(job: Job, source: models.Checkpoint | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import shutil
 from bisect import bisect
 from collections import Counter
@@ -23,6 +22,7 @@ from tinyvl.presets import Job, Run
 from tinyvl.progress import bar, say, skip
 from tinyvl.store import finite
 from tinyvl.text import has_words
+from tinyvl.train_plan import Plan
 from tinyvl.train_run import Interrupted
 
 if TYPE_CHECKING:
@@ -331,19 +331,13 @@ class Feed:
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self.val_order = [order[i : i + run.micro] for i in range(0, len(order), run.micro)]
 
-        self.size = sum(1 if g.drawn else len(g.captions) for g in self.groups)
-        self.size *= job.samples if cider else 1
-        self.kind = "questions" if vqa else "sampled captions" if cider else "captions"
-        mean = self.size / len(self.groups)
-        self.micro = max(1, round(min(run.micro, job.recipe.batch) / mean))  # groups at once
-        self.per_step = max(1, round(job.recipe.batch / (self.micro * mean)))  # micro-batches
-        self.captions = round(self.per_step * self.micro * mean)  # in a step
-        self.steps_per_epoch = math.ceil(math.ceil(len(self.groups) / self.micro) / self.per_step)
+        self.plan = Plan.of([1 if g.drawn else len(g.captions) for g in self.groups], job, run)
 
     def __str__(self) -> str:
         return (
-            f"{len(self.pictures.paths):,} pictures, {self.size:,} {self.kind}, "
-            f"{len(self.val_groups):,} pictures to validate on"
+            f"{len(set(self.pictures.keys)):,} pictures, {self.plan.size:,} {self.plan.kind}, "
+            f"{len({self.val_pictures.keys[g.record] for g in self.val_groups}):,} pictures to "
+            "validate on"
         )
 
     def steps(self, epoch: int, done: int) -> Iterator[list[Batch | Pairs]]:
@@ -352,12 +346,13 @@ class Feed:
         A list is empty where every picture of a step is unreadable.
         """
         # Where a loss compares the captions of a step, a step is a random part of the epoch.
-        pools: Any = {"pool": self.per_step, "shuffle": False} if self.model.whole_steps else {}
-        order = data.length_buckets(self.lengths, self.micro, self.job.seed, epoch, **pools)
-        order = order[done * self.per_step :]
+        plan = self.plan
+        pools: Any = {"pool": plan.per_step, "shuffle": False} if self.model.whole_steps else {}
+        order = data.length_buckets(self.lengths, plan.micro, self.job.seed, epoch, **pools)
+        order = order[done * plan.per_step :]
         found = self.batches(self.groups, order, self.pictures, self.states, epoch)
-        for _ in range(done, self.steps_per_epoch):
-            yield [batch for batch in islice(found, self.per_step) if batch is not None]
+        for _ in range(done, plan.steps_per_epoch):
+            yield [batch for batch in islice(found, plan.per_step) if batch is not None]
 
     def validation(self) -> Iterator[Batch | Pairs]:
         """The micro-batches to validate on."""

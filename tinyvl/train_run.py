@@ -34,7 +34,8 @@ def stopping(run: Run) -> Iterator[None]:
         if run.stop:
             raise KeyboardInterrupt
         run.stop.append(number)
-        print("stopping: saving after this step", file=sys.stderr)
+        advice = "Control-C again ends it at once, and --resume goes on from what was saved before"
+        print(f"stopping: saving after this step; {advice}", file=sys.stderr)
 
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -65,24 +66,26 @@ def check_features(job: Job, run: Run) -> None:
         )
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """The only training in a folder, which is made; what a kill left half written goes."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}).", 2) from error
-    with files.locked(out, "another process is training this run"):
-        for part in out.glob(".*.safetensors.*"):
-            part.unlink()
-        yield
+def remembered(out: Path, method: str) -> dict[str, Any]:
+    """The options that the run in a folder was started with; {} if there is none.
+
+    UserError: it is of another method.
+    """
+    if not (out / "config.json").exists():
+        return {}
+    config = json.loads(files.read_text(out / "config.json"))
+    if config.get("method") != method:
+        raise UserError(f"{out}: this is a run of {config.get('method')}, not of {method}.", 2)
+    asked = config.get("training", {}).get("asked", {})
+    return asked | ({"features": Path(asked["features"])} if "features" in asked else {})
 
 
-def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None) -> None:
-    """Checks that a folder is free for a new run, or that a run may be resumed.
+def check_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None) -> None:
+    """Checks that a run may be started or resumed.
 
     ``settings`` decide the result; ``started``: those that the run was started with, None: it is
-    new. UserError: a new run would overwrite another, or the settings differ.
+    new. More epochs may be added where the rate is the same at any step after the warm-up.
+    UserError: a new run would overwrite another, or the settings differ.
     """
     if started is None:
         if not run.resume and any(
@@ -93,19 +96,67 @@ def open_run(run: Run, settings: dict[str, Any], started: dict[str, Any] | None)
                 "another --out.",
                 2,
             )
-        shutil.rmtree(run.out / "features", ignore_errors=True)  # of a start that saved nothing
         return
     name = next((n for n in settings if settings[n] != started.get(n)), None)
-    if name is not None:
-        old, new = started.get(name), settings[name]
-        if isinstance(old, dict) and isinstance(new, dict):  # a recipe, options
-            part = next(n for n in {**new, **old} if old.get(n) != new.get(n))
-            name, old, new = f"{name}.{part}", old.get(part), new.get(part)
-        raise UserError(
-            f"{run.out}: this run was started with {name} = {old!r}, not {new!r}; "
-            "resume it with the same settings, or choose another --out.",
-            2,
-        )
+    if name is None:
+        return
+    old, new = started.get(name), settings[name]
+    advice = "resume it with the same settings, or choose another --out"
+    if isinstance(old, dict) and isinstance(new, dict):  # a recipe, options
+        part = next(n for n in {**new, **old} if old.get(n) != new.get(n))
+        if (name, part) == ("recipe", "epochs"):
+            same = new | {"epochs": old["epochs"]} == old
+            if same and new["epochs"] > old["epochs"] and new["rate"] == new["final_rate"]:
+                return
+            if new["epochs"] > old["epochs"]:
+                advice = "its rate falls to the end of these; to train on, start another run from "
+                advice += f"it: --init {run.out} and another --out"
+        name, old, new = f"{name}.{part}", old.get(part), new.get(part)
+    was = f"this run was started with {name} = {old!r}, not {new!r}"
+    raise UserError(f"{run.out}: {was}; {advice}.", 2)
+
+
+def finished(out: Path, epochs: float) -> dict[str, Any] | None:
+    """The last step and the best loss of a run that has ended after so many epochs, or None."""
+    from safetensors import safe_open
+
+    if not all((out / name).exists() for name in ("training.safetensors", "README.md")):
+        return None
+    with safe_open(out / "training.safetensors", "pt") as file:
+        meta = json.loads(file.metadata()["training"])
+    return meta if meta.get("ended") == epochs else None
+
+
+@contextmanager
+def opened(run: Run, new: bool) -> Iterator[None]:
+    """The folder of a run while it is at work; a start that fails leaves none.
+
+    That is, before its first step, with a `UserError`: what a stopped or killed run has encoded is
+    kept for --resume.
+    """
+    made = [folder for folder in (run.out, *run.out.parents) if not folder.exists()]
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.out}: cannot be made ({error.strerror}).", 2) from error
+    with files.locked(run.out, "another process is training this run"):
+        if new:
+            shutil.rmtree(run.out / "features", ignore_errors=True)  # of a start without a step
+        for part in run.out.glob(".*.safetensors.*"):  # a file that a kill left half written
+            part.unlink()
+        try:
+            yield
+        except UserError as error:
+            log = run.out / "log.jsonl"
+            started = log.exists() and log.stat().st_size
+            if new and not started and not isinstance(error, Interrupted):
+                shutil.rmtree(run.out / "features", ignore_errors=True)
+                for name in ("config.json", "log.jsonl", *([".lock"] if made else [])):
+                    (run.out / name).unlink(missing_ok=True)
+                for folder in made:
+                    with suppress(OSError):
+                        folder.rmdir()
+            raise
 
 
 class Watch:
@@ -159,14 +210,15 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
-    def save(self, step: int, best: float) -> None:
+    def save(self, step: int, best: float, ended: float | None = None) -> None:
+        """``ended``: the epochs of a run that is at its end."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"model/{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():  # none before an update
                 tensors[f"{key}/{name}"] = value
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
-        meta = {"step": step, "best": best, "scaler": self.scaler.state_dict()}
+        meta = {"step": step, "best": best, "scaler": self.scaler.state_dict(), "ended": ended}
         files.write_tensors(self.file, tensors, {"training": json.dumps(meta)})
 
     def restore(self) -> tuple[int, float]:

@@ -6,10 +6,12 @@ import queue
 import re
 import sys
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,6 +23,7 @@ from tinyvl import UserError, decode, media_workers
 from tinyvl.decode import Style
 from tinyvl.device import Pieces
 from tinyvl.files import ESCAPED, dump, hold, quoted, read_text, unquoted, write_text
+from tinyvl.progress import bar, duration, say
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
@@ -215,9 +218,56 @@ def computed(
 # ----------------------------------------------------------------------------------- lines
 
 
+@dataclass
+class Told:
+    """What is said of many files on standard error while they are worked on, and at the end."""
+
+    what: str = "files"
+    total: int | None = None  # None: a pipe does not tell
+    out: Path | None = None
+    quiet: bool = True
+
+    def end(self, count: int, failed: int, seconds: float) -> None:
+        if count > 1:
+            many = f", {failed:,} failed" if failed else ""
+            say(f"tinyvl: {count:,} {self.what} in {duration(seconds)}{many}", self.quiet)
+
+    def stopped(self, count: int) -> UserError:
+        """On Control-C."""
+        of = f" of {self.total:,}" if self.total else ""
+        advice = f"go on with -o {self.out} --resume" if self.out else "--resume needs -o FILE"
+        return UserError(f"stopped after {count:,}{of} {self.what}; {advice}", 130)
+
+
+def listed(paths: Iterable[str]) -> tuple[Iterator[str], int, bool]:
+    """Paths that are told before the work begins: the same, how many, and if any is there.
+
+    An error that ends them (a folder has none) still comes behind the others.
+    """
+    found: list[str] = []
+    errors: list[UserError] = []
+    try:
+        found.extend(paths)
+    except UserError as error:
+        errors.append(error)
+
+    def again() -> Iterator[str]:
+        yield from found
+        for error in errors:
+            raise error
+
+    return again(), len(found), any(map(os.path.lexists, found))
+
+
+def absent(paths: Iterable[str]) -> Iterator[tuple[str, UserError]]:
+    """Of files none of which is there; no model is needed to say so."""
+    for path in paths:
+        yield path, UserError(f"{path}: there is no such file")
+
+
 def write(
-    results: Iterable[tuple], stream: TextIO, *, as_json: bool, bare: bool,
-    question: str | None = None,
+    results: Iterable[tuple], stream: TextIO | None, *, as_json: bool, bare: bool,
+    question: str | None = None, told: Told | None = None,
 ) -> int:  # fmt: skip
     """A line a caption, or answer to a ``question``: see `write_rows`. -> the exit status."""
     name = "caption" if question is None else "answer"
@@ -231,7 +281,8 @@ def write(
         for path, text, *more in results
     )
     asked = {} if question is None else {"question": question}
-    return write_rows(rows, stream, f"{{{name}}}", as_json=as_json, bare=bare, fields=asked)
+    text = f"{{{name}}}"
+    return write_rows(rows, stream, text, as_json=as_json, bare=bare, fields=asked, told=told)
 
 
 def rounded(odds: dict[str, float]) -> dict[str, float]:
@@ -239,51 +290,75 @@ def rounded(odds: dict[str, float]) -> dict[str, float]:
 
 
 def write_rows(
-    results: Iterable[tuple[str, list[dict[str, Any]] | UserError]], stream: TextIO, text: str, *,
-    as_json: bool, bare: bool, fields: dict[str, Any] | None = None,
+    results: Iterable[tuple[str, list[dict[str, Any]] | UserError]], stream: TextIO | None,
+    text: str, *, as_json: bool, bare: bool, fields: dict[str, Any] | None = None,
+    told: Told | None = None,
 ) -> int:  # fmt: skip
     """A line a row, as they come; what failed goes to standard error. -> the exit status.
+
+    ``stream`` None: standard output. UserError: on Control-C.
 
     Results are (path, its rows, or what is wrong with it). A line is ``path<TAB>text``, the path
     as `files.quoted` gives it, or ``bare`` (one input) the text alone, which is made of a row by
     `str.format`. With ``as_json`` it is the path, the ``fields`` and the row, or what is wrong.
     """
-    status = 0
-    for path, rows in results:
-        if isinstance(rows, UserError):
-            status = 1
-            print(f"tinyvl: {rows}", file=sys.stderr)
-            if not as_json:
-                continue
-            rows = [{"error": str(rows)}]
-        if as_json:
-            head = {"path": path, **(fields or {})}
-            lines = [dump(head | row) for row in rows]
-        else:
-            lines = [("" if bare else f"{quoted(path)}\t") + text.format(**row) for row in rows]
-        # All of a picture's at once: --resume finds whole pictures.
-        try:
-            print("\n".join(lines), file=stream, flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # a full disk
-            raise UserError(f"{stream.name}: cannot be written ({error.strerror}).") from error
-    return status
+    told, count, failed, begun = told or Told(), 0, 0, time.monotonic()
+    try:
+        with bar(told.what, told.total, told.quiet or bare) as advance:
+            for path, rows in results:
+                count += 1
+                if isinstance(rows, UserError):
+                    failed += 1
+                    print(f"tinyvl: {rows}", file=sys.stderr)
+                    why = str(rows).removeprefix(f"{path}: ")
+                    rows = [{"error": why}] if as_json else []
+                if as_json:
+                    head = {"path": path, **(fields or {})}
+                    lines = [dump(head | row) for row in rows]
+                else:
+                    start = "" if bare else f"{quoted(path)}\t"
+                    lines = [start + text.format(**row) for row in rows]
+                if lines:  # all of a picture's at once: --resume finds whole pictures
+                    put("\n".join(lines), stream or sys.stdout)
+                advance(1)
+    except KeyboardInterrupt:
+        raise told.stopped(count) from None
+    told.end(count, failed, time.monotonic() - begun)
+    return int(failed > 0)
+
+
+def put(lines: str, stream: TextIO) -> None:
+    """Raises UserError: the disk is full, or the like."""
+    try:
+        print(lines, file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{stream.name}: cannot be written ({error.strerror}).") from error
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Raises UserError: a file is there, and not to be gone on with."""
+    if out.exists() and not resume:
+        advice = "go on with it by --resume, or choose another name"
+        raise UserError(f"{out}: this file exists; {advice}.", 2)
 
 
 def open_output(
     out: Path, resume: bool, *, field: str = "caption", tabs: int = 1, lines: int = 1,
     question: str | None = None, choices: list[str] | None = None,
+    made_by: dict[str, Any] | None = None,
 ) -> tuple[TextIO, set[str]]:  # fmt: skip
     """The file to append to, and the paths it already has results for.
 
     A line cut off by a kill, the lines of failed files and those of a path with too few lines are
     dropped: they are tried again. Answers to another ``question``, or of other ``choices``, stay
     and do not count. A line of JSON has ``field`` unless its file failed; in one of text, ``tabs``
-    columns follow the path.
+    columns follow the path. What the lines are ``made_by`` (the model, the search) stands in a
+    hidden file beside it.
 
-    Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's; or
-    another process writes it.
+    Raises UserError: it cannot be written; it exists, without ``resume``, or is not tinyvl's; its
+    lines were made otherwise; or another process writes it.
     """
 
     def append() -> TextIO:
@@ -294,12 +369,21 @@ def open_output(
         hold(stream, out, "another process is writing this file")
         return stream
 
+    check_output(out, resume)
+    beside, made_by = out.with_name(f".{out.name}.json"), json.loads(json.dumps(made_by))
     if not out.exists():
-        return append(), set()
-    if not resume:
-        advice = "go on with it by --resume, or choose another name"
-        raise UserError(f"{out}: this file exists; {advice}.", 2)
+        stream = append()
+        if made_by and out.is_file():
+            write_text(beside, json.dumps(made_by) + "\n")
+        return stream, set()
     append().close()  # nobody else is at it
+    if made_by and beside.exists():
+        before = json.loads(read_text(beside))
+        for name in before.keys() & made_by.keys():  # an answer of given choices has no search
+            if before[name] != made_by[name]:
+                was = f"its lines were made with {name} {before[name]}, not {made_by[name]}"
+                raise UserError(f"{out}: {was}; go on with that, or choose another name.", 2)
+        made_by = before | made_by
     kept: list[tuple[str, str]] = []  # path, line
     for line in re.findall(r"[^\n]*\n", read_text(out, "surrogateescape")):
         try:
@@ -320,4 +404,6 @@ def open_output(
     counts = Counter(path for path, _ in kept)
     whole = "".join(line for path, line in kept if counts[path] >= lines)
     write_text(out, whole)
+    if made_by and out.is_file():
+        write_text(beside, json.dumps(made_by) + "\n")
     return append(), {path for path, count in counts.items() if count >= lines}
