@@ -1,4 +1,4 @@
-"""`tinyvl page`: results where people look."""
+"""`tinyvl page`, `tinyvl explain`: results where people look."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import Lines, command, group, piped, same
+from tinyvl.cli_options import MODEL, Lines, Place, command, group, load_model, piped, same
+from tinyvl.files import Unmarked, dump, quoted
 from tinyvl.presets_options import Run, option
 
 app = group()
-app.callback()(lambda: None)  # else a group of one command is that command
 
 
 @command(app, "page")
@@ -56,3 +56,69 @@ def page(
         import webbrowser
 
         webbrowser.open(out.absolute().as_uri())
+
+
+@command(app, "explain")
+def explain(
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Pictures, folders, "
+        "globs, or - for paths on standard input (as a pipe is).")] = None,
+    *,
+    text: str | None = option("Data", None, "Show which regions fit these words (LilT)."),
+    question: str | None = option("Data", None, "Explain the answer to this question."),
+    layer: str = option("Output", "last", "Of I-Tuning's modules: last, mean over all, or a layer "
+        "from 1."),
+    sheet: Path | None = option("Output", None, "Draw to this PNG: a picture, then a tile a word.",
+        name="--out,-o"),
+    as_json: bool = same(Lines, "as_json", False),
+    null: bool = same(Lines, "null", False),
+    model: str = MODEL,
+    place: Place,
+) -> None:  # fmt: skip
+    """Show what each word of a caption looked at.
+
+    I-Tuning: a heat map of its attention over the picture. eP-ALM: how much it leaned on each level
+    of the encoder and on the prompt. With --text, LilT: which regions fit the words. Without -o or
+    --json a line a word: word<TAB>where, after the path where there are several pictures.
+
+    tinyvl explain photo.jpg --json | tinyvl page - -o maps.html shows the maps under the mouse.
+    """
+    names = piped(inputs)
+    if text is not None and question is not None:
+        raise UserError("--text and --question are for different models; choose one.", 2)
+    from tinyvl import explain, media, models
+    from tinyvl.media_workers import decode_images
+
+    task = "retrieve" if text is not None else "vqa" if question is not None else "caption"
+    checkpoint = models.open_checkpoint(model, task)
+    paths = list(media.expand(names, Unmarked(sys.stdin), null=null))
+    loaded = load_model(checkpoint, place, task)
+    encoder, status, lines = loaded.encoder, 0, []
+    pictures = decode_images(paths, encoder.transform(), target=encoder.size, workers=place.workers)
+    for path, picture in pictures:
+        try:
+            if isinstance(picture, UserError):
+                raise picture
+            if text is not None:
+                line = explain.matched(loaded, path, picture, text)
+            else:
+                line = explain.explain(loaded, path, picture, layer=layer, question=question)
+        except UserError as error:
+            if error.status == 2:
+                raise
+            print(f"tinyvl: {error}", file=sys.stderr)
+            line, status = {"path": path, "error": str(error)}, 1
+        if as_json:
+            print(dump(line), flush=True)
+        elif sheet is None:
+            for word in line.get("words", ()):
+                start = f"{quoted(path)}\t" if len(paths) > 1 else ""
+                print(f"{start}{word['word']}\t{word['note']}", flush=True)
+        lines.append(line)
+    if sheet is not None and (drawn := [line for line in lines if "words" in line]):
+        from tinyvl.files import replace_file
+
+        image = explain.sheet(drawn)
+        replace_file(sheet, lambda part: image.save(part, "PNG"))
+        if not as_json:
+            print(sheet)
+    raise typer.Exit(status)
