@@ -35,7 +35,7 @@ from tinyvl.presets_options import EPalm, commas, option
 COMMANDS = {
     "caption": "cli", "ask": "cli", "retrieve": "cli_search", "classify": "cli_search",
     "page": "cli_seen", "explain": "cli_seen", "index": "cli_search", "features": "cli_data",
-    "train": "cli_train", "eval": "cli_eval", "data": "cli_data",
+    "train": "cli_train", "eval": "cli_eval", "runs": "cli_seen", "data": "cli_data",
     "models": "cli", "inspect": "cli", "analyze": "cli", "samples": "cli",
     "pull": "cli", "draw": "cli",
 }  # fmt: skip

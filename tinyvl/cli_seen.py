@@ -1,4 +1,4 @@
-"""`tinyvl page`, `tinyvl explain`: results where people look."""
+"""`tinyvl page`, `tinyvl explain`, `tinyvl runs`: results where people look."""
 
 import sys
 from pathlib import Path
@@ -122,3 +122,44 @@ def explain(
         if not as_json:
             print(sheet)
     raise typer.Exit(status)
+
+
+@command(app, "runs")
+def show_runs(
+    folders: Annotated[list[Path] | None, typer.Argument(metavar="DIR", help="Runs and their "
+        "evaluations (tinyvl eval -o), or folders of these. (default: runs)")] = None,
+    *,
+    png: Path | None = option("Output", None, "Draw the curves: needs the extra plot."),
+    page: Path | None = option("Output", None, "Table and curves as one HTML file."),
+    follow: bool = option("Output", False, "Show them as they train, until Control-C."),
+    as_json: bool = same(Lines, "as_json", False),
+) -> None:  # fmt: skip
+    """List and compare training runs: data, losses, speed, metrics of their evaluations.
+
+    A table on a terminal, elsewhere tab-separated. Loss is the last step's, val_loss the best.
+    """
+    from tinyvl import files, runs
+
+    found = runs.find(folders or [Path("runs")])
+    if png is not None or page is not None:
+        from tinyvl import plots
+
+        if png is not None:
+            plots.curves(found, png)
+        if page is not None:
+            files.write_text(page, runs.page(found))
+    if as_json:
+        for run in found:
+            print(dump(run.row()))
+    elif not sys.stdout.isatty():
+        if follow:
+            runs.follow(found, lambda seen: print(*runs.as_lines(seen), sep="\n", flush=True))
+        else:
+            print(*runs.as_lines(found), sep="\n")
+    else:
+        from rich.console import Console
+        from rich.live import Live
+
+        with Live(runs.as_table(found), console=Console(markup=False)) as live:
+            if follow:
+                runs.follow(found, lambda seen: live.update(runs.as_table(seen), refresh=True))

@@ -279,11 +279,22 @@ def page(
     counts = [f"{len(paths):,} file{'s' * (len(paths) != 1)}"]
     counts += [f"{failed:,} failed"] if failed else []
     counts += [f"{missing - failed:,} cannot be shown"] if missing > failed else []
-    script = files.read_text(Path(__file__).with_name("page.js"))
+    ways = sorts(cards, worst)
+    form = (
+        '<form role="search"><input id="filter" type="search" placeholder="Filter  ( / )" '
+        'aria-label="Filter" title="/ comes here, Escape clears; arrow keys go about">'
+        f'<select id="sort" aria-label="Sort">{ways}</select></form>'
+    )
+    return document(title, ", ".join(counts), "\n".join(sections), form)
+
+
+def document(title: str, summary: str, body: str, form: str = "") -> str:
+    """The whole file around HTML; with a ``form`` the script that it works by."""
+    script = files.read_text(Path(__file__).with_name("page.js")) if form else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
-        "hash": digest, "title": clean(title), "summary": ", ".join(counts),
-        "sorts": sorts(cards, worst), "cards": "\n".join(sections), "script": script,
+        "hash": digest, "title": clean(title), "summary": clean(summary), "form": form,
+        "body": body, "script": script,
     }  # fmt: skip
     template = files.read_text(Path(__file__).with_name("page.html"))
     pieces = template.split("{{")
