@@ -294,11 +294,18 @@ class Captioner(Method):
             found[row].append(Hypothesis(ids[:-1], total, total, True))
         return found
 
-    @torch.no_grad()
     def continued(
         self, pictures: Tensor | Percept, lines: list[list[int]], style: Style
     ) -> list[tuple[str, float]]:
         """What the model writes after these ids, a line a picture, padded on the left."""
+        found = self.written(pictures, lines, style)
+        return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]
+
+    @torch.no_grad()
+    def written(
+        self, pictures: Tensor | Percept, lines: list[list[int]], style: Style
+    ) -> list[Hypothesis]:
+        """As `continued`, in tokens."""
         with self.autocast():
             visual = self.see(self.percept(pictures))
         prompt, mask = (t.to(self.device) for t in pad(lines, self.text.eos, left=True))
@@ -310,13 +317,11 @@ class Captioner(Method):
             "forbid": self.text.spare(self.decoder.config.vocab_size),
         }
         if style.sampling is not None:
-            found = decode.sample(step, prompt, **common, **style.sampling)
-        elif style.beams == 1:
-            found = decode.greedy(step, prompt, **common)
-        else:
-            how: Any = {n: getattr(style, n) for n in ("beams", "length_penalty", "early_stopping")}
-            found = [best[0] for best in decode.beam(step, prompt, **common, **how)]
-        return [(self.text.decode(h.tokens), h.mean_logprob) for h in found]
+            return decode.sample(step, prompt, **common, **style.sampling)
+        if style.beams == 1:
+            return decode.greedy(step, prompt, **common)
+        how: Any = {n: getattr(style, n) for n in ("beams", "length_penalty", "early_stopping")}
+        return [best[0] for best in decode.beam(step, prompt, **common, **how)]
 
     def stepper(self, visual: Any, images: int, mask: Tensor | None = None) -> decode.Step:
         """`decode`'s step function for a batch of pictures, with a cache of its own.

@@ -36,9 +36,10 @@ from tinyvl.presets_options import EPalm, commas, option
 # called, or shown by --help.
 COMMANDS = {
     "caption": "cli", "ask": "cli", "retrieve": "cli_search", "classify": "cli_search",
-    "index": "cli_search", "features": "cli_data", "train": "cli_train", "eval": "cli_eval",
-    "data": "cli_data", "models": "cli_models", "inspect": "cli_models", "analyze": "cli",
-    "samples": "cli", "pull": "cli_models", "draw": "cli",
+    "page": "cli_seen", "explain": "cli_seen", "index": "cli_search", "features": "cli_data",
+    "train": "cli_train", "eval": "cli_eval", "runs": "cli_seen", "data": "cli_data",
+    "models": "cli_models", "inspect": "cli_models", "analyze": "cli", "samples": "cli",
+    "pull": "cli_models", "draw": "cli",
 }  # fmt: skip
 
 

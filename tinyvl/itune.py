@@ -58,15 +58,17 @@ class ITuneModule(nn.Module):
         """Image tokens (I, S, D) to keys and values (I, S, r): once for each image."""
         return self.k(tokens), self.v(tokens)
 
-    def forward(self, x: Tensor, visual: KeysValues) -> Tensor:
-        """x (B, T, d), rows grouped by image, to Δh (B, T, d)."""
-        k, v = visual  # (2) (3)
-        batch, length, _ = x.shape
+    def weights(self, x: Tensor, k: Tensor) -> Tensor:
+        """How x (B, T, d), rows grouped by image, attends to keys (I, S, r): (I, B / I * T, S)."""
         q = self.q(x).view(len(k), -1, k.shape[-1])  # (1) an image's rows stand side by side
         with torch.autocast(x.device.type, enabled=False):  # unscaled scores are too large for half
             exact = torch.promote_types(q.dtype, torch.float32)
-            weights = (q.to(exact) @ k.to(exact).mT).softmax(-1)  # (4) (I, B / I * T, S)
-        mixed = (weights.to(v.dtype) @ v).view(batch, length, -1)
+            return (q.to(exact) @ k.to(exact).mT).softmax(-1)  # (4)
+
+    def forward(self, x: Tensor, visual: KeysValues) -> Tensor:
+        """x (B, T, d), rows grouped by image, to Δh (B, T, d)."""
+        k, v = visual  # (2) (3)
+        mixed = (self.weights(x, k).to(v.dtype) @ v).view(*x.shape[:2], -1)
         mixed = F.dropout(mixed, self.dropout, self.training)
         return self.scale * F.linear(mixed, self.o.weight) + self.o.bias  # (5)
 

@@ -84,12 +84,15 @@ class ImageTower(ImageEncoder):
 
     def forward(self, images: Tensor) -> Percept:
         """-> tokens (B, S, D): all that a map adapter reads, else one pooled vector (S = 1)."""
+        tokens = self.tokens(images)
+        return Percept(tokens if self.map_adapter else self.pooled(tokens)[:, None], [])
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> all tokens (B, S, D), normalised."""
         x = (images.float() / 255 - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         tokens = channels_last(self.model.forward_features(x), self.width)
-        if not self.final_norm:
-            tokens = normal(tokens.float())
-        return Percept(tokens if self.map_adapter else self.pooled(tokens)[:, None], [])
+        return tokens if self.final_norm else normal(tokens.float())
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """(B, S, D) -> (B, D)."""

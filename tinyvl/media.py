@@ -145,7 +145,7 @@ def _frames(file: BinaryIO, name: str, times: Callable[[float], list[float]]) ->
     for i in sorted(set(wanted)):
         image.seek(numbers[i])
         image.load()
-        kept[i] = _upright(image.copy())
+        kept[i] = upright(image.copy())
     return [kept[i] for i in wanted]
 
 
@@ -179,10 +179,11 @@ def _read(file: BinaryIO, name: str, target: int | None) -> Image.Image:
         image.draft(None, (side, side))  # only JPEGs do anything here
     _refuse_bomb(image, name)
     image.load()
-    return _upright(image)
+    return upright(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF says, in RGB; the given one may be changed."""
     with suppress(Exception):  # broken metadata does not make the picture unusable
         ImageOps.exif_transpose(image, in_place=True)
     image = _rgb(image)

@@ -1,4 +1,6 @@
-"""What alignment changed: LilT's Figure 4, the shift of each LayerNorm against the pretrained one.
+"""Figures: what alignment changed, and the curves of training runs.
+
+LilT's Figure 4 is the shift of each LayerNorm against the pretrained one.
 
 For layer i of a tower and its two LayerNorms, the L1 norm of the difference between the trained and
 the pretrained scale γ, and between the shifts β (https://arxiv.org/abs/2301.04558, section 3.4).
@@ -8,7 +10,7 @@ Pearson's r says whether it grows with depth: in the paper r > 0 for images and 
 import re
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ import torch
 from tinyvl import UserError, models
 from tinyvl.encoders import norm_types
 from tinyvl.files import replace_file
+
+if TYPE_CHECKING:
+    from tinyvl.runs import Seen
 
 FIELDS = ("tower", "layer", "norm", "parameter", "l1")
 
@@ -104,14 +109,7 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Figure 4 as a picture: a panel a tower, a line with its 95 % confidence band a parameter."""
-    try:
-        import matplotlib
-    except ImportError:
-        advice = "pip install 'tinyvl[plot]', or leave out --png."
-        raise UserError(f"Drawing needs matplotlib: {advice}", 2) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     curves, r = series(rows), correlations(rows)
     colours = {"scale": "tab:blue", "bias": "tab:orange"}
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
@@ -131,6 +129,70 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.tight_layout()
     replace_file(file, lambda part: figure.savefig(part, format="png", dpi=150))
     pyplot.close(figure)
+
+
+def drawing() -> Any:
+    """Matplotlib's pyplot. UserError: it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        advice = "pip install 'tinyvl[plot]', or leave out --png and --page."
+        raise UserError(f"Drawing needs matplotlib: {advice}", 2) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def curves(runs: "list[Seen]", file: Path | BinaryIO) -> None:
+    """Loss and validation loss of runs by epoch, and bars of the metrics of their evaluations."""
+    pyplot = drawing()
+    logs, names = [run.log() for run in runs], [str(run.folder) for run in runs]
+    scores = [run.row()["metrics"] for run in runs]
+    metrics = list(dict.fromkeys(name for each in scores for name in each))
+    panels = ["loss"]
+    panels += ["val_loss"] if any("val_loss" in line for log in logs for line in log) else []
+    panels += ["metrics"] if metrics else []
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        axis.set_title(panel.replace("val_loss", "validation loss"))
+        for i, (name, log, score) in enumerate(zip(names, logs, scores, strict=True)):
+            colour = f"C{i % 10}"
+            if panel == "metrics":
+                places = [
+                    m + (i - len(runs) / 2 + 0.5) * 0.8 / len(runs) for m in range(len(metrics))
+                ]
+                values = [score.get(metric) or 0 for metric in metrics]
+                axis.bar(places, values, 0.8 / len(runs), color=colour, label=name)
+                axis.set_xticks(range(len(metrics)), metrics, rotation=20, ha="right", fontsize=8)
+                continue
+            steps = [line["step"] for line in log if line.get(panel) is not None]
+            values = [line[panel] for line in log if line.get(panel) is not None]
+            if panel == "loss" and len(values) > 20:  # the steps' own, and a running mean
+                axis.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
+                values = running(values, max(5, len(values) // 50))
+            axis.plot(steps, values, color=colour, label=name, marker="." * (len(values) < 20))
+            axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+
+    def save(target: Any) -> None:
+        figure.savefig(target, format="png", dpi=130)
+
+    if isinstance(file, Path):
+        replace_file(file, save)
+    else:
+        save(file)
+    pyplot.close(figure)
+
+
+def running(values: list[float], width: int) -> list[float]:
+    """The mean over each value and those before it, ``width`` at most."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
 def regression_band(
