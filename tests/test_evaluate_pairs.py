@@ -59,7 +59,9 @@ class Colours:
 def model(tmp_path, monkeypatch) -> Colours:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text('{"method": "lilt", "text": {"name": "words"}}')
+    (folder / "config.json").write_text(
+        '{"format": 1, "method": "lilt", "text": {"name": "words"}}'
+    )
     (folder / "model.safetensors").write_bytes(b"weights")
     fake = Colours()
     monkeypatch.setattr(models, "load", lambda *a, **k: fake)

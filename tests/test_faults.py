@@ -26,7 +26,7 @@ from PIL import Image
 from tiny import write_captioner
 from worlds import job, run, steps
 
-from tinyvl import UserError, files, hub_wheels, index, media, train, write
+from tinyvl import UserError, files, hub_wheels, index, index_source, media, train, write
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.decode import Style
 from tinyvl.files import Unmarked
@@ -107,7 +107,7 @@ def test_features_on_a_full_disk(photos, world, tmp_path):
 
 
 def refresh(folder: Path, photos: Path, model: Dual | None = None) -> index.Changes:
-    source = index.read_source(str(photos))
+    source = index_source.read_source(str(photos))
     return index.update(folder, source, model or Dual(), name="m", batch=4, workers=0)
 
 
@@ -306,6 +306,7 @@ def test_other_commands_end_at_once(number, monkeypatch):
         time.sleep(5)
         return []
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     monkeypatch.setattr(hub_wheels, "samples", samples)
     done = shell.run("samples")
     assert (done.returncode, done.stderr) == (130, "")

@@ -19,7 +19,7 @@ from dual import Dual
 from tiny import write_captioner, write_text
 from worlds import COLOURS, PLACES, job, run
 
-from tinyvl import index, train
+from tinyvl import index, index_source, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,7 +96,7 @@ def test_index(tmp_path, monkeypatch):
     worlds.paint(tmp_path / "in", 200)
 
     def work(out: Path) -> None:
-        source = index.read_source(str(tmp_path / "in"))
+        source = index_source.read_source(str(tmp_path / "in"))
         index.update(out, source, Dual(), name="m", batch=4, workers=0)
 
     def result(out: Path) -> tuple:

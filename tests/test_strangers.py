@@ -34,6 +34,7 @@ from tinyvl import (
     features,
     hub,
     index,
+    index_source,
     models,
 )
 from tinyvl import evaluate_predictions as predictions
@@ -374,7 +375,7 @@ def refresh(tmp_path):
     worlds.paint(tmp_path / "photos", 1)
 
     def update() -> None:
-        source = index.read_source(str(tmp_path / "photos"))
+        source = index_source.read_source(str(tmp_path / "photos"))
         index.update(tmp_path / "i", source, Dual(), name="m", workers=0)
 
     return update
@@ -446,6 +447,7 @@ def index_of_wheels(alone, index):
 
 
 def test_a_tar_writes_into_the_cache_alone(tmp_path):
+    pytest.importorskip("webdataset")
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     names = ["../../up.png", "/tmp/tinyvl-absolute.png", "a/../../b.png", "good.png"]
@@ -466,6 +468,7 @@ def test_a_tar_writes_into_the_cache_alone(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gz", "sparse", "cut"])
 def test_a_tar_that_unpacks_to_more_than_it_is(tmp_path, kind):
+    pytest.importorskip("webdataset")
     file = tmp_path / "a.tar"
     if kind == "gz":
         with tarfile.open(file, "w:gz") as tar:

@@ -107,7 +107,7 @@ class Model:
 
     def embed_texts(self, texts: str | Iterable[str], *, batch: int = 256) -> Tensor:
         """Unit vectors (N, d) of texts, float32 on the CPU, as `tinyvl retrieve` looks for them."""
-        from tinyvl.index import one_line
+        from tinyvl.index_source import one_line
 
         self.check("retrieve")
         lines = [one_line(text) for text in ([texts] if isinstance(texts, str) else texts)]
@@ -174,13 +174,13 @@ class Searcher:
     """An index, and the model that made it; of its towers those that were needed so far."""
 
     def __init__(self, folder: Path, model: Path | None, device: Any):
-        from tinyvl import search
+        from tinyvl import search_open
         from tinyvl.index import Index, read_about
 
         given = os.fspath(folder)
         inside = read_about(Folder(given)) is None  # a folder of pictures, its index hidden in it
-        self.index = Index(Folder(given) / search.HIDDEN if inside else Folder(given))
-        self.shown = search.shown(self.index, given if inside else None)
+        self.index = Index(Folder(given) / search_open.HIDDEN if inside else Folder(given))
+        self.shown = search_open.shown(self.index, given if inside else None)
         self.about: dict[str, Any] = self.index.about or {}
         self.name = self.about["model"] if model is None else os.fspath(model)
         self.device = choose_device(None if device is None else str(device))

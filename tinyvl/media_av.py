@@ -47,7 +47,8 @@ ERRORS = 1000  # failed reads in a row that end a file
 # further files and addresses.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,live_flv,ogg,wav,w64,"
-    "flac,mp3,aac,aiff,caf,amr,m4v,h264,hevc,av1,obu,ivf,gif,apng"
+    "flac,mp3,aac,aiff,caf,amr,m4v,h264,hevc,av1,obu,ivf,gif,apng,"
+    "image2,png_pipe,webp_pipe,webp_anim"
 )
 
 
