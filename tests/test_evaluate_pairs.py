@@ -59,9 +59,10 @@ class Colours:
 def model(tmp_path, monkeypatch) -> Colours:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(
-        '{"format": 1, "method": "lilt", "text": {"name": "words"}}'
-    )
+    part = {"sha256": "", "config": {}}
+    config = {"format": 1, "method": "lilt", "options": {}, "text": {"name": "words"} | part}
+    config["image"] = {"name": "colours", "fit": "jpeg"} | part
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"weights")
     fake = Colours()
     monkeypatch.setattr(models, "load", lambda *a, **k: fake)
