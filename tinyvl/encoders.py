@@ -154,11 +154,11 @@ class ImageEncoder(Encoder):
         norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         if not norms or any(p.requires_grad for p in self.model.parameters()):
             return
-        made: dict[int, tuple[nn.Module, Tensor]] = {}  # by a tensor's id; it lives on in here
-        read: dict[nn.Module, nn.Module] = {}
+        made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by a tensor's id; it lives on in here
+        read: dict[nn.Module, nn.Conv2d] = {}
         calls: Counter[nn.Module] = Counter()
 
-        def makes(module: nn.Module, _: Any, result: Tensor) -> None:
+        def makes(module: nn.Conv2d, _: Any, result: Tensor) -> None:
             made[id(result)] = module, result
             calls[module] += 1
 
@@ -168,7 +168,9 @@ class ImageEncoder(Encoder):
                 read[norm] = made[id(inputs[0])][0]
 
         # Others of timm's compute their filters anew from the weights.
-        plain = [m for m in self.model.modules() if type(m).__name__ in ("Conv2d", "Conv2dSame")]
+        plain: list[Any] = [
+            m for m in self.model.modules() if type(m).__name__ in ("Conv2d", "Conv2dSame")
+        ]
         hooks = [norm.register_forward_pre_hook(reads) for norm in norms]
         hooks += [conv.register_forward_hook(makes) for conv in plain]
         with torch.no_grad():
