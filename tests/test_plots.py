@@ -1,6 +1,5 @@
 """Figure 4 on a checkpoint whose LayerNorms were moved by known amounts."""
 
-import builtins
 import csv
 import json
 from pathlib import Path
@@ -98,14 +97,6 @@ def test_from_the_command_line(moved, tmp_path):
     assert len(found["shifts"]) == len(rows)
 
 
-def test_without_matplotlib_one_sentence_says_what_to_install(moved, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_matplotlib_one_sentence_says_what_to_install(no_matplotlib, tmp_path):
     with pytest.raises(UserError, match=r"tinyvl\[plot\]"):
         plots.plot([], tmp_path / "f.png")

@@ -1,6 +1,5 @@
 """Runs in folders: told apart in a table, drawn, and followed as they go."""
 
-import builtins
 import hashlib
 import json
 import math
@@ -80,15 +79,7 @@ def test_curves_are_drawn_and_stand_in_a_page(folder):
     assert "<form" not in page
 
 
-def test_without_matplotlib_one_sentence_says_what_to_install(folder, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_matplotlib_one_sentence_says_what_to_install(folder, no_matplotlib):
     done = shell.run("runs", "--png", "c.png")
     assert (done.returncode, done.stdout) == (2, "")
     assert "pip install 'tinyvl[plot]'" in done.stderr

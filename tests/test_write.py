@@ -149,7 +149,7 @@ def test_a_stopped_run_says_how_to_go_on(capsys):
         yield "a", "a dog", -0.5
         raise KeyboardInterrupt
 
-    told = write.Told("captions", 9, Path("out.tsv"))
+    told = progress.Told("captions", 9, Path("out.tsv"))
     with pytest.raises(UserError, match=r"after 1 of 9 captions; go on with -o out.tsv --resume"):
         write.write(results(), io.StringIO(), as_json=False, bare=False, told=told)
 

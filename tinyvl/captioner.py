@@ -241,10 +241,14 @@ class Captioner(Method):
         An answer depends neither on the other questions nor on the batch. ``search``: the fields
         of `Style`, and `ANSWERS` where they are not given. UserError: this model writes captions.
         """
+        return self.continued(pictures, *self.answering(questions, **search))
+
+    def answering(self, questions: list[str], **search: Any) -> tuple[list[list[int]], Style]:
+        """Ids up to where each answer starts, and how it is searched for."""
         options: Any = ANSWERS | search
         style = Style(**options)
         style.max_tokens = min(style.max_tokens, max(1, self.room // 2))
-        return self.continued(pictures, self.asked(questions, style.max_tokens), style)
+        return self.asked(questions, style.max_tokens), style
 
     def asked(self, questions: list[str], max_tokens: int) -> list[list[int]]:
         """Ids up to where the answer starts; it has room for ``max_tokens``."""

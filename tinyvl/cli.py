@@ -155,6 +155,7 @@ def texts(
     """Writes a caption of each file, or the answer to a question, and leaves with the status."""
     style = search.style()
     from tinyvl import media, models, write
+    from tinyvl.progress import Told
 
     task, field = ("caption", "caption") if question is None else ("vqa", "answer")
     bare = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file() and how.out is None
@@ -162,7 +163,7 @@ def texts(
     others = media.Others(checkpoint.modality, how.quiet)
     paths = media.expand(files, Unmarked(sys.stdin), null=how.null, others=others)
     stream, done, store = None, set(), None
-    told = write.Told({"caption": "captions", "vqa": "answers"}[task], None, how.out, how.quiet)
+    told = Told({"caption": "captions", "vqa": "answers"}[task], None, how.out, how.quiet)
     if how.out is not None:
         write.check_output(how.out, how.resume)
     if how.features is not None:

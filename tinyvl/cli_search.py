@@ -189,8 +189,9 @@ def classify(
         raise UserError('Name the labels: --labels "cat,dog", or a file with one a line.', 2)
     from tinyvl import media
     from tinyvl.classes import class_embeddings, templates
+    from tinyvl.progress import Told
     from tinyvl.search import classify, read_labels
-    from tinyvl.write import Told, absent, check_output, listed, open_output, write_rows
+    from tinyvl.write import absent, check_output, listed, open_output, write_rows
 
     names, prompts = read_labels(labels), templates(prompt)
     bare = len(inputs) == 1 and inputs[0] != "-" and Path(inputs[0]).is_file() and how.out is None

@@ -8,7 +8,6 @@ final norm. An encoder without [CLS] gives the mean of each stage's feature map 
 without parameters; for the last stage that is the mean of its final features, after a CNN's head.
 """
 
-import math
 import re
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tinyvl import UserError
+from tinyvl.files import numbers_in
 from tinyvl.media_augment import RandomCrop, SmallJpeg, Thin, View
 
 ELSEWHERE = {"pretrained", "checkpoint_path", "cache_dir"}  # timm would load other files
@@ -168,9 +168,8 @@ class ImageEncoder(Encoder):
                 read[norm] = made[id(inputs[0])][0]
 
         # Others of timm's compute their filters anew from the weights.
-        plain: list[Any] = [
-            m for m in self.model.modules() if type(m).__name__ in ("Conv2d", "Conv2dSame")
-        ]
+        kinds = ("Conv2d", "Conv2dSame")
+        plain: list[Any] = [m for m in self.model.modules() if type(m).__name__ in kinds]
         hooks = [norm.register_forward_pre_hook(reads) for norm in norms]
         hooks += [conv.register_forward_hook(makes) for conv in plain]
         with torch.no_grad():
@@ -184,9 +183,8 @@ class ImageEncoder(Encoder):
                 continue
             whole = fuse_conv_bn_eval(conv, norm)
             conv.weight, conv.bias = whole.weight, whole.bias
-            self.model.set_submodule(
-                name, nn.Sequential(*norm.children())
-            )  # timm's: its activation
+            rest = nn.Sequential(*norm.children())  # timm's norms have an activation
+            self.model.set_submodule(name, rest)
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def transform(self) -> Callable:
@@ -320,10 +318,7 @@ def check_weights(build: Callable[[], nn.Module], folder: Path) -> None:
 
     It is built without memory: the one that a stranger's config describes might not fit.
     """
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        kept = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    kept = numbers_in(folder / "model.safetensors")
     with torch.device("meta"):
         wanted = sum(parameter.numel() for parameter in build().parameters())
     if wanted > 2 * kept + 2**20:  # position embeddings may be resized

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyvl import UserError
 from tinyvl.data_records import Record, get, parsed
-from tinyvl.files import dump, hold, read_text, write_text
+from tinyvl.files import dump, hold, read_object, read_text, write_text
 from tinyvl.metrics import Scores
 from tinyvl.progress import bar, say
 
@@ -119,11 +119,9 @@ def refuse(folder: Path, run: dict[str, Any], resume: bool | None) -> bool:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """A folder's ``run.json``; empty where there is none."""
-    try:
-        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+    with suppress(UserError):
+        return read_object(folder / RUN)
+    return {}
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -32,7 +31,8 @@ from tinyvl.decoder import Cache, rotate
 from tinyvl.epalm import EPalm, level_in
 from tinyvl.itune import ITune
 from tinyvl.lilt import LilT
-from tinyvl.text import ANSWERS, Text
+from tinyvl.page_media import overlay
+from tinyvl.text import Text
 
 CELLS = 8  # of a side, where regions are covered one after another
 Line = dict[str, Any]
@@ -64,9 +64,7 @@ def explain(
             raise UserError('This model answers questions: ask one with --question "...".', 2)
         style, lead = Style(), [model.text.bos, *model.prompt]
     else:
-        style = Style(**ANSWERS)  # type: ignore[arg-type]
-        style.max_tokens = min(style.max_tokens, max(1, model.room // 2))
-        lead = model.asked([question], style.max_tokens)[0]
+        (lead,), style = model.answering([question])
     said = model.written(seen, [lead], style)[0]
     text = model.text.decode(said.tokens)
     about: Line = {"path": path}
@@ -308,17 +306,6 @@ def box_of(encoder: Any, path: str) -> list[float]:
 TILE, GAP, COLUMNS = 200, 8, 6
 
 
-def heat(cells: list[list[float]], size: tuple[int, int]) -> Image.Image:
-    """A map as a picture to lay over another: red where it is high, clear up to its median."""
-    values = torch.tensor(cells)
-    low, high = values.median(), values.max()
-    alpha = ((values - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)[None, None]
-    alpha = F.interpolate(alpha, (size[1], size[0]), mode="bicubic").clamp(0, 1)[0, 0]
-    over = Image.new("RGBA", size, (255, 40, 0, 0))
-    over.putalpha(Image.fromarray((alpha * 190).round().to(torch.uint8).numpy()))
-    return over
-
-
 def sheet(lines: list[Line]) -> Image.Image:
     """Figure 3: of each picture a tile, then a tile for each word."""
     blocks = [block(line) for line in lines]
@@ -360,7 +347,7 @@ def tile(picture: Image.Image, box: list[float], word: Line) -> Image.Image:
     sides = (picture.width, picture.height) * 2
     left, top, right, bottom = (round(edge * side) for edge, side in zip(box, sides, strict=True))
     over = Image.new("RGBA", picture.size)
-    over.paste(heat(word["map"], (max(1, right - left), max(1, bottom - top))), (left, top))
+    over.paste(overlay(word["map"], (max(1, right - left), max(1, bottom - top))), (left, top))
     return Image.alpha_composite(picture.convert("RGBA"), over).convert("RGB")
 
 

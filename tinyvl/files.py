@@ -6,6 +6,7 @@ A reader, and a kill, find the old file or the new one.
 import codecs
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -147,6 +148,23 @@ def read_object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file.parent}: {file.name} cannot be read ({error}).") from error
     return found
+
+
+def numbers_in(file: Path) -> int:
+    """How many numbers a safetensors file holds: what it says at its start."""
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as stored:
+        return sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+
+
+def stat(path: str | Path) -> tuple[int, int]:
+    """A file's size in bytes and its time of change in nanoseconds; (-1, 0) if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, 0
+    return found.st_size, found.st_mtime_ns
 
 
 # ----------------------------------------------------------------------------- in one stroke

@@ -225,8 +225,9 @@ class Update:
         rows: list[Row] = []
         changed: list[Row] = []  # without their digests
         for path in self.source.captions:
-            if self.known_bad.get(path) == list(store.stat(self.source.file(path))):
-                self.bad[path] = self.known_bad[path]
+            bad = self.known_bad.get(path)
+            if bad and bad == list(files.stat(self.source.file(path))):
+                self.bad[path] = bad
                 self.changes.known_bad += 1
                 continue
             try:
@@ -309,7 +310,7 @@ class Update:
 
     def failed(self, path: str, why: str | None) -> None:
         self.changes.unreadable += 1
-        self.bad[path] = list(store.stat(self.source.file(path)))
+        self.bad[path] = list(files.stat(self.source.file(path)))
         skip(f"{self.source.file(path)}: {why}")
 
     def captions(self, pictures: list[Row]) -> list[Row]:

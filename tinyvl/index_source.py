@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinyvl import UserError, data, files, media, store
+from tinyvl import UserError, data, files, media
 from tinyvl.progress import skip
 from tinyvl.store import Row
 from tinyvl.text import has_words
@@ -93,7 +93,7 @@ def behind(source: Source, images: list[Row], captions: list[Row], failed: dict[
     """
     known = {path: tuple(found) for path, found in failed.items()}
     known |= {row.path: (row.size, row.mtime) for row in images}
-    there = {path: store.stat(source.file(path)) for path in source.captions}
+    there = {path: files.stat(source.file(path)) for path in source.captions}
     texts = source.texts(row.path for row in images if row.path in there)
     counts = {
         "new": len(there.keys() - known.keys()),

@@ -32,16 +32,9 @@ from tinyvl.media_files import (
 )
 
 __all__ = [
-    "KIND_OF",
-    "MODALITIES",
-    "READABLE",
-    "SUFFIXES",
-    "MediaError",
-    "Others",
-    "expand",
-    "is_image",
-]
-__all__ += ["kind_of", "load_image"]
+    "KIND_OF", "MODALITIES", "READABLE", "SUFFIXES", "MediaError", "Others", "expand", "is_image",
+    "kind_of", "load_image",
+]  # fmt: skip
 
 # No EPS: Pillow would run Ghostscript on a stranger's program. No TGA: it has no magic number.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")

@@ -3,8 +3,8 @@
 import base64
 import io
 from dataclasses import dataclass, field
-from statistics import median
 
+import numpy as np
 from PIL import Image
 
 from tinyvl import UserError, media
@@ -56,7 +56,6 @@ def thumbnail(picture: Image.Image, room: int) -> str:
 def sound(path: str) -> str:
     """The data of a sound's first seconds, as MP3."""
     import av
-    import numpy as np
 
     from tinyvl.media_sound import RATE, load_sound
 
@@ -74,13 +73,19 @@ def uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def overlay(cells: list[list[float]], size: tuple[int, int]) -> Image.Image:
+    """A map (H, W) to lay over a picture of this size: red where high, clear to its median."""
+    values = np.asarray(cells, np.float32)
+    low, high = np.median(values), values.max()
+    share = ((values - low) / max(high - low, 1e-9)).clip(0, 1)
+    wide = np.asarray(Image.fromarray(share).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    over = Image.new("RGBA", size, (255, 40, 0, 0))
+    over.putalpha(Image.fromarray((wide * 200).round().astype(np.uint8)))
+    return over
+
+
 def heat(cells: list[list[float]]) -> str:
-    """The data of a heat map (H, W): red where it is high, clear up to its median."""
-    flat = [float(value) for row in cells for value in row]
-    low, high = median(flat), max(flat)
-    picture = Image.new("RGBA", (len(cells[0]), len(cells)))
-    shares = (max(0.0, value - low) / (high - low or 1.0) for value in flat)
-    picture.putdata([(255, 40, 0, round(200 * share)) for share in shares])
-    wide = picture.resize((8 * picture.width, 8 * picture.height), Image.Resampling.BICUBIC)
+    """The data of a map's `overlay`, small."""
+    wide = overlay(cells, (8 * len(cells[0]), 8 * len(cells)))
     wide.save(stream := io.BytesIO(), "WEBP", quality=40)
     return uri("image/webp", stream.getvalue())

@@ -3,6 +3,10 @@
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyvl import UserError
 
 
 def say(message: str, quiet: bool = False) -> None:
@@ -66,3 +70,24 @@ def bar(title: str, total: int | None, quiet: bool = False, start: int = 0):
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=both) as progress:
         task = progress.add_task(title, total=total, completed=start, pace="", text="")
         yield lambda n, text="": progress.update(task, advance=n, pace=pace(n), text=text)
+
+
+@dataclass
+class Told:
+    """What is said of many files on standard error while they are worked on, and at the end."""
+
+    what: str = "files"
+    total: int | None = None  # None: a pipe does not tell
+    out: Path | None = None
+    quiet: bool = True
+
+    def end(self, count: int, failed: int, seconds: float) -> None:
+        if count > 1:
+            many = f", {failed:,} failed" if failed else ""
+            say(f"tinyvl: {count:,} {self.what} in {duration(seconds)}{many}", self.quiet)
+
+    def stopped(self, count: int) -> UserError:
+        """On Control-C."""
+        of = f" of {self.total:,}" if self.total else ""
+        advice = f"go on with -o {self.out} --resume" if self.out else "--resume needs -o FILE"
+        return UserError(f"stopped after {count:,}{of} {self.what}; {advice}", 130)

@@ -4,7 +4,6 @@ A run is a folder with ``config.json`` and ``log.jsonl`` or ``model.safetensors`
 one with ``report.json`` (`tinyvl eval -o`), which belongs to the run whose weights have its hash.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,10 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from tinyvl import UserError
+from safetensors import SafetensorError
+
+from tinyvl import UserError, files
+from tinyvl.hub_table import file_sha256
 
 COLUMNS = ("run", "method", "backbones", "trained", "data", "epochs", "loss", "val_loss", "metrics",
     "captions_per_second", "when")  # fmt: skip
@@ -104,30 +106,21 @@ def find(folders: Iterable[Path]) -> list[Seen]:
 
 def read(file: Path) -> dict[str, Any]:
     """An object of JSON; empty where it cannot be read."""
-    with suppress(OSError, ValueError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+    with suppress(UserError):
+        return files.read_object(file)
     return {}
 
 
 def digest(folder: Path) -> str | None:
-    with suppress(OSError), (folder / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with suppress(OSError):
+        return file_sha256(folder / "model.safetensors")
     return None
 
 
 def parameters(folder: Path) -> int | None:
-    """How many numbers a checkpoint holds: what its safetensors file says at its start."""
-    with suppress(OSError, ValueError), (folder / "model.safetensors").open("rb") as file:
-        head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes = (entry["shape"] for name, entry in head.items() if name != "__metadata__")
-        total = 0
-        for shape in shapes:
-            size = 1
-            for side in shape:
-                size *= side
-            total += size
-        return total
+    """How many numbers a checkpoint holds; None: there is none yet."""
+    with suppress(OSError, SafetensorError):
+        return files.numbers_in(folder / "model.safetensors")
     return None
 
 
@@ -164,8 +157,8 @@ def follow(runs: list[Seen], show: Callable[[list[Seen]], None], seconds: float 
             if now != before:
                 show(runs)
                 before = now
-            if all(run.done() for run in runs):
-                return
+                if all(run.done() for run in runs):
+                    return
             sleep(seconds)
 
 

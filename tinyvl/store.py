@@ -102,15 +102,6 @@ class Entry:
     row: int | None = None
 
 
-def stat(path: str | Path) -> tuple[int, int]:
-    """A file's size in bytes and its time of change in nanoseconds; (-1, 0) if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, 0
-    return found.st_size, found.st_mtime_ns
-
-
 def finite(rows: Tensor) -> Tensor:
     """Which rows (n, ...) have no NaN and no infinity: (n,) bool."""
     return rows.flatten(1).sum(1, dtype=torch.float32).isfinite()
@@ -160,7 +151,7 @@ class Known:
         for path, id in dict.fromkeys(pictures):
             entry = self.find(path, id)
             if entry is None:
-                todo.append(Entry(path, id, *stat(path)))
+                todo.append(Entry(path, id, *files.stat(path)))
                 self.add(todo[-1])
             elif entry.row is not None:
                 kept += 1
@@ -170,7 +161,7 @@ class Known:
 
     def find(self, path: str, id: str | None = None) -> Entry | None:
         """The entry of a picture, unless its file is there and has changed since."""
-        there = stat(path)
+        there = files.stat(path)
         if entry := self.by_path.get(path):
             same = (entry.bytes, entry.modified) == there
         elif id and (entry := self.by_name.get((id, os.path.basename(path)))):
@@ -190,7 +181,7 @@ class Shards:
         self.folder, self.tensors, self.dtype = folder, head["tensors"], dtype
         self.files = [folder / SHARD.format(number) for number in range(len(head["shards"]))]
         for file, shard in zip(self.files, head["shards"], strict=True):
-            if stat(file)[0] != shard["bytes"]:
+            if files.stat(file)[0] != shard["bytes"]:
                 raise UserError(f"{folder}: {file.name} is missing or was changed; {AGAIN}.", 2)
         self.ends = list(itertools.accumulate(int(shard["rows"]) for shard in head["shards"]))
         self.mapped: dict[tuple[int, str], Tensor] = {}

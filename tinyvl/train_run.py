@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyvl import UserError, files
+from tinyvl.models_config import read_config
 from tinyvl.presets import Job, Run
 from tinyvl.progress import skip
 
@@ -69,13 +70,13 @@ def check_features(job: Job, run: Run) -> None:
 def remembered(out: Path, method: str) -> dict[str, Any]:
     """The options that the run in a folder was started with; {} if there is none.
 
-    UserError: it is of another method.
+    UserError: it is of another method, or its config cannot be read.
     """
     if not (out / "config.json").exists():
         return {}
-    config = json.loads(files.read_text(out / "config.json"))
-    if config.get("method") != method:
-        raise UserError(f"{out}: this is a run of {config.get('method')}, not of {method}.", 2)
+    config = read_config(out)
+    if config["method"] != method:
+        raise UserError(f"{out}: this is a run of {config['method']}, not of {method}.", 2)
     asked = config.get("training", {}).get("asked", {})
     return asked | ({"features": Path(asked["features"])} if "features" in asked else {})
 

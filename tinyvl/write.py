@@ -11,7 +11,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,8 +21,8 @@ from torch import Tensor
 from tinyvl import UserError, decode, media_workers
 from tinyvl.decode import Style
 from tinyvl.device import Pieces
-from tinyvl.files import ESCAPED, dump, hold, quoted, read_text, unquoted, write_text
-from tinyvl.progress import bar, duration, say
+from tinyvl.files import ESCAPED, dump, hold, quoted, read_object, read_text, unquoted, write_text
+from tinyvl.progress import Told, bar
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
@@ -218,27 +217,6 @@ def computed(
 # ----------------------------------------------------------------------------------- lines
 
 
-@dataclass
-class Told:
-    """What is said of many files on standard error while they are worked on, and at the end."""
-
-    what: str = "files"
-    total: int | None = None  # None: a pipe does not tell
-    out: Path | None = None
-    quiet: bool = True
-
-    def end(self, count: int, failed: int, seconds: float) -> None:
-        if count > 1:
-            many = f", {failed:,} failed" if failed else ""
-            say(f"tinyvl: {count:,} {self.what} in {duration(seconds)}{many}", self.quiet)
-
-    def stopped(self, count: int) -> UserError:
-        """On Control-C."""
-        of = f" of {self.total:,}" if self.total else ""
-        advice = f"go on with -o {self.out} --resume" if self.out else "--resume needs -o FILE"
-        return UserError(f"stopped after {count:,}{of} {self.what}; {advice}", 130)
-
-
 def listed(paths: Iterable[str]) -> tuple[Iterator[str], int, bool]:
     """Paths that are told before the work begins: the same, how many, and if any is there.
 
@@ -378,7 +356,7 @@ def open_output(
         return stream, set()
     append().close()  # nobody else is at it
     if made_by and beside.exists():
-        before = json.loads(read_text(beside))
+        before = read_object(beside)
         for name in before.keys() & made_by.keys():  # an answer of given choices has no search
             if before[name] != made_by[name]:
                 was = f"its lines were made with {name} {before[name]}, not {made_by[name]}"
