@@ -145,7 +145,7 @@ def drawing() -> Any:
 
 
 def curves(runs: "list[Seen]", file: Path | BinaryIO) -> None:
-    """Loss and validation loss of runs by epoch, and bars of the metrics of their evaluations."""
+    """Loss and validation loss of runs by step, and bars of the metrics of their evaluations."""
     pyplot = drawing()
     logs, names = [run.log() for run in runs], [str(run.folder) for run in runs]
     scores = [run.row()["metrics"] for run in runs]
