@@ -65,8 +65,8 @@ def explain(
     *,
     text: str | None = option("Data", None, "Show which regions fit these words (LilT)."),
     question: str | None = option("Data", None, "Explain the answer to this question."),
-    layer: str = option("Output", "last", "Of I-Tuning's modules: last, mean over all, or a layer "
-        "from 1."),
+    layer: str | None = option("Output", None, "Of I-Tuning's modules: last, mean over all, or a "
+        "layer from 1.", shown="one that a tenth of them follow, 27 of 30"),
     sheet: Path | None = option("Output", None, "Draw to this PNG: a picture, then a tile a word.",
         name="--out,-o"),
     as_json: bool = same(Lines, "as_json", False),
