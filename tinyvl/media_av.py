@@ -44,11 +44,11 @@ ERRORS = 1000  # failed reads in a row that end a file
 
 
 # Of FFmpeg's containers those of the suffixes that are read: others, such as playlists, open
-# further files and addresses.
+# further files and addresses, and image2 takes a name like a%d.png for many files.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,live_flv,ogg,wav,w64,"
-    "flac,mp3,aac,aiff,caf,amr,m4v,h264,hevc,av1,obu,ivf,gif,apng,"
-    "image2,png_pipe,webp_pipe,webp_anim"
+    "flac,mp3,aac,aiff,caf,amr,m4v,h264,hevc,av1,obu,ivf,gif,apng,webp,webp_anim,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 )
 
 
