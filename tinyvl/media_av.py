@@ -63,14 +63,12 @@ def container_of(name: str) -> InputContainer:
 @contextmanager
 def opened(name: str, kind: str) -> Iterator[InputContainer]:
     """A video's or sound's container. Raises MediaError: not to be opened, or PyAV fails inside."""
-    import av
-
     try:
         with container_of(name) as container:
             yield container
     except MediaError:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except Exception as error:  # a decoder may raise anything at all on a damaged file
         said = getattr(error, "strerror", None) or str(error)
         reason = f"damaged, or in no format that can be read ({said})"
         if os.path.isfile(name) and not os.path.getsize(name):
@@ -108,7 +106,8 @@ def load_frames(
     if kind_of(name) == "image" and is_animated(name):
         return [fitted(frame, target) for frame in load_animation(name, partial(times, 0.0))]
     with opened(name, "video") as container:
-        videos = [s for s in container.streams.video if not s.disposition & cover]
+        videos = [s for s in container.streams.video if s.codec_context]  # else of no known codec
+        videos = [s for s in videos if not s.disposition & cover]
         if not videos:
             sound = container.streams.audio
             raise MediaError(f"{name}: {'has sound, but no video' if sound else 'is no video'}")
