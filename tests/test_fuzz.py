@@ -208,7 +208,9 @@ def hostile(folder: Path) -> tuple[list[str], list[str]]:
     os.mkfifo(folder / "pipe.png")  # would block whoever opens it
     (folder / "folder.png").mkdir()
     (folder / "loop.png").symlink_to("loop.png")
-    return [str(folder / name) for name in good], [str(folder / name) for name in bad]
+    return [str(folder / name) for name in good], [
+        str(folder / name) for name in [*bad, "loop.png"]
+    ]
 
 
 @pytest.fixture(scope="module")

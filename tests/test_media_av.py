@@ -181,6 +181,13 @@ def test_what_is_no_video_is_refused_in_a_sentence(tmp_path):
     refused(tmp_path / "none.avi", "no frame of this video can be decoded")
 
 
+def test_a_codec_that_nobody_knows_is_no_video(tmp_path):
+    path = write(tmp_path / "a.avi", even(5))
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"ZZZZ"))
+    with pytest.raises(MediaError, match=r"a\.avi: is no video"):
+        media_av.load_frames(path, 2)
+
+
 def test_of_a_video_that_is_cut_short_what_is_there_is_used(tmp_path):
     whole = write(tmp_path / "whole.avi", even(50), codec="png").read_bytes()
     cut = tmp_path / "cut.avi"

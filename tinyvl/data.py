@@ -194,7 +194,8 @@ def hold_out(
         raise UserError("one picture cannot be split into training and validation: give more", 2)
 
     def place(image: str) -> float:  # uniform in [0, 1)
-        digest = hashlib.sha256(f"{seed}:{ids[image]}".encode()).digest()
+        name = f"{seed}:{ids[image]}".encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(name).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
     order = sorted((place(image), ids[image], image) for image in ids)

@@ -153,7 +153,7 @@ def read_cc3m(path: Path) -> Iterator[Record]:
             last = re.split("[?#]", address)[0].rsplit("/", 1)[-1]
             names = (
                 f"{number // 10_000:05d}/{number:09d}.jpg",
-                f"{zlib.crc32(address.encode())}",
+                f"{zlib.crc32(address.encode('utf-8', 'replace'))}",
                 f"{number:08d}.jpg",
                 *([last] if is_image(last) else []),
             )

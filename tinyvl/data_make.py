@@ -76,7 +76,7 @@ def questions_of(captions: list[str], key: str) -> Iterator[tuple[str, list[str]
     """(question, answers) of one picture; ``key`` picks the wording, the same each time."""
     captions = [re.sub(r"[^a-z' ]", "", c.lower()) for c in captions]
     enough = max(1, (len(captions) + 1) // 2)
-    draw = zlib.crc32(key.encode())
+    draw = zlib.crc32(key.encode("utf-8", "replace"))
     seen = {kind: named(captions, kind) for kind in KINDS}
     for turn, (kind, counts) in enumerate(seen.items()):
         sure = [name for name, count in counts.items() if count >= enough]

@@ -44,11 +44,11 @@ ERRORS = 1000  # failed reads in a row that end a file
 
 
 # Of FFmpeg's containers those of the suffixes that are read: others, such as playlists, open
-# further files and addresses.
+# further files and addresses, and image2 takes a name like a%d.png for many files.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,live_flv,ogg,wav,w64,"
-    "flac,mp3,aac,aiff,caf,amr,m4v,h264,hevc,av1,obu,ivf,gif,apng,"
-    "image2,png_pipe,webp_pipe,webp_anim"
+    "flac,mp3,aac,aiff,caf,amr,m4v,h264,hevc,av1,obu,ivf,gif,apng,webp,webp_anim,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 )
 
 
@@ -63,14 +63,12 @@ def container_of(name: str) -> InputContainer:
 @contextmanager
 def opened(name: str, kind: str) -> Iterator[InputContainer]:
     """A video's or sound's container. Raises MediaError: not to be opened, or PyAV fails inside."""
-    import av
-
     try:
         with container_of(name) as container:
             yield container
     except MediaError:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except Exception as error:  # a decoder may raise anything at all on a damaged file
         said = getattr(error, "strerror", None) or str(error)
         reason = f"damaged, or in no format that can be read ({said})"
         if os.path.isfile(name) and not os.path.getsize(name):
@@ -108,7 +106,8 @@ def load_frames(
     if kind_of(name) == "image" and is_animated(name):
         return [fitted(frame, target) for frame in load_animation(name, partial(times, 0.0))]
     with opened(name, "video") as container:
-        videos = [s for s in container.streams.video if not s.disposition & cover]
+        videos = [s for s in container.streams.video if s.codec_context]  # else of no known codec
+        videos = [s for s in videos if not s.disposition & cover]
         if not videos:
             sound = container.streams.audio
             raise MediaError(f"{name}: {'has sound, but no video' if sound else 'is no video'}")

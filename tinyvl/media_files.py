@@ -133,7 +133,8 @@ def _files_below(folder: str, others: Others) -> Iterator[str]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 todo.append((entry.path, True))
-            elif (entry.is_file() or entry.is_symlink()) and others.wants(entry.name):
+            # `is_file` of a link in a circle raises: the decoder says so
+            elif (entry.is_symlink() or entry.is_file()) and others.wants(entry.name):
                 todo.append((entry.path, False))
 
 
