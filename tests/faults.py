@@ -1,7 +1,8 @@
 """`python tests/faults.py [PYTEST OPTIONS]`: tries every fault, and prints the table of them.
 
 A row a test: the kind of fault (the issue's thirteen), what was tried, and whether it held. Slow
-ones included, six minutes of a core; `-m "not slow"` leaves them out. Status 1: a fault was not held.
+ones included, six minutes of a core; `-m "not slow"` leaves them out. Status 1: a
+fault was not held.
 """
 
 import re

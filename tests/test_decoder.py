@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import save_file
 
 from tinyvl import UserError
-from tinyvl.decoder import Cache, Decoder
+from tinyvl.decoder import Cache, Decoder, HeadLosses, attend
 from tinyvl.decoder_weights import build_decoder, decoder_config, load_decoder
 
 SMALL = {
@@ -358,3 +358,51 @@ def test_published_shapes_have_the_published_sizes():
         assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(
             millions * 1e6, rel=1e-4
         )
+
+
+@pytest.mark.parametrize("chunk", [1, 97 * 4, 97 * 100])
+def test_the_head_s_losses_and_their_gradients_are_torch_s(monkeypatch, chunk):
+    monkeypatch.setattr(HeadLosses, "CPU_LOGITS", chunk)
+    torch.manual_seed(0)
+    weight, wanted = torch.randn(97, 24), torch.randint(97, (11,))
+    hidden, own = (torch.randn(11, 24).mul_(3) for _ in range(2))
+    shares = torch.rand(11)
+    found = []
+    for losses in (
+        lambda h: HeadLosses.apply(h, weight, wanted),
+        lambda h: torch.nn.functional.cross_entropy(h @ weight.T, wanted, reduction="none"),
+    ):
+        states = hidden.clone().requires_grad_()
+        each = losses(states)
+        (each * shares).sum().backward()
+        found.append((each.detach(), states.grad))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert HeadLosses.apply(own, weight, wanted).shape == (11,)
+
+
+def test_a_head_that_is_trained_has_torch_s_gradient():
+    decoder = Decoder(decoder_config(FAMILIES["opt"].to_dict()))
+    hidden, wanted = torch.randn(5, 48), torch.arange(5)
+    decoder.losses(hidden, wanted).sum().backward()
+    expected = torch.nn.functional.cross_entropy(decoder.logits(hidden), wanted, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, [decoder.embed.weight])
+    torch.testing.assert_close(decoder.embed.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("how", ["causal", "mask", "all"])
+def test_plain_attention_is_torch_s(groups, how):
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, 5, 8, requires_grad=True)
+    k, v = (torch.randn(2, groups, 5, 8, requires_grad=True) for _ in range(2))
+    mask = torch.rand(2, 1, 5, 5) < 0.6
+    mask |= torch.eye(5, dtype=torch.bool)
+    mask = mask if how == "mask" else None
+    mine = attend(q, k, v, mask, how == "causal")
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=how == "causal", enable_gqa=True
+    )
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    ours, expected = (torch.autograd.grad(x.pow(3).sum(), (q, k, v)) for x in (mine, theirs))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)

@@ -50,6 +50,27 @@ def test_hidden_states_and_ids_are_those_of_transformers(folders, tmp_path):
     same_as_transformers(folder)
 
 
+def test_a_text_in_a_large_batch_is_the_text_alone(folders, monkeypatch):
+    """Padding is left out and attention runs piece by piece: vectors and gradients stay."""
+    ours, _ = encoders_text.load(hub.fetch(folders["text"], "text"))
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 12, (9,)).tolist()
+    ids = torch.randint(len(ours.embeddings["word_embeddings"].weight), (9, max(lengths)))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    weight = ours.encoder["layer"][0].intermediate["dense"].weight.requires_grad_()
+    found = []
+    for size in (1, 2, 64):
+        monkeypatch.setattr(encoders_text.Piece, "TEXTS", size)
+        states = ours(ids, mask).last_hidden_state
+        assert not states[mask == 0].any()
+        (states**2).sum().backward()
+        found.append((states.detach(), weight.grad.clone()))
+        weight.grad = None
+    for states, gradient in found[:2]:
+        torch.testing.assert_close(states, found[2][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(gradient, found[2][1], atol=1e-5, rtol=1e-4)
+
+
 def test_the_names_of_the_first_checkpoints_are_read(folders, tmp_path):
     """bert-base-uncased has a prefix, and gamma and beta for a LayerNorm's weight and bias."""
     folder = hub.fetch(folders["text"], "text")

@@ -197,12 +197,18 @@ def test_only_the_modules_train_and_lower_layers_keep_nothing(model):
     assert states[1].grad_fn is not None
 
 
-def test_image_keys_and_values_are_computed_once_per_image(model):
-    calls = []
-    hook = model.itune["1"].k.register_forward_hook(lambda m, a, o: calls.append(a[0].shape[0]))
+def test_image_keys_and_values_are_computed_once_per_image(model, monkeypatch):
+    calls, see = [], model.see
+    monkeypatch.setattr(model, "see", lambda p: calls.append(len(p.tokens)) or see(p))
     model.caption(pictures(3), beams=3, max_tokens=6)
-    hook.remove()
     assert calls == [3]
+
+
+def test_all_layers_keys_and_values_are_those_of_their_modules(model):
+    percept = model.percept(pictures(3))
+    for i, (k, v) in model.see(percept).items():
+        own = model.itune[str(i)].see(percept.tokens)
+        torch.testing.assert_close((k, v), own, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -178,21 +177,25 @@ class Captioner(Method):
 
         ``weights`` (B,) multiply the captions' sums.
         """
+        images, number = len(batch.pictures), len(batch.rows)
+        alike = torch.arange(images).repeat_interleave(number // images)  # so many rows for each
+        even = torch.equal(batch.rows.cpu(), alike)
         batch = batch.to(self.device)
         with self.autocast():
-            visual = self.pick(self.see(self.percept(batch.pictures)), batch.rows)
+            visual = self.see(self.percept(batch.pictures))
+            if not even:
+                visual = self.pick(visual, batch.rows)
             read = batch.targets[:, 1:]
             real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
             if batch.states is None:
                 hidden = self.run(batch.ids[:, :-1], visual, mask=real)
             else:
                 hidden = self.run(batch.states, visual, mask=real, first=self.text_layers)
-            logits = self.decoder.logits(hidden[read])  # only where a token is predicted
-        wanted = batch.ids[:, 1:][read]
-        if weights is None:
-            return F.cross_entropy(logits, wanted, reduction="sum"), read.sum()
-        losses = F.cross_entropy(logits, wanted, reduction="none")
-        return (losses * weights[read.nonzero()[:, 0]]).sum(), read.sum()
+            # Only where a token is predicted.
+            losses = self.decoder.losses(hidden[read], batch.ids[:, 1:][read])
+        if weights is not None:
+            losses = losses * weights[read.nonzero()[:, 0]]
+        return losses.sum(), read.sum()
 
     def accumulate(
         self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None

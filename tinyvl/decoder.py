@@ -12,10 +12,12 @@ The methods live inside the decoder's layers, so it is ours. What they need of i
 Weights come from transformers checkpoints (`decoder_weights.py`); logits equal transformers'.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as memo
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +95,7 @@ class Cache:
 class Context:
     """What the layers share in one forward pass."""
 
-    rope: tuple[Tensor, Tensor] | None  # cos, sin (B or 1, 1, T, head_dim)
+    rope: tuple[Tensor, Tensor] | None  # cos, sin (N, 1, head_dim) or (B or 1, T, 1, head_dim)
     mask: Tensor | None  # (B or 1, 1, T, S) True where a query may look; None: causal
     cache: Cache | None
     prefix: Prefix
@@ -131,10 +133,15 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:  # (B, T, h * head_dim) -> (B, h, T, head_dim)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def turned(self, x: Tensor, context: Context) -> Tensor:
+        """Queries or keys (..., h * head_dim) with RoPE, where the family has it."""
+        if context.rope is None:
+            return x
+        return rotate(x.unflatten(-1, (-1, self.head_dim)), *context.rope).flatten(-2)
+
     def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
-        q, k, v = (self.heads(context.spread(project(x))) for project in (self.q, self.k, self.v))
-        if context.rope is not None:
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        q, k, v = self.turned(self.q(x), context), self.turned(self.k(x), context), self.v(x)
+        q, k, v = (self.heads(context.spread(part)) for part in (q, k, v))
         mask = context.mask
         new = layer in context.prefix and not (context.cache and context.cache.length)
         if new:  # the prefix stands before the text; later steps find it in the cache
@@ -148,10 +155,29 @@ class Attention(nn.Module):
             k, v = context.cache.append(layer, k, v)
         if mask is not None and (extra := k.shape[2] - mask.shape[-1]):
             mask = F.pad(mask, (extra, 0), value=True)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.grouped
-        )
+        causal = mask is None and q.shape[2] > 1
+        if q.device.type == "cpu" and q.requires_grad:
+            out = attend(q, k, v, mask, causal)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=causal, enable_gqa=self.grouped
+            )
         return self.o(context.pack(out.transpose(1, 2).flatten(2)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """`F.scaled_dot_product_attention`, of which q (B, h, T, D) has h / g heads for one of k and v
+    (B, g, S, D). Over short texts torch's own kernels are slow backward on a CPU."""
+    shape, (batch, groups, keys, width) = q.shape, k.shape
+    q = (q * width**-0.5).reshape(batch * groups, -1, width)  # a group's queries, head by head
+    k, v = (x.reshape(batch * groups, keys, width) for x in (k, v))
+    scores = torch.bmm(q, k.mT).view(batch, -1, shape[2], keys)  # (B, h, T, S)
+    if causal:
+        mask = torch.ones(shape[2], keys, dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    shares = scores.softmax(-1).to(v.dtype).view(batch * groups, -1, keys)
+    return torch.bmm(shares, v).view(shape)
 
 
 @memo
@@ -208,6 +234,46 @@ class Block(nn.Module):
         return x + out if pre else self.norm2(inner + out)
 
 
+class HeadLosses(torch.autograd.Function):
+    """Cross-entropy through a frozen head, some tokens at a time: (N, d), (V, d), (N,) -> (N,).
+
+    Logits over a vocabulary are the largest numbers of a step. Here they are gone once a chunk's
+    losses and the gradients of its states, which are known then, have been read off them.
+    """
+
+    LOGITS, CPU_LOGITS = 2**26, 2**22  # at once: 256 MiB, and what a CPU's cache holds
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        cpu = hidden.device.type == "cpu"
+        chunk = max(1, (HeadLosses.CPU_LOGITS if cpu else HeadLosses.LOGITS) // len(weight))
+        # The same memory for every chunk: fresh pages cost a CPU more than the arithmetic.
+        low = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        wide = low.float()  # itself, if it is float32
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            right = wanted[part, None]
+            scores = torch.mm(hidden[part], weight.T, out=low[: len(right)])
+            logits = wide[: len(right)].copy_(scores)
+            top = logits.amax(-1, keepdim=True)
+            own = logits.gather(-1, right)
+            shares = logits.sub_(top).exp_()  # of the probability, times the sum
+            total = shares.sum(-1, keepdim=True)
+            losses[part] = (total.log() + top - own)[:, 0]
+            if gradient is not None:
+                shares.scatter_add_(-1, right, -total)
+                gradient[part] = (scores.copy_(shares) @ weight) / total
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None
+
+
 class Decoder(nn.Module):
     """A frozen causal language model.
 
@@ -257,14 +323,15 @@ class Decoder(nn.Module):
         if mask is not None and bool(mask.all()) and (cache is None or cache.mask is None):
             mask = None  # no padding: the fast causal path
         positions, attend = self._positions(x, mask, cache)
+        real = None if mask is None else mask.flatten().nonzero()[:, 0]
         rope = None
         if start is not None and self.positions is None:
-            rope = self._rope(positions + start)
+            places = positions if real is None else positions.flatten()[real]
+            rope = self._rope(places + start)
         elif start is not None and self.positions is not None and first == 0:
             x = x + self.positions(positions + start + self.config.position_offset)
         if prefix and attend is None and length > 1:  # the causal kernel sees its own square only
             attend = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        real = None if mask is None else mask.flatten().nonzero()[:, 0]
         context = Context(rope, attend, cache, prefix or {}, (batch, length), real)
         x = context.pack(x)
         for i in range(first, last):
@@ -300,9 +367,9 @@ class Decoder(nn.Module):
         return positions, ((causal & mask[:, None, :]) | own)[:, None]
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (B or 1, 1, T, head_dim), in float32."""
+        """cos and sin (..., 1, head_dim) of positions (...), in float32."""
         angles = positions[..., None].float() * tensor_of(self.config.rope, positions.device)
-        angles = torch.cat((angles, angles), -1)[:, None]
+        angles = torch.cat((angles, angles), -1)[..., None, :]
         return angles.cos(), angles.sin()
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
@@ -315,10 +382,22 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., d) to float32 logits (..., vocab_size)."""
+        hidden, weight = self._read_out(hidden)
+        return F.linear(hidden, weight).float()
+
+    def losses(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Cross-entropy (N,), float32, of the tokens ``wanted`` (N,) behind states (N, d)."""
+        hidden, weight = self._read_out(hidden)
+        if weight.requires_grad:
+            return F.cross_entropy(F.linear(hidden, weight).float(), wanted, reduction="none")
+        return HeadLosses.apply(hidden, weight, wanted)
+
+    def _read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head multiplies: states (..., embed_size) and its matrix."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(hidden.to(weight.dtype), weight).float()
+        return hidden.to(weight.dtype), weight
 
     def prefix(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (I, kv_heads, P, head_dim) of extra tokens (I, P, d) entering a layer.

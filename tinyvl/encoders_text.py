@@ -115,6 +115,32 @@ class Residual(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(h)) + x)
 
 
+class Piece:
+    """Some texts of a batch, padded to the longest of these: attention costs its square."""
+
+    TEXTS = 32  # on a CPU; elsewhere a batch is one piece
+
+    def __init__(self, mask: Tensor):
+        """mask (B, T) True where there is a token."""
+        longest = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 1
+        self.mask = mask[:, :longest]
+        self.real = self.mask.flatten().nonzero()[:, 0]  # (n,)
+
+    @staticmethod
+    def of(mask: Tensor) -> "list[Piece]":
+        size = Piece.TEXTS if mask.device.type == "cpu" else len(mask)
+        return [Piece(part) for part in mask.split(max(1, size))]
+
+    def spread(self, x: Tensor, heads: int) -> Tensor:
+        """This piece's tokens (n, D) -> (B, heads, T, D / heads), 0 at padding."""
+        places = x.new_zeros(self.mask.numel(), x.shape[-1]).index_copy(0, self.real, x)
+        return places.view(*self.mask.shape, heads, -1).transpose(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (n, D), the tokens that are there."""
+        return x.reshape(self.mask.numel(), -1).index_select(0, self.real)
+
+
 class Layer(nn.Module):
     """Attention, then a feed-forward network, a LayerNorm after each."""
 
@@ -129,20 +155,22 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = Residual(inner, width, config)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, D), mask (B, 1, 1, T) True where there is a token."""
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in self.attention["self"].values()
-        )  # (B, heads, T, D / heads)
-        dropout = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        x = self.attention["output"](seen.transpose(1, 2).flatten(2), x)
+    def forward(self, x: Tensor, pieces: list[Piece]) -> Tensor:
+        """x (N, D), tokens without padding, first those of the first piece."""
+        sizes = [len(piece.real) for piece in pieces]
+        projected = (project(x).split(sizes) for project in self.attention["self"].values())
+        dropout, seen = self.dropout if self.training else 0.0, []
+        for piece, *parts in zip(pieces, *projected, strict=True):
+            q, k, v = (piece.spread(part, self.heads) for part in parts)
+            mask = piece.mask[:, None, None]
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            seen.append(piece.pack(mixed.transpose(1, 2)))
+        x = self.attention["output"](torch.cat(seen), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
 
 class Bert(nn.Module):
-    """ids and mask (B, T) -> ``last_hidden_state`` (B, T, D); no pooler."""
+    """ids and mask (B, T) -> ``last_hidden_state`` (B, T, D), 0 at padding; no pooler."""
 
     def __init__(self, config: SimpleNamespace):
         super().__init__()
@@ -165,17 +193,19 @@ class Bert(nn.Module):
         self.recompute = True
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        table = self.embeddings
-        positions = table["position_embeddings"].weight[: input_ids.shape[1]]
-        x = table["word_embeddings"](input_ids).float() + table["token_type_embeddings"].weight[0]
-        x = table["dropout"](table["LayerNorm"](x + positions))
-        mask = attention_mask.bool()[:, None, None]
+        table, mask = self.embeddings, attention_mask.bool()
+        real = mask.flatten().nonzero()[:, 0]  # padding costs the token-wise layers nothing
+        ids, at = input_ids.flatten()[real], real % mask.shape[1]
+        x = table["word_embeddings"](ids).float() + table["token_type_embeddings"].weight[0]
+        x = table["dropout"](table["LayerNorm"](x + table["position_embeddings"](at)))
+        pieces = Piece.of(mask)
         for layer in self.encoder["layer"]:
             if self.recompute and self.training:
-                x = checkpoint(layer, x, mask, use_reentrant=False)
+                x = checkpoint(layer, x, pieces, use_reentrant=False)
             else:
-                x = layer(x, mask)
-        return SimpleNamespace(last_hidden_state=x)
+                x = layer(x, pieces)
+        x = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, real, x)
+        return SimpleNamespace(last_hidden_state=x.view(*mask.shape, -1))
 
 
 class Tokenizer:

@@ -122,7 +122,11 @@ class ITune(Captioner):
         tokens = percept.tokens if self.lower is None else self.lower(percept.tokens)
         tokens = F.dropout(tokens, self.dropout, self.training)
         modules: dict[str, Any] = dict(self.itune.items())
-        return {int(i): module.see(tokens) for i, module in modules.items()}
+        # (2) (3) of all layers as one product: its backward adds up the tokens' gradient once.
+        maps = [linear for module in modules.values() for linear in (module.k, module.v)]
+        weight, bias = torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps])
+        parts = F.linear(tokens, weight, bias).split([m.out_features for m in maps], -1)
+        return {int(i): (parts[2 * n], parts[2 * n + 1]) for n, i in enumerate(modules)}
 
     def added(self, visual: dict[int, KeysValues]) -> dict[str, Any]:
         branches = {i: lambda x, i=i, kv=kv: self.itune[str(i)](x, kv) for i, kv in visual.items()}
