@@ -62,6 +62,17 @@ def test_frozen_parts_are_bit_identical_in_the_trained_process(world, tmp_path, 
         assert torch.equal(after, kept["before"][name]) != kept["model"].trainable(name), name
 
 
+def test_a_stopped_run_is_a_checkpoint(world, tmp_path):
+    """Its averaged weights, with which another run can start."""
+    stopped(job(world, average=0.9), run(tmp_path / "parts"), 3)
+    kept = load_file(tmp_path / "parts/last.safetensors")
+    state = load_file(tmp_path / "parts/training.safetensors")
+    assert kept.keys() == load_file(tmp_path / "parts/model.safetensors").keys()
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, state[f"average/{name}"])
+    train.train(job(world, init=str(tmp_path / "parts"), epochs=0.1), run(tmp_path / "next"))
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_whole_one(world, tmp_path, cache):
     train.train(job(world), run(tmp_path / "whole", cache=cache))

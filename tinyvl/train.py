@@ -181,6 +181,7 @@ def carry_out(
                     state.save(step, best, job.recipe.epochs if ends else None)
                     watch.saved("training.safetensors", step)
                 if run.stop and not ends:
+                    keep_stopped(model, run, average)
                     raise Interrupted
     with average.applied():
         models.save(model, run.out, "last.safetensors")
@@ -193,6 +194,14 @@ def carry_out(
         models.write_card(run.out, config, {k: v for k, v in summary.items() if k != "model"})
     shutil.rmtree(run.out / "features", ignore_errors=True)
     return summary
+
+
+def keep_stopped(model: models.Method, run: Run, average: "Average") -> None:
+    """A stopped run has weights to look at, or to start another from, as a finished one has."""
+    with average.applied():
+        models.save(model, run.out, "last.safetensors")
+        if not (run.out / "model.safetensors").exists():  # it was not validated yet
+            models.save(model, run.out, "model.safetensors")
 
 
 def starting_config(job: Job, source: models.Checkpoint | None) -> dict[str, Any]:
