@@ -98,7 +98,7 @@ def test_pull_default_fetches_each_backbone_once(monkeypatch):
     asked = []
     monkeypatch.setattr(hub, "pull", lambda names: asked.extend(names) or ["there"])
     assert shell.invoke("pull", "default").output == "there\n"
-    assert sorted(asked) == ["EfficientNet-Lite2", "SmolLM2-135M", "all-MiniLM-L6-v2"]
+    assert sorted(asked) == ["EfficientNet-Lite2", "SmolLM2-135M", "multilingual-e5-small"]
 
 
 def test_models_lists_presets_and_backbones():

@@ -48,7 +48,7 @@ def test_every_option_has_a_panel_and_one_sentence_of_help(method):
 
 def test_the_help_shows_what_the_small_recipe_does():
     shown = presets.small_defaults("lilt")
-    assert (shown["batch"], shown["text_pool"], shown["image_dropout"]) == (2500, "mean", 0.5)
+    assert (shown["batch"], shown["text_pool"], shown["image_dropout"]) == (1000, "mean", 0.5)
     assert presets.small_defaults("itune")["drop"] == 24
     assert LilT.embed == 256
 

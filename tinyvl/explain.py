@@ -220,9 +220,11 @@ def leaned(
     prompts: list[Tensor] = []
     for i, asked in queries.items():
         attention, keys = decoder.layers[i].attention, cache.layers[i][0].float()
-        query = attention.heads(asked.float())  # (1, h, T, head_dim)
+        asked = asked.float()  # (1, T, h * head_dim)
         if decoder.positions is None:
-            query = rotate(query, *decoder._rope(torch.arange(length, device=ids.device)[None]))
+            turn = decoder._rope(torch.arange(length, device=ids.device)[None])
+            asked = rotate(asked.unflatten(-1, (-1, attention.head_dim)), *turn).flatten(-2)
+        query = attention.heads(asked)  # (1, h, T, head_dim)
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
         scores = query @ keys.mT / math.sqrt(query.shape[-1])  # (1, h, T, P + T)
         before = keys.shape[2] - length
