@@ -1,15 +1,16 @@
-"""`tinyvl models`, `tinyvl inspect` and `tinyvl pull`: what there is by name."""
+"""`tinyvl models`, `inspect`, `pull` and `push`: models by name, from the hub and to it."""
 
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyvl.cli_options import AS_JSON, command, group, known_names
 from tinyvl.files import dump
-from tinyvl.presets_options import METHODS, option
+from tinyvl.presets_options import METHODS, commas, option
 
 ROLES = ("decoder", "vision", "text", "audio")
 app = group()
@@ -120,3 +121,24 @@ def pull(
         wanted += [part for row in rows for part in (row.language, row.vision)] or [name]
     for folder in hub.pull(dict.fromkeys(wanted)):
         print(folder)
+
+
+@command(app, "push")
+def push(
+    run: Annotated[str, typer.Argument(help="A checkpoint folder.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME",
+        help="Repository of the model hub; it is made if there is none.")],
+    private: bool = option("Output", False, "A new repository is private."),
+    message: str = option("Output", "", "Message of the commit.", shown="the method"),
+    scores: list[str] = option("Data", ("runs", "scores"), "Folders with evaluations (tinyvl eval "
+        "-o) for the card, by commas.", parse=commas, shown="runs,scores"),
+) -> None:  # fmt: skip
+    """Upload a checkpoint to the model hub; prints the hf://owner/name that loads it.
+
+    Only config.json, model.safetensors and README.md, the model card, which is renewed: backbones
+    and their licences, data, the command, metrics of evaluations. Paths become file names.
+    """
+    from tinyvl import hub_push
+
+    places = [Path(place).expanduser() for place in scores]
+    print(hub_push.push(run, repository, private=private, message=message, scores=places))
