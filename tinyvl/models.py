@@ -73,8 +73,8 @@ class Checkpoint:
 
     @property
     def media(self) -> dict[str, Any]:
-        """Extra encoder options: of videos, of sounds, of a CNN's maps."""
-        keys = ("modality", "frames", "masks", "lower", "larger")
+        """Extra encoder options: of videos, of sounds, of a CNN's maps, of CLIP's projection."""
+        keys = ("modality", "frames", "masks", "lower", "larger", "projected")
         return {key: self.image[key] for key in keys if key in self.image}
 
     @property
