@@ -3,7 +3,9 @@
 The references are written down here from what the original models compute, slowly and plainly.
 """
 
+import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -13,9 +15,10 @@ import shell
 import tiny
 import torch
 import torch.nn.functional as F
+import worlds
 from safetensors.torch import load_file
 
-from tinyvl import models
+from tinyvl import UserError, models, presets, train
 from tinyvl.decoder import Cache
 
 CPU = torch.device("cpu")
@@ -204,6 +207,36 @@ def test_clipcap_learns_on_from_there(clip_parts, tmp_path):
     assert all(p.grad.abs().sum() > 0 for p in model.mapping.parameters())
 
 
+@pytest.fixture(scope="module")
+def dotted(tmp_path_factory) -> dict[str, str]:
+    """Coloured squares, a CLIP with its projection, and a decoder that knows the full stop."""
+    root = tmp_path_factory.mktemp("dotted")
+    world = worlds.squares(root)
+    captions = worlds.captions_of(
+        [json.loads(x) for x in Path(world["data"]).read_text().splitlines()]
+    )
+    tiny.write_decoder(root / "gpt", "gpt2", [*captions, "."])
+    tiny.write_vision(root / "clip", "vit_base_patch32_clip_quickgelu_224", CLIP)
+    return world | {"language": str(root / "gpt"), "vision": str(root / "clip")}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_clipcap_trains_as_its_authors_did(dotted, tmp_path, cache):
+    options = {"bare": True, "length": 4}
+    job = worlds.job(dotted, method="clipcap", options=options, media={"projected": "unit"})
+    train.train(job, worlds.run(tmp_path / "out", cache=cache))
+    losses = worlds.losses(tmp_path / "out")
+    assert losses[-1] < losses[0]
+    assert models.start_of(str(tmp_path / "out"), "clipcap")["media"] == {"projected": "unit"}
+    assert len(load(tmp_path / "out").caption(pictures(2), beams=2)) == 2
+    asked = {"projected": "plain", "bare": True}
+    assert presets.job_of("clipcap", asked).media == {"projected": "plain"}
+    without = dotted | {"language": str(Path(dotted["language"]).parent / "lm")}
+    job = worlds.job(without, method="clipcap", options=options)
+    with pytest.raises(UserError, match="no full stop"):
+        train.train(job, worlds.run(tmp_path / "none"))
+
+
 def test_clipcap_that_cannot_be_is_refused(clip_parts, tmp_path):
     good = clipcap_state(clip_parts, "mlp")
     file, parts = tmp_path / "w.pt", ["--lm", clip_parts / "lm", "--vision", clip_parts / "vision"]
@@ -232,6 +265,8 @@ def test_clipcap_that_cannot_be_is_refused(clip_parts, tmp_path):
     bad = dict(good)
     bad["clip_project.model.0.bias"] = torch.full_like(good["clip_project.model.0.bias"], math.nan)
     assert "not finite" in said(bad)
+    flat = clipcap_state(clip_parts, "transformer") | {"clip_project.prefix_const": torch.zeros(5)}
+    assert "not laid out as the authors' files are" in said(flat)
     file.write_bytes(b"no such thing")
     assert "no checkpoint that can be read safely" in failed("clipcap", file, "-o", tmp_path / "o")
     assert "no such file" in failed("clipcap", tmp_path / "none", "-o", tmp_path / "o")
@@ -595,3 +630,24 @@ def test_epalm_that_answers_and_what_is_refused(epalm_parts, tmp_path):
     assert "no connector" in said({n: t for n, t in good.items() if "connector" not in n})
     uneven = good | {"connector.1.weight": torch.zeros(40, 32)}
     assert "connector.1.weight: [40, 32] in the file" in said(uneven, "--inject", "2:4")
+
+
+class Evil:
+    def __init__(self, function, text: str):
+        self.call = function, (text,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [eval, os.system])
+def test_nothing_in_a_file_is_run(clip_parts, tmp_path, function):
+    """What a file names beside its tensors is called neither by torch nor by us."""
+    made = tmp_path / "made"
+    text = f"touch {made}" if function is os.system else f"open({str(made)!r}, 'w')"
+    state = clipcap_state(clip_parts, "mlp")
+    torch.save({"model": state, "config": Evil(function, text)}, tmp_path / "w.pt")
+    parts = ["--lm", clip_parts / "lm", "--vision", clip_parts / "vision"]
+    done = shell.run("convert", "clipcap", tmp_path / "w.pt", "-o", tmp_path / "o", *parts)
+    assert done.returncode == 0 or "cannot be" in done.stderr or "safely" in done.stderr
+    assert not made.exists()

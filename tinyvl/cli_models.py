@@ -160,8 +160,9 @@ def convert_clipcap(
         name="--lm", shown="GPT-2 of the file's width"),
     vision: str | None = option("Model", None, "Its CLIP in timm: a name or folder.",
         shown="ViT-B/32 for 512 numbers, RN50x4 for 640"),
-    unit: bool = option("Model", False, "Trained with --normalize_prefix, or without.",
-        name="--unit/--plain"),
+    unit: bool | None = option("Model", None, "Trained with --normalize_prefix, or without.",
+        name="--unit/--plain", shown="plain, but unit for a transformer over 640 numbers, as "
+        "released"),
 ) -> None:  # fmt: skip
     """ClipCap with a frozen language model: an MLP or a transformer over CLIP's projection.
 

@@ -88,7 +88,7 @@ class ClipCap(Captioner):
         bare: texts have no begin token and end at a full stop.
         """
         if bare and text.tokenizer is not None:
-            text = Text(text.tokenizer, text.bos, text.encode(["."])[0][0])
+            text = Text(text.tokenizer, text.bos, [text.eos, *text.encode(["."])[0]][-1])
         super().__init__(encoder, decoder, text, prompt, length - bare)
         self.bare = bare
         width, vision_width = decoder.config.embed_size, encoder.widths[-1]

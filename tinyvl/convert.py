@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from tinyvl import UserError, files, hub, models
-from tinyvl.convert_files import State, count, prepared, read, renamed, same, under, write
+from tinyvl.convert_files import (
+    State,
+    converter,
+    count,
+    prepared,
+    read,
+    renamed,
+    same,
+    under,
+    write,
+)
 from tinyvl.convert_lilt import lilt
 from tinyvl.decoder_weights import convert_state, decoder_config, load_decoder
 from tinyvl.encoders import head_size
@@ -42,13 +52,15 @@ BEAMS = (
 )
 
 
+@converter
 def clipcap(
-    file: Path, out: Path, language: str | None, vision: str | None, *, unit: bool = False
+    file: Path, out: Path, language: str | None, vision: str | None, *, unit: bool | None = None
 ) -> None:
     """ClipCap with a frozen GPT-2; None: the backbone that the widths are of.
 
-    ``unit``: it was trained with ``--normalize_prefix``. UserError: as in `read` and `write`; the
-    language model was tuned, or the encoder's projection has another width.
+    ``unit``: pictures' vectors have length one (the authors' ``--normalize_prefix``). None: those
+    of a transformer over RN50x4's 640 numbers have, as of the released one. UserError: as in `read`
+    and `write`; the language model was tuned, or the encoder's projection has another width.
     """
     state, _ = read(file)
     mapper = under(state, "clip_project.")
@@ -72,6 +84,8 @@ def clipcap(
     language, vision = language or GPTS.get(width), vision or CLIPS.get(seen)
     if not (language and vision):
         raise UserError(f"Name the backbones of width {width} (--lm) and {seen} (--vision).", 2)
+    if unit is None and (unit := names is TRANSFORMER and seen == 640):
+        say("Vectors are scaled to length one, as for the authors' released transformer.")
     config = models.new_config(
         "clipcap", language, vision, fit="crop", prompt="",
         options=options | {"length": length, "bare": True},
@@ -137,6 +151,7 @@ EPALM = {
 }  # fmt: skip
 
 
+@converter
 def epalm(
     file: Path, out: Path, language: str | None, vision: str | None, *, task: str = "caption",
     modality: str = "image", extract: list[int] | None = None, inject: list[int] | None = None,

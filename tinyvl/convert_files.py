@@ -7,6 +7,7 @@ configuration, is neither imported nor run: an empty dictionary stands for it.
 import pickle
 import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ State = dict[str, Tensor]
 CLIP_STATS = {  # all three prepare pictures with CLIP's mean and deviation
     "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
 }  # fmt: skip
+
+
+def converter(convert: Callable[..., None]) -> Callable[..., None]:
+    """A converter of a file, its first argument, that is refused where it is laid out otherwise."""
+
+    @wraps(convert)
+    def run(file: Path, *args: Any, **more: Any) -> None:
+        try:
+            convert(file, *args, **more)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            said = str(error).partition("\n")[0][:200] or type(error).__name__
+            raise UserError(f"{file}: not laid out as the authors' files are ({said}).") from error
+
+    return run
 
 
 class Unread(dict):

@@ -11,6 +11,7 @@ import torch
 from tinyvl import UserError, models
 from tinyvl.convert_files import (
     State,
+    converter,
     count,
     prepared,
     read,
@@ -38,6 +39,7 @@ TEXT_NAMES = {
 LAYERS = {"image": r"blocks\.(\d+)\.", "text": r"encoder\.layer\.(\d+)\."}
 
 
+@converter
 def lilt(
     file: Path, out: Path, text: str, vision: str, *, text_unlock: str | None = None,
     image_unlock: str | None = None,

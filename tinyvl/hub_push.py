@@ -62,6 +62,8 @@ def push(
         "README.md": text.encode(),
     }
     upload(repository, content, token, private, message or f"{config['method']} by tinyvl")
+    if models_card.MADE in text and not found.name.startswith("hf://"):
+        files.write_text(found.folder / "README.md", text)
     return f"hf://{repository}"
 
 
@@ -82,12 +84,9 @@ def card(found: models.Checkpoint, repository: str, scores: Sequence[Path]) -> s
     row = runs.Seen(found.folder, found.config).row()
     keys = ("trained", "step", "epoch", "val_loss", "captions_per_second")
     summary = {key: row[key] for key in keys if row[key] is not None}
-    more: dict[str, Any] = {"command": command} if command else {"command": models.typed()}
     reports = runs.evaluations(found.folder, [found.folder, *scores])
-    text = models.card_of(found, summary, evaluations=reports, name=repository, **more)
-    if models.SHIPPED not in found.folder.parents and not found.name.startswith("hf://"):
-        files.write_text(file, text)
-    return text
+    more: dict[str, Any] = {"evaluations": reports, "name": repository, "command": command}
+    return models.card_of(found, summary, **more)
 
 
 def upload(

@@ -154,7 +154,9 @@ def command_of(config: dict[str, Any]) -> str:
 
 
 def typed() -> str:
-    """This command, with files and folders by their names alone."""
+    """This command, with files and folders by their names alone; "" in a program of others."""
+    if Path(sys.argv[0]).stem not in ("tinyvl", "__main__", "cli"):
+        return ""
     return shlex.join(["tinyvl", *models_card.nameless(sys.argv[1:])])
 
 

@@ -144,6 +144,12 @@ def with_options(
             f"behind {before}a prompt of {len(model.prompt)} tokens.",
             2,
         )
+    if (
+        options.get("bare")
+        and text.tokenizer is not None
+        and model.text.decode([model.text.eos]) != "."
+    ):
+        raise UserError("--bare: this decoder's tokenizer has no full stop to end texts with.", 2)
     if options.get("task") == "vqa" and text.tokenizer is not None:
         model.questions = Questions(
             text,

@@ -116,7 +116,7 @@ def card(
     Args:
         parts: the backbones by what the config calls them.
         summary: steps, loss and the like.
-        command: that made the model.
+        command: that made the model; "" where it is not known.
         evaluations: reports of `tinyvl eval -o`.
         name: of the model, in its metrics.
     """
@@ -148,7 +148,7 @@ def card(
     ]
     for remark in config.get("converted", {}).get("remarks", []):
         lines += [remark, ""]
-    lines += ["```", command, "```", ""]
+    lines += ["```", command, "```", ""] if command else []
     if evaluations:
         lines += ["| data | metric | |", "|---|---|---|"]
         for result in head["model-index"][0]["results"]:
