@@ -19,15 +19,12 @@ PIPELINES = {  # the hub's own word for a task, by modality and task
     ("video", "caption"): "video-text-to-text", ("video", "vqa"): "video-text-to-text",
     ("audio", "caption"): "audio-text-to-text", ("audio", "vqa"): "audio-text-to-text",
 }  # fmt: skip
+BY_NC = "CC BY-NC 4.0 (non-commercial)"  # TimeSformer's, whatever its folder is called
 LICENCES = {  # the hub's word for a licence, the strictest first
-    "CC BY-NC 4.0 (non-commercial)": "cc-by-nc-4.0", "BSD-3-Clause": "bsd-3-clause",
+    BY_NC: "cc-by-nc-4.0", "BSD-3-Clause": "bsd-3-clause",
     "Apache-2.0": "apache-2.0", "MIT": "mit",
 }  # fmt: skip
 ELSEWHERE = "see its own card"
-TIMESFORMER = (
-    "TimeSformer's weights are licensed CC BY-NC 4.0. So this model as a whole is for "
-    "non-commercial use only."
-)
 
 
 def is_path(text: str) -> bool:
@@ -62,7 +59,7 @@ def published(config: dict[str, Any]) -> dict[str, Any]:
 def licence_of(part: dict[str, Any]) -> str:
     """The licence of a backbone, as far as its name or its kind tells it."""
     if part["config"].get("model_type") == "timesformer":
-        return "CC BY-NC 4.0 (non-commercial)"
+        return BY_NC
     known = hub.find(part["name"])
     return known.licence if known else ELSEWHERE
 
@@ -70,7 +67,7 @@ def licence_of(part: dict[str, Any]) -> str:
 def licence(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The head's licence: that of the strictest backbone; "other" where one is not known."""
     found = {licence_of(part) for part in parts.values()}
-    if "CC BY-NC 4.0 (non-commercial)" in found:
+    if BY_NC in found:
         return {"license": "cc-by-nc-4.0"}
     if odd := sorted(found - {*LICENCES, ELSEWHERE}):
         slug = re.sub("[^a-z0-9]+", "-", odd[0].lower()).strip("-")
@@ -140,12 +137,12 @@ def card(
     if data:
         lines.append(f"- data: {Path(data).name}")
     lines.append("")
-    if any(part["config"].get("model_type") == "timesformer" for part in parts.values()):
-        lines += [TIMESFORMER, ""]
-    lines += [
-        "The head names the licence of the strictest backbone; the data may ask for more.",
-        "",
-    ]
+    for part in parts.values():
+        if "non-commercial" in (terms := licence_of(part)):
+            kind = "TimeSformer" if terms == BY_NC else part["name"]
+            whole = "are for non-commercial use only, and with them this model as a whole"
+            lines += [f"The weights of {kind} ({terms.partition(' (')[0]}) {whole}.", ""]
+    lines += ["The head's licence is the strictest backbone's; the data may ask for more.", ""]
     for remark in config.get("converted", {}).get("remarks", []):
         lines += [remark, ""]
     lines += ["```", command, "```", ""] if command else []
@@ -155,7 +152,8 @@ def card(
             where = " ".join(value for key, value in result["dataset"].items() if key != "type")
             lines += [f"| {where} | {m['name']} | {m['value']:.4g} |" for m in result["metrics"]]
         lines.append("")
-    if table := {**summary, **recipe}:
+    table = {key: value for key, value in {**summary, **recipe}.items() if value is not None}
+    if table:
         lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
     return "\n".join(lines).rstrip() + "\n"
 
