@@ -39,7 +39,8 @@ COMMANDS = {
     "page": "cli_seen", "explain": "cli_seen", "index": "cli_search", "features": "cli_data",
     "train": "cli_train", "eval": "cli_eval", "runs": "cli_seen", "data": "cli_data",
     "models": "cli_models", "inspect": "cli_models", "analyze": "cli", "samples": "cli",
-    "pull": "cli_models", "draw": "cli",
+    "pull": "cli_models", "push": "cli_models",
+    "convert": "cli_models", "draw": "cli",
 }  # fmt: skip
 
 

@@ -6,7 +6,9 @@ learned constants, makes 10 embeddings that stand where words would, at position
 sequence is ``prefix [bos] text [eos]``. The prefix sees no text, so its keys and values are made
 once for each image.
 
-The vector is the encoder's last summary: [CLS] after the final norm, not CLIP's projection of it.
+The vector is the encoder's last summary: [CLS] after the final norm. The authors read CLIP's
+projection of it (the encoder's option ``projected``), and their sequence is ``prefix text .`` (our
+option ``bare``): the prefix's last embedding then stands where [bos] would.
 The language model stays frozen with both mappings (the paper's MLP goes with a tuned GPT-2). The
 transformer's 42,728,448 parameters over 640 numbers and GPT-2 are the 43 M of both papers.
 """
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl.captioner import Captioner
-from tinyvl.decoder import Decoder, Prefix
+from tinyvl.decoder import Cache, Decoder, Prefix
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.text import Text
 
@@ -68,6 +70,9 @@ class Transformer(nn.Module):
         return x[:, length:].flatten(1)
 
 
+Seen = tuple[Prefix, Tensor]  # the prefix, and what of it stands in the place of [bos]
+
+
 class ClipCap(Captioner):
     """A captioner with a mapping before its text."""
 
@@ -75,10 +80,17 @@ class ClipCap(Captioner):
 
     def __init__(
         self, encoder: ImageEncoder, decoder: Decoder, text: Text, *, prompt: str = "",
-        mapping: str = "mlp", length: int = 10, layers: int = 8, heads: int = 8,
+        mapping: str = "mlp", length: int = 10, layers: int = 8, heads: int = 8, bare: bool = False,
     ):  # fmt: skip
-        """``mapping``: "mlp" or "transformer", which has ``layers`` and ``heads``."""
-        super().__init__(encoder, decoder, text, prompt, length)
+        """Args:
+        mapping: "mlp" or "transformer", which has ``layers`` and ``heads``.
+        length: of the prefix.
+        bare: texts have no begin token and end at a full stop.
+        """
+        if bare and text.tokenizer is not None:
+            text = Text(text.tokenizer, text.bos, [text.eos, *text.encode(["."])[0]][-1])
+        super().__init__(encoder, decoder, text, prompt, length - bare)
+        self.bare = bare
         width, vision_width = decoder.config.embed_size, encoder.widths[-1]
         self.mapping: nn.Module
         if mapping == "transformer":
@@ -89,10 +101,26 @@ class ClipCap(Captioner):
                 nn.Linear(vision_width, middle), nn.Tanh(), nn.Linear(middle, width * length)
             )
 
-    def see(self, percept: Percept) -> Prefix:
+    def see(self, percept: Percept) -> Seen:
         """The last summary (I, D) to the prefix's keys and values in every layer."""
-        prefix = self.mapping(percept.summaries[-1]).unflatten(-1, (self.length, -1))
-        return self.decoder.read(self.decoder.widen(prefix), start=0)[1]
+        prefix = self.mapping(percept.summaries[-1]).unflatten(-1, (self.length + self.bare, -1))
+        first, last = self.decoder.widen(prefix).split((self.length, int(self.bare)), 1)
+        return self.decoder.read(first, start=0)[1] if self.length else {}, last
 
-    def added(self, visual: Prefix) -> dict[str, Any]:
-        return {"prefix": visual, "start": self.length}
+    def pick(self, visual: Seen, rows: Tensor) -> Seen:
+        return super().pick(visual[0], rows), visual[1][rows]
+
+    def run(
+        self, x: Tensor, visual: Seen, cache: Cache | None = None, mask: Tensor | None = None,
+        first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        if self.bare and not (cache and cache.length):
+            begin = torch.zeros_like(x[:, 0]) if mask is None else mask.int().argmax(1)  # (B,)
+            here = torch.arange(x.shape[1], device=x.device) == begin[:, None]
+            last = visual[1].repeat_interleave(len(x) // len(visual[1]), 0)  # (B, 1, d)
+            x = self.decoder.embed_tokens(x)
+            x = torch.where(here[..., None], last.to(x.dtype), x)
+        return super().run(x, visual, cache, mask, first)
+
+    def added(self, visual: Seen) -> dict[str, Any]:
+        return {"prefix": visual[0], "start": self.length}

@@ -83,7 +83,7 @@ class ImageEncoder(Encoder):
 
     def __init__(
         self, model: nn.Module, *, fit: str = "crop", levels: int | None = None, lower: int = 0,
-        larger: int = 0,
+        larger: int = 0, projected: str = "",
     ):  # fmt: skip
         """Args:
             fit: "crop" is the model's own transform (resize, centre crop); "squash" resizes the
@@ -94,6 +94,8 @@ class ImageEncoder(Encoder):
                 map's cells, each normalised, highest first.
             larger: a side in pixels. The tokens of the picture enlarged to it follow the
                 picture's own, so that a CNN's filters see smaller parts. 0: none.
+            projected: the one summary is what the model's head makes of the picture, CLIP's
+                embedding: "plain" as it is, "unit" scaled to length one. "": without the head.
 
         UserError: ``fit`` is unknown, or the model has no maps for ``lower`` or ``larger``.
         """
@@ -120,7 +122,8 @@ class ImageEncoder(Encoder):
         self.last_is_map = below is not stages  # the last stage is the last map
         if self.maps and stages:
             stages = [*stages[:-1], self.width]
-        self.widths = stages[-(levels or 0) :]
+        self.projected = projected
+        self.widths = [self.model.num_classes] if projected else stages[-(levels or 0) :]
 
     def check_larger(self) -> None:
         """Raises a UserError where the model cannot read larger pictures of this side."""
@@ -269,6 +272,9 @@ class ImageEncoder(Encoder):
             if levels[-1].shape[-2:].numel() != tokens.shape[1]:
                 raise UserError("--lower: the stages of this image encoder do not fit its map.", 2)
             tokens = torch.cat([tokens, *(normal(laid(x, levels[-1])) for x in maps)], -1)
+        if self.projected:
+            head = self.model.forward_head(last)
+            return Percept(tokens, [F.normalize(head) if self.projected == "unit" else head])
         summaries = [summary(level) for level in levels[-(self.levels or 0) :]]
         if self.maps:
             summaries = [normal(x) for x in (*summaries[:-1], final.mean(1))]
@@ -334,9 +340,10 @@ def build_image_encoder(
     It has the weights of the folder's ``model.safetensors``, or random ones. UserError: timm has no
     such model, the tokens of this one cannot be read, or weights are missing.
     """
+    head = {"num_classes": head_size(config)} if options.get("projected") else {}
     if folder is not None and config.get("model_args"):  # else the sizes are timm's own
-        check_weights(lambda: build_timm(config), folder)
-    model = build_timm(config)
+        check_weights(lambda: build_timm(config, **head), folder)
+    model = build_timm(config, **head)
     if not hasattr(model, "forward_intermediates"):
         raise UserError(
             f"timm's {config['architecture']} has no forward_intermediates, so its tokens cannot "
@@ -350,6 +357,19 @@ def build_image_encoder(
         missing, _ = model.load_state_dict(state, strict=False)  # a classifier may be extra
         refuse_missing(missing, folder)
     return ImageEncoder(model, **options)
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """How many numbers the head of a timm ``config.json`` gives: of CLIP's, the projection's.
+
+    UserError: it does not say.
+    """
+    places = (config.get("model_args", {}), config, config.get("pretrained_cfg") or {})
+    found = next((place["num_classes"] for place in places if place.get("num_classes")), 0)
+    if not isinstance(found, int) or found < 1:
+        name = config.get("architecture", "This image encoder")
+        raise UserError(f"{name} has no projection that its config.json tells of.", 2)
+    return found
 
 
 def build_timm(config: dict[str, Any], **changes: Any) -> nn.Module:

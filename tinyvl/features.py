@@ -138,6 +138,8 @@ def open_store(
         lacks = lower > theirs.get("lower", 0) or larger not in (0, theirs.get("larger", 0))
         cells, widths = found.manifest.get("cells"), found.manifest.get("widths")
         found.part = slice(None if larger else cells), slice(widths and sum(widths[: 1 + lower]))
+    else:
+        keys += ("projected",)
     if lacks or any(theirs.get(key) != vision.get(key) for key in keys):
         advice = f"this model's encoder is {described(vision)}; extract features with that one"
         raise UserError(f"{folder}: these are features of {described(theirs)}, and {advice}.", 2)
@@ -149,7 +151,7 @@ def open_store(
 
 
 def described(vision: dict[str, Any]) -> str:
-    keys = ("fit", "modality", "frames", "lower", "larger")
+    keys = ("fit", "modality", "frames", "lower", "larger", "projected")
     about = ", ".join(f"{key} {vision[key]}" for key in keys if key in vision)
     return f"{vision['name']} (SHA-256 {vision['sha256'][:12]}…, {about})"
 

@@ -108,5 +108,6 @@ def described(architecture: str) -> dict[str, Any]:
     known = timm.get_pretrained_cfg(architecture)
     cfg = known.to_dict() if known else {}
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    keys += ("num_classes", "fixed_input_size")
     cfg = json.loads(json.dumps({key: cfg[key] for key in keys if cfg.get(key) is not None}))
     return {"architecture": architecture.partition(".")[0], "pretrained_cfg": cfg}

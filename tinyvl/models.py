@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, files, hub
+from tinyvl import UserError, files, hub, models_card
 from tinyvl.device import choose_device, choose_precision
 from tinyvl.method import Method
 from tinyvl.models_build import (
@@ -73,8 +73,8 @@ class Checkpoint:
 
     @property
     def media(self) -> dict[str, Any]:
-        """Extra encoder options: of videos, of sounds, of a CNN's maps."""
-        keys = ("modality", "frames", "masks", "lower", "larger")
+        """Extra encoder options: of videos, of sounds, of a CNN's maps, of CLIP's projection."""
+        keys = ("modality", "frames", "masks", "lower", "larger", "projected")
         return {key: self.image[key] for key in keys if key in self.image}
 
     @property
@@ -147,29 +147,30 @@ def load_weights(model: Method, folder: Path, *, more: tuple[str, ...] = ()) -> 
             tensor.copy_(state[name])
 
 
+def command_of(config: dict[str, Any]) -> str:
+    """The command that made a model, as its config keeps it; "" where it does not."""
+    made = {**config.get("converted", {}), **config.get("training", {})}
+    return made.get("command", "")
+
+
+def typed() -> str:
+    """This command, with files and folders by their names alone; "" in a program of others."""
+    if Path(sys.argv[0]).stem not in ("tinyvl", "__main__", "cli"):
+        return ""
+    return shlex.join(["tinyvl", *models_card.nameless(sys.argv[1:])])
+
+
+def card_of(found: Checkpoint, summary: dict[str, Any], **more: Any) -> str:
+    """The model card: backbones, licences, data, metrics, the command. ``more``: as in `card`."""
+    more = {"command": command_of(found.config) or typed()} | more
+    parts = backbones(found.config)
+    about = found.config, parts, found.modality, found.task
+    return models_card.card(*about, summary=summary, **more)
+
+
 def write_card(folder: Path, config: dict, summary: dict) -> None:
-    """The model card: data, metrics, licences, the settings."""
-    parts, found = backbones(config), Checkpoint(folder, config)
-    tags = {"caption": "captioning", "vqa": "question-answering", "retrieve": "text-retrieval"}
-    lines = [
-        "---",
-        "library_name: tinyvl",
-        f"tags: [{found.modality}-{tags[found.task]}]",
-        "---",
-        f"# {config['method']} on {' with '.join(part['name'] for part in parts.values())}",
-        "",
-        "A tinyvl checkpoint: only the trained modules; the frozen backbones are fetched by name.",
-        "",
-    ]
-    for side, part in parts.items():
-        known = hub.find(part["name"])
-        licence = known.licence if known else "see its own card"
-        lines.append(f"- {side}: {part['name']} (licence: {licence}; SHA-256 {part['sha256']})")
-    training = config["training"]
-    lines += [f"- data: {Path(training['data']).name}", ""]
-    lines += ["```", shlex.join(["tinyvl", *sys.argv[1:]]), "```", "", "| | |", "|---|---|"]
-    lines += [f"| {k} | {v} |" for k, v in {**summary, **training["recipe"]}.items()]
-    files.write_text(folder / "README.md", "\n".join(lines) + "\n")
+    """The model card of a checkpoint folder."""
+    files.write_text(folder / "README.md", card_of(Checkpoint(folder, config), summary))
 
 
 def checkpoint_folder(name: str, task: str = "caption") -> Path:

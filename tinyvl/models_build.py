@@ -144,6 +144,12 @@ def with_options(
             f"behind {before}a prompt of {len(model.prompt)} tokens.",
             2,
         )
+    if (
+        options.get("bare")
+        and text.tokenizer is not None
+        and model.text.decode([model.text.eos]) != "."
+    ):
+        raise UserError("--bare: this decoder's tokenizer has no full stop to end texts with.", 2)
     if options.get("task") == "vqa" and text.tokenizer is not None:
         model.questions = Questions(
             text,
@@ -217,8 +223,9 @@ def build_encoder(
 
     Args:
         vision: ``config`` and ``fit``. Optional: the number of ``lower`` maps, the side of
-            ``larger`` pictures, the ``modality``, the ``frames`` of a video, and the widest
-            ``masks`` of a sound (mel bins, frames).
+            ``larger`` pictures, whether the head is read (``projected``: "plain" or "unit"), the
+            ``modality``, the ``frames`` of a video, and the widest ``masks`` of a sound (mel bins,
+            frames).
 
     UserError: it does not read this modality, or has no maps for ``lower`` or ``larger``.
     """
@@ -233,13 +240,14 @@ def build_encoder(
     from tinyvl.encoders import FRAMES, build_image_encoder
 
     check_sizes({"vision": vision})
-    maps = {key: vision[key] for key in ("lower", "larger") if vision.get(key)}
+    maps = {key: vision[key] for key in ("lower", "larger", "projected") if vision.get(key)}
     with fitting({"vision": vision}):
         if kind in (*SOUNDS, "timesformer"):
             from tinyvl import encoders_av
 
             for key, value in maps.items():
-                raise UserError(f"--{key} {value}: this encoder has no maps.", 2)
+                what = "projection" if key == "projected" else "maps"
+                raise UserError(f"--{key} {value}: this encoder has no {what}.", 2)
             encoder = encoders_av.build(vision, folder, levels)
         else:
             config, fit = vision["config"], vision["fit"]
@@ -263,6 +271,7 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
     options = dict(config["options"])
     tuned, read = ImageTuning(**options.pop("image", {})), TextTuning(**options.pop("text", {}))
     size, clean = options.pop("size", None), options.pop("clean", False)
+    types = options.pop("token_types", True)
     random = options.pop("random_init", False)
     check_lilt((tuned, read), random)
     image = text = None
@@ -273,7 +282,7 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
         folder = folders and folders["text"]
         whole = read.adapter == "deep" or read.unlock == "all"
         plain = random or (whole and image is not None)  # transformers' model, not our own
-        text = text_tower(config["text"], read, folder, clean, random, plain)
+        text = text_tower(config["text"], read, folder, clean, random, plain, types)
     dropout = (tuned.dropout, read.dropout)
     return LilT(image, text, map_width=tuned.width, dropout=dropout, **options)
 
@@ -323,12 +332,13 @@ def image_tower(
 
 
 def text_tower(
-    text: dict, tuning: TextTuning, folder: Path | None, clean: bool, random: bool, plain: bool
-) -> "TextTower":
+    text: dict, tuning: TextTuning, folder: Path | None, clean: bool, random: bool, plain: bool,
+    types: bool = True,
+) -> "TextTower":  # fmt: skip
     """The text tower, tuned; a UserError where it lacks what the tuning asks for.
 
     Without ``plain`` it is our own BERT where that can read the checkpoint, because importing
-    transformers takes longer than a query.
+    transformers takes longer than a query. Without ``types`` its token-type embedding is zero.
     """
     from tinyvl import encoders_text
     from tinyvl.lilt import add_layerwise_adapters
@@ -350,6 +360,12 @@ def text_tower(
     if tuning.adapter == "layerwise" and not add_layerwise_adapters(model):
         raise UserError(f"{where} is no BERT that layerwise adapters fit into.", 2)
     tuned = tuned_names(model, tuning, model.config.num_hidden_layers - grow, where)
+    if not types:
+        table = getattr(model.embeddings, "token_type_embeddings", None)
+        if table is None:
+            raise UserError(f"{where} has no token-type embedding to leave out.", 2)
+        table.weight.data = torch.zeros_like(table.weight)  # that of the file may be mapped
+        tuned -= {"embeddings.token_type_embeddings.weight"}
     pool = tuning.pool or "token"
     return TextTower(model, tokenizer, clean=clean, prefix=tuning.prefix, pool=pool, tuned=tuned)
 

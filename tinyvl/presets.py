@@ -122,6 +122,8 @@ def new_parts(method: str, row: Preset, asked: dict[str, Any]) -> dict[str, Any]
             options = {n: size for n, size in options.items() if n not in ("drop", "bottleneck")}
         if "lower" not in media or asked.get("vision", row.vision) != row.vision:
             options.pop("rank", None)
+    elif method == "clipcap":
+        media |= own_options(method, asked, "media")
     elif method == "lilt":
         own = towers(options, own, asked.get("lock"))
         if "text_prefix" not in asked:  # the preset's is of its own encoder

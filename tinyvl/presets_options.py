@@ -278,6 +278,11 @@ class ClipCap:
     length: int = option("Model", 10, "Length of the prefix.", min=1)
     layers: int = option("Model", 8, "Layers of the transformer.", min=1)
     heads: int = option("Model", 8, "Heads of the transformer.", min=1)
+    projected: str | None = option("Model", None, "Read CLIP's projection of a picture, as the "
+        "authors: plain, or unit (scaled to length one).", choices=("plain", "unit"), into="media",
+        shown="what is projected")
+    bare: bool = option("Advanced", False, "Texts as the authors': without a begin token, and with "
+        "a full stop as their end.", name="--bare/--begun")
 
 
 @dataclass
@@ -332,6 +337,8 @@ class LilT:
         "the picture as it is.", name="--crops/--no-crops", into="", free=True)
     clean: bool = option("Data", False, "Lower-case captions without punctuation, or as they are.",
         name="--clean/--raw")
+    token_types: bool = option("Advanced", True, "BERT adds its token-type embedding, or not, as "
+        "in the authors' code.", name="--token-types/--no-token-types")
 
 
 # fmt: on

@@ -104,6 +104,19 @@ def find(folders: Iterable[Path]) -> list[Seen]:
     return runs
 
 
+def evaluations(folder: Path, places: Iterable[Path]) -> list[dict[str, Any]]:
+    """The reports in some folders that are of one run's weights."""
+    sha256, found = digest(folder), {}
+    for top in places:
+        for file in sorted(top.rglob("report.json")):
+            report = read(file)
+            about = report.get("checkpoint")
+            own = isinstance(about, dict) and sha256 and about.get("sha256") == sha256
+            if own and isinstance(report.get("metrics"), dict):
+                found[file.resolve()] = report
+    return [*found.values()]
+
+
 def read(file: Path) -> dict[str, Any]:
     """An object of JSON; empty where it cannot be read."""
     with suppress(UserError):

@@ -78,7 +78,8 @@ def carry_out(
     about = models.Checkpoint(run.out, config)
     if not resumed:
         dtype = cache_dtype(job, about.reads)
-        config["training"] = {"tinyvl": __version__, "cache_dtype": dtype}
+        command = models.typed()
+        config["training"] = {"tinyvl": __version__, "cache_dtype": dtype, "command": command}
     store = open_store(run.features, about.image, about.reads) if run.features else None
     asked = run.asked or config["training"].get("asked", {})
     config["training"] |= settings | {"asked": asked}  # a resumed run may have more epochs
