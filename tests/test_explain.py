@@ -116,8 +116,11 @@ def test_words_lean_on_slot_and_prompt_as_a_softmax_says(folders, photo):
             hook.remove()
             attention = model.decoder.layers[layer].attention
             turn = model.decoder._rope(torch.arange(len(lead))[None])
-            q = explain.rotate(attention.heads(attention.q(kept["x"])), *turn)[0, :, -1]
-            own = explain.rotate(attention.heads(attention.k(kept["x"])), *turn)[0]
+            q, own = (
+                explain.rotate(project(kept["x"]).unflatten(-1, (-1, 12)), *turn).transpose(1, 2)[0]
+                for project in (attention.q, attention.k)
+            )  # (heads, T, 12)
+            q = q[:, -1]
             keys = torch.cat((visual[layer][0][0], own), 1).repeat_interleave(2, 0)
             shares = (q[:, None] * keys).sum(-1).div(math.sqrt(12)).softmax(-1).mean(0)
             total[layer] = shares[: visual[layer][0].shape[2]]

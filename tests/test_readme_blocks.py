@@ -79,8 +79,8 @@ def world(tmp_path_factory) -> Path:
         for c in captions for lang, word in words.items()
     ])  # fmt: skip
     questions = [
-        {"image": c["image"], "question": "what is this?", "answers": ["a cat"], "split": c["split"],
-         "choices": ["a cat", "a dog"]}
+        {"image": c["image"], "question": "what is this?", "answers": ["a cat"],
+         "split": c["split"], "choices": ["a cat", "a dog"]}
         for c in captions
     ]  # fmt: skip
     for name in ("questions", "daquar_train", "daquar_test", "visual7w_test"):

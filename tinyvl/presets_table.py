@@ -109,7 +109,7 @@ PRESETS |= {
     "lilt-da-multilingual": lilt("Table 2", "multilingual", "deep layernorm"),
     "lilt-lwa-multilingual": lilt("Table 2", "multilingual", "layerwise layernorm"),
     "lilt-default": Preset(  # after `tinyvl train lilt` as it stands, by --init
-        "lilt", "multilingual-e5-small", "EfficientNet-Lite2", "ours: the shape of the shipped model",
+        "lilt", "multilingual-e5-small", "EfficientNet-Lite2", "ours: the shipped model's shape",
         {"text": {"pool": "mean", "dropout": 0.2, "adapter": "layerwise", "unlock": "layernorm"}}
         | SEARCH,
         Recipe(batch=320, epochs=1.5, rate=1e-3, weight_decay=0.02, average=0.99), fit="jpeg",
