@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 from tinyvl.cli_options import (
     PROMPTS,
     Lines,
@@ -63,7 +63,9 @@ def index(
     from tinyvl import index_source, search_open
 
     out = out or Path(data) / search_open.HIDDEN
-    source = index_source.read_source(data, null, format, images, quiet)
+    source = index_source.Source(data, "")  # the first of several processes reads it
+    if ranks.first():
+        source = index_source.read_source(data, null, format, images, quiet)
     status, _ = search_open.bring_up_to_date(
         source, out, model, loader(place), batch=batch, workers=place.workers, retry=retry,
         quiet=quiet,
