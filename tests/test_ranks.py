@@ -12,16 +12,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranked
 import shell
+import torch
 from safetensors.torch import load_file
 from tiny import write_text
 from torch.testing import assert_close
-from worlds import content, losses, paint, steps
+from worlds import content, files, losses, paint, steps
 
-from tinyvl import data, features
+from tinyvl import UserError, data, features, ranks, train
+from tinyvl.device import Pieces
 
 CPU = ["--device", "cpu", "--workers", 0, "--quiet"]
 STEP = ["--batch", 12, "--micro-batch", 6, "--rate", 3e-3, "--save-every", 5]
@@ -69,11 +72,12 @@ def trainings(world: dict[str, str], towers: str, out: Path) -> dict[str, Words]
     lm = [*frozen, "--lm", world["language"], *STEP]
     lilt = ["train", "lilt", *frozen, "--text", towers, "--preset", "lilt-lwa-base", "--size", 32]
     itune = ["train", "itune", *lm, "--drop", 1, "--per-image", 2]
+    ragged = ["--batch", 66, "--micro-batch", 6]  # steps of 11 micro-batches and of a single one
     return {
         "itune": [*itune, "--out", out / "itune", "--epochs", 2],
         "epalm": ["train", "epalm", *lm, "--out", out / "epalm", "--epochs", 1],
-        "clipcap": ["train", "clipcap", *lm, "--out", out / "clipcap", "--epochs", 1],
-        "lilt": [*lilt, "--out", out / "lilt", "--epochs", 2, "--batch", 18, "--micro-batch", 6],
+        "clipcap": ["train", "clipcap", *lm, *ragged, "--out", out / "clipcap", "--epochs", 2],
+        "lilt": [*lilt, *ragged, "--out", out / "lilt", "--epochs", 2],
         "cider": ["train", "itune", *own, *STEP, "--objective", "cider", "--init", out / "itune",
                   "--epochs", 1, "--out", out / "cider", "--max-tokens", 8, "--samples", 2],
         "more": [*itune, "--out", out / "more", "--epochs", 1, "--final-rate", 3e-3],
@@ -100,7 +104,7 @@ def readings(world: dict[str, str], photos: Path, models: Path, out: Path) -> di
 
 @pytest.mark.parametrize("name", ["itune", "epalm", "clipcap", "lilt", "cider", "more"])
 def test_training_ends_with_the_same_weights(both, name):
-    """LilT's processes have one and two micro-batches of a step; "more" was resumed by two."""
+    """In two runs the processes have 5 and 6 micro-batches of a step, then none and one."""
     one, two = both["one"] / name, both["two"] / name
     assert losses(two) == pytest.approx(losses(one), abs=2e-5)
     assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
@@ -108,7 +112,7 @@ def test_training_ends_with_the_same_weights(both, name):
         ours, theirs = load_file(one / file), load_file(two / file)
         assert ours.keys() == theirs.keys()
         for tensor in ours:
-            atol = 1e-6 if name == "lilt" else 0
+            atol = 1e-5 if name in ("clipcap", "lilt") else 0
             assert_close(theirs[tensor], ours[tensor], rtol=0, atol=atol)
 
 
@@ -149,6 +153,19 @@ def test_what_goes_wrong_is_said_once(both, photos):
     assert "none" in said[-1]
 
 
+def test_of_several_processes_none_cuts_its_batches_up(monkeypatch):
+    """The others would wait for it."""
+
+    def accumulate(parts, scaler):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    model = SimpleNamespace(zero_grad=lambda set_to_none: None, accumulate=accumulate)
+    scaler, pieces = torch.amp.GradScaler("cpu", enabled=False), Pieces("One", "wait")
+    with pytest.raises(UserError, match="use a smaller --micro-batch, or wait"):
+        train.accumulate(model, model, [], scaler, pieces)
+
+
 def torchrun(*words: object, **more: object) -> subprocess.Popen:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -157,10 +174,10 @@ def torchrun(*words: object, **more: object) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_torchrun_captions_paths_from_a_pipe(both, photos):
-    files = sorted(map(str, photos.glob("*.png")))
+    paths = sorted(map(str, photos.glob("*.png")))
     words = ["-m", "tinyvl", "caption", "-", "-m", both["one"] / "itune", "--json", *CPU]
     process = torchrun(*words, "--batch", 4, stdin=subprocess.PIPE)
-    out, said = process.communicate("\n".join(files))
+    out, said = process.communicate("\n".join(paths))
     assert out == (both["one"] / "caption.out").read_text()
     assert said.count("005.png") == 1
     assert process.returncode == 1
@@ -199,7 +216,7 @@ def test_one_process_that_fails_ends_all(world, tmp_path):
     _, said = process.communicate(timeout=120)
     assert said.count("tinyvl: ") == said.count("tinyvl: a cable was pulled") == 1
     assert process.returncode == 1
-    assert steps(tmp_path / "itune") == 2
+    assert steps(tmp_path / "itune") <= 3
 
 
 @pytest.mark.slow
@@ -230,7 +247,26 @@ def test_a_signal_stops_all_after_the_same_step(world, both, tmp_path, whom):
     assert steps(tmp_path / "itune") == 3
     done = shell.run("train", "itune", "--out", tmp_path / "itune", "--resume", *CPU)
     assert done.returncode == 0, done.stderr
-    for file in ("model.safetensors", "last.safetensors"):
-        assert (tmp_path / "itune" / file).read_bytes() == (
-            both["one"] / "itune" / file
-        ).read_bytes()
+    assert files(tmp_path / "itune") == files(both["one"] / "itune")
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_left_out_by_all(world, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from tinyvl import captioner, cli\n"
+        "real = captioner.Captioner.loss\n"
+        "def loss(self, batch, weights=None):\n"
+        "    found, count = real(self, batch, weights)\n"
+        "    return found * (float('nan') if 20 in batch.keys else 1), count\n"
+        "captioner.Captioner.loss = loss\n"
+        "if __name__ == '__main__': cli.main()\n"
+    )
+    words = trainings(world, "", tmp_path / "two")["itune"]
+    _, said = torchrun(program, *words).communicate(timeout=120)
+    assert said.count("skipping step") == said.count("its loss is not finite, because of") == 2
+    assert said.count("/20.png") == 2
+    alone = trainings(world, "", tmp_path / "one")["itune"]
+    done = subprocess.run([sys.executable, program, *map(str, alone)], capture_output=True)
+    assert done.returncode == 0
+    assert files(tmp_path / "one/itune") == files(tmp_path / "two/itune")

@@ -203,7 +203,7 @@ class Captioner(Method):
         """As `Method.accumulate`: the loss is the mean over the step's tokens, in nats."""
         self.train()
         if ranks.rank():  # each process drops out other numbers
-            torch.manual_seed(torch.initial_seed() + (ranks.rank() << 40))
+            torch.manual_seed((torch.initial_seed() + (ranks.rank() << 40)) % (1 << 63))
         tokens = ranks.total(sum(int(batch.targets[:, 1:].sum()) for batch in batches))
         total = torch.zeros((), device=self.device)
         with self.attention():  # backward too: checkpointed layers are computed again there

@@ -307,6 +307,7 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
+        ranks.speaks()
         drop_output()
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that has gone, a file that must not be read
@@ -314,9 +315,9 @@ def main() -> None:
             raise
         drop_output()
         fail(f"{error.filename or 'the output'}: {error.strerror or error}", 1)
-    except Exception:
-        if not ranks.speaks():  # the connection to a process that has failed, say
-            sys.exit(1)
+    except Exception as error:
+        if ranks.lost(error):  # it has said why, or was killed
+            fail("another process of this command has ended; torchrun's report says how", 1)
         sys.stderr = ranks.stderr()
         raise
 

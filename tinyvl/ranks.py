@@ -53,7 +53,8 @@ _here = Here()
 def start() -> None:
     """Joins the processes that torchrun has started; does nothing where it has started one."""
     env = os.environ
-    if int(env.get("WORLD_SIZE", 1)) < 2 or "RANK" not in env or _here.size > 1:
+    alone = int(env.get("WORLD_SIZE", 1)) < 2 or not {"RANK", "MASTER_ADDR"} <= env.keys()
+    if alone or _here.size > 1:
         return
     import torch
     import torch.distributed as dist
@@ -118,6 +119,12 @@ def speaks() -> bool:
             return True
     time.sleep(1)  # the first to leave is the end of all: let the one that speaks be it
     return False
+
+
+def lost(error: Exception) -> bool:
+    """Whether it is that of a connection to a process that has ended."""
+    words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "gloo")
+    return _here.size > 1 and any(word in str(error) for word in words)
 
 
 @contextmanager
