@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import write_text
 from torch.testing import assert_close
-from worlds import content, files, losses, paint, steps
+from worlds import content, files, losses, paint, steps, write_lines
 
-from tinyvl import UserError, data, features, ranks, train
+from tinyvl import UserError, data, features, ranks, store, train
 from tinyvl.device import Pieces
 
 CPU = ["--device", "cpu", "--workers", 0, "--quiet"]
@@ -38,6 +39,8 @@ def photos(tmp_path_factory) -> Path:
     (folder / "005.png").write_bytes(b"no picture")
     for i in range(0, 37, 4):
         (folder / f"{i:03}.txt").write_text(f"a red square\nblue at the {i}\n")
+    classes = [{"image": f"{folder}/{i:03}.png", "label": ["red", "blue"][i % 2]} for i in range(9)]
+    write_lines(folder.with_name("classes.jsonl"), classes)
     return folder
 
 
@@ -99,6 +102,7 @@ def readings(world: dict[str, str], photos: Path, models: Path, out: Path) -> di
         "scores": ["eval", "caption", itune, world["data"], "-o", out / "scores",
                    "--metrics", "BLEU-1,CIDEr", *four],
         "retrieval": ["eval", "retrieval", lilt, world["data"], *four],
+        "zeroshot": ["eval", "zeroshot", lilt, photos.parent / "classes.jsonl", *four],
     }  # fmt: skip
 
 
@@ -137,7 +141,7 @@ def test_files_are_the_same(both):
 
 def test_reports_are_the_same(both):
     one, two = both["one"], both["two"]
-    for name in ("scores", "retrieval"):
+    for name in ("scores", "retrieval", "zeroshot"):
         ours, theirs = (json.loads((root / f"{name}.out").read_text()) for root in (one, two))
         times = dict.fromkeys(("seconds", "items_per_second"))
         assert theirs | times == ours | times
@@ -148,7 +152,7 @@ def test_reports_are_the_same(both):
 def test_what_goes_wrong_is_said_once(both, photos):
     said = (both["two"] / "errors").read_text().splitlines()
     broken = [line for line in said if str(photos / "005.png") in line]
-    assert len(broken) == 4  # two runs of caption, features, index
+    assert len(broken) == 5  # two runs of caption, features, index, zeroshot
     assert [line for line in said if line not in broken] == [said[-1]]
     assert "none" in said[-1]
 
@@ -213,10 +217,43 @@ def test_one_process_that_fails_ends_all(world, tmp_path):
     )
     words = trainings(world, "", tmp_path)["itune"]
     process = torchrun(program, *words)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert said.count("tinyvl: ") == said.count("tinyvl: a cable was pulled") == 1
     assert process.returncode == 1
     assert steps(tmp_path / "itune") <= 3
+
+
+@pytest.mark.slow
+def test_features_that_were_killed_have_no_gap(world, photos, both, tmp_path):
+    """The second process has written its shard while the first was still at the one before."""
+    program, out = tmp_path / "program.py", tmp_path / "features"
+    program.write_text(
+        "import os, time\n"
+        "from tinyvl import cli, features, ranks, store\n"
+        "features.SHARD_ROWS = 32\n"
+        "real = store.write_shard\n"
+        "def slow(file, *rest):\n"
+        f"    open(r'{tmp_path}/%d' % ranks.rank(), 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60 if ranks.first() else 0)\n"
+        "    real(file, *rest)\n"
+        "store.write_shard = slow\n"
+        "cli.main()\n"
+    )
+    words = ["features", photos, "--vision", world["vision"], "-o", out, *CPU]
+    process = torchrun(program, *words)
+    wanted = [out / store.WAITING.format(1), tmp_path / "0", tmp_path / "1"]
+    while not all(file.exists() and file.stat().st_size for file in wanted):
+        assert process.poll() is None
+        time.sleep(0.05)
+    for pid in (process.pid, int((tmp_path / "0").read_text()), int((tmp_path / "1").read_text())):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert not [*out.glob("*.safetensors")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "SHARD_ROWS", 32)
+        assert shell.run(*words).returncode == 1
+    assert content(out) == content(both["one"] / "features")
 
 
 @pytest.mark.slow
@@ -242,7 +279,7 @@ def test_a_signal_stops_all_after_the_same_step(world, both, tmp_path, whom):
     time.sleep(0.5)
     pid = process.pid if whom == "torchrun" else int((tmp_path / "1").read_text())
     os.kill(pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert said.count("stopped and saved; continue with --resume") == 1, said
     assert steps(tmp_path / "itune") == 3
     done = shell.run("train", "itune", "--out", tmp_path / "itune", "--resume", *CPU)
@@ -263,7 +300,7 @@ def test_a_step_that_is_not_finite_is_left_out_by_all(world, tmp_path):
         "if __name__ == '__main__': cli.main()\n"
     )
     words = trainings(world, "", tmp_path / "two")["itune"]
-    _, said = torchrun(program, *words).communicate(timeout=120)
+    _, said = torchrun(program, *words).communicate(timeout=300)
     assert said.count("skipping step") == said.count("its loss is not finite, because of") == 2
     assert said.count("/20.png") == 2
     alone = trainings(world, "", tmp_path / "one")["itune"]

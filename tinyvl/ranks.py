@@ -63,7 +63,7 @@ def start() -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else backend
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     vars(_here).update(rank=rank, size=size, local=local, beside=beside, store=store)
