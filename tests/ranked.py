@@ -34,7 +34,7 @@ def run(folder: Path, commands: list[list], processes: int = 2) -> list[subproce
         for rank in range(processes)
     ]  # fmt: skip
     for process in started:
-        process.errors = process.communicate(timeout=240)[1]
+        process.errors = process.communicate(timeout=600)[1]
     return started
 
 

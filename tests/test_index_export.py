@@ -70,6 +70,7 @@ class Model(Dual):
     [
         (["--export", "csv", "photos", "-o", "x"], "--export is faiss or parquet, not 'csv'"),
         (["--export", "faiss", "photos"], "Name the file with -o FILE"),
+        (["--export", "faiss", "photos", "-o", "x", "--retry"], "the index as it is: leave out"),
         (["--export", "faiss", ".", "-o", "x"], "no index there; make one with tinyvl index"),
     ],
 )

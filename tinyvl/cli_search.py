@@ -62,6 +62,9 @@ def index(
     goes on where it was. Files that cannot be read are named once.
     """
     if export is not None:
+        if model or format or images or null or retry:
+            idle = "--model, --format, --images, -0 and --retry"
+            raise UserError(f"--export writes the index as it is: leave out {idle}.", 2)
         export_index(Path(data), out, export, quiet)
         return
     if out is None and not os.path.isdir(data):

@@ -63,7 +63,14 @@ def write_faiss(
     index = faiss.IndexFlatIP(about["width"])
     for _, part in blocks(vectors):
         index.add(part)
-    replace_file(out, lambda file: faiss.write_index(index, str(file)))
+
+    def write(file: Path) -> None:
+        try:
+            faiss.write_index(index, str(file))
+        except RuntimeError as error:  # so it calls a full disk, too
+            raise OSError(None, str(error).splitlines()[-1]) from error
+
+    replace_file(out, write)
     write_text(out.with_name(f"{out.name}.json"), dump(about | {"paths": paths}) + "\n")
 
 
