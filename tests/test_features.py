@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import write_vision
 from worlds import CPU, Pairs, after, content, fill, loaded, paint
 
-from tinyvl import UserError, encoders, features
+from tinyvl import UserError, encoders, features, media_workers
 from tinyvl.features import FeatureStore, open_store
 from tinyvl.presets import Run
 from tinyvl.train_run import Interrupted
@@ -154,13 +154,13 @@ def test_more_data_adds_what_is_new_and_touches_nothing_else(
     fill(tmp_path / "out", pictures[:40], vision)
     before = content(tmp_path / "out")
     decoded = []
-    real = features.media_workers.decode_images
+    real = media_workers.decode_images
 
     def spy(paths, *args, **kwargs):
         decoded.extend(paths := list(paths))
         return real(paths, *args, **kwargs)
 
-    monkeypatch.setattr(features.media_workers, "decode_images", spy)
+    monkeypatch.setattr(media_workers, "decode_images", spy)
     found = fill(tmp_path / "out", pictures[20:80], vision)
     assert decoded == [path for path, _ in pictures[40:80]]
     assert (found["extracted"], found["kept"]) == (40, 20)

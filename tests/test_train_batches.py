@@ -9,7 +9,7 @@ import pytest
 import torch
 from worlds import files, job, losses, run, stopped
 
-from tinyvl import UserError, data, models, train, train_batches
+from tinyvl import UserError, data, models, train, train_batches, train_states
 from tinyvl.data import Record
 from tinyvl.train_plan import Plan
 
@@ -113,14 +113,14 @@ def test_a_run_that_began_with_summaries_in_fp16_goes_on_with_them(world, tmp_pa
 
 
 def test_captions_states_that_a_kill_cut_off_are_read_again(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_batches, "BLOCK", 4)
+    monkeypatch.setattr(train_states, "BLOCK", 4)
     config = models.new_config(
         "itune", world["language"], world["vision"], fit="crop", prompt="", options={"drop": 1}
     )
     model = models.build(config, device=torch.device("cpu"), precision=torch.float32)
     tokens = [[[i, j] for j in range(i)] + [[i]] for i in range(5)]
     file = tmp_path / "features/train.rows"
-    whole = train_batches.TextStates(tokens, model, run(tmp_path), "train")
+    whole = train_states.TextStates(tokens, model, run(tmp_path), "train")
     kept = file.read_bytes()
     captions = [c for lines in tokens for c in lines]
     for caption, states in zip(captions, whole.of(captions), strict=True):
@@ -130,7 +130,7 @@ def test_captions_states_that_a_kill_cut_off_are_read_again(world, tmp_path, mon
     for left, read in ((0, [4, 4, 4, 3]), (len(kept) // 2 + 5, [4, 3]), (len(kept), [])):
         file.write_bytes(kept[:left])
         seen.clear()
-        train_batches.TextStates(tokens, model, run(tmp_path), "train")
+        train_states.TextStates(tokens, model, run(tmp_path), "train")
         assert seen[1:] == read  # the first tells how large a state is
         assert file.read_bytes() == kept
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyvl import UserError, decode
+from tinyvl import UserError, decode, ranks
 from tinyvl.decode import Hypothesis, Style
 from tinyvl.decoder import Cache, Decoder
 from tinyvl.encoders import ImageEncoder, Percept
@@ -202,7 +202,9 @@ class Captioner(Method):
     ) -> dict[str, float]:
         """As `Method.accumulate`: the loss is the mean over the step's tokens, in nats."""
         self.train()
-        tokens = sum(int(batch.targets[:, 1:].sum()) for batch in batches)
+        if ranks.rank():  # each process drops out other numbers
+            torch.manual_seed((torch.initial_seed() + (ranks.rank() << 40)) % (1 << 63))
+        tokens = ranks.total(sum(int(batch.targets[:, 1:].sum()) for batch in batches))
         total = torch.zeros((), device=self.device)
         with self.attention():  # backward too: checkpointed layers are computed again there
             for batch in batches:
@@ -210,8 +212,8 @@ class Captioner(Method):
                 share = loss / tokens
                 (scaler.scale(share) if scaler else share).backward()
                 total += share.detach()
-        captions = sum(len(batch.ids) for batch in batches)
-        return {"loss": total.item(), "tokens": tokens, "captions": captions}
+        captions = ranks.total(sum(len(batch.ids) for batch in batches))
+        return {"loss": ranks.total(total.item()), "tokens": tokens, "captions": captions}
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:

@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from functools import cache
+import time
+from functools import cache, partial
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 import typer.core
 import typer.main
 
-from tinyvl import UserError, __version__
+from tinyvl import UserError, __version__, ranks
 from tinyvl.cli_options import (
     ANSWER,
     AS_JSON,
@@ -42,6 +43,7 @@ COMMANDS = {
     "pull": "cli_models", "push": "cli_models",
     "convert": "cli_models", "draw": "cli",
 }  # fmt: skip
+SHARED = ("caption", "ask", "index", "features", "train", "eval")  # by the processes of torchrun
 
 
 class Commands(typer.core.TyperGroup):
@@ -183,17 +185,18 @@ def texts(
     models.take_frames(loaded, how.frames)
     if store is not None:
         store.check(loaded)
-    if how.out is not None:
+    if how.out is not None and ranks.first():
         stream, done = write.open_output(
             how.out, how.resume, field=field, question=question, choices=choices,
             made_by={"model": local(how.model)} | ({} if choices else vars(style)),
         )  # fmt: skip
         paths = (path for path in paths if path not in done)
-    results = write.captions(
-        loaded, paths, style=None if choices else style, batch=how.batch, workers=how.workers,
-        questions=None if question is None else repeat(question),
+    work = partial(
+        write.captions, loaded, style=None if choices else style, batch=how.batch,
+        workers=how.workers, questions=None if question is None else repeat(question),
         choices=repeat(choices) if choices else None, store=store,
     )  # fmt: skip
+    results = ranks.shared(work, paths, how.batch)
     raise typer.Exit(
         write.write(results, stream, as_json=how.as_json, bare=bare, question=question, told=told)
     )
@@ -269,7 +272,10 @@ def draw_set(
 
 
 def fail(message: str, status: int) -> NoReturn:
-    print(f"tinyvl: {message}", file=sys.stderr)
+    if ranks.speaks():
+        print(f"tinyvl: {message}", file=ranks.stderr())
+    if not ranks.first():
+        time.sleep(1)  # torchrun stops all when one ends: the first may be tidying up
     sys.exit(status)
 
 
@@ -287,7 +293,11 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         try:
+            joined()
             app(prog_name="tinyvl")
+        except SystemExit:
+            ranks.end()
+            raise
         finally:
             sys.stdout.flush()  # while an error can be told
     except UserError as error:
@@ -298,6 +308,7 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
+        ranks.speaks()
         drop_output()
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that has gone, a file that must not be read
@@ -305,6 +316,19 @@ def main() -> None:
             raise
         drop_output()
         fail(f"{error.filename or 'the output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if ranks.lost(error):  # it has said why, or was killed
+            fail("another process of this command has ended; torchrun's report says how", 1)
+        sys.stderr = ranks.stderr()
+        raise
+
+
+def joined() -> None:
+    """Several processes of torchrun work together. UserError: not at this command."""
+    ranks.start()
+    named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if ranks.size() > 1 and named not in SHARED:
+        raise UserError(f"torchrun is for tinyvl {', '.join(SHARED)}; leave it out here.", 2)
 
 
 def drop_output() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 from tinyvl.cli_options import (
     PROMPTS,
     Lines,
@@ -50,6 +50,9 @@ def index(
     batch: int = batch_of(),
     null: bool = same(Lines, "null", False),
     retry: bool = RETRY,
+    export: str | None = option("Output", None, "Write the index that DATA has for another engine, "
+        "to the file -o: faiss, or parquet (LanceDB, Qdrant, pgvector).",
+        choices=("faiss", "parquet")),
     quiet: bool = same(Run, "quiet", False),
     place: Place,
 ) -> None:  # fmt: skip
@@ -58,18 +61,38 @@ def index(
     Run again, it embeds what is new, takes over what was moved, and drops what is gone; killed, it
     goes on where it was. Files that cannot be read are named once.
     """
+    if export is not None:
+        if model or format or images or null or retry:
+            idle = "--model, --format, --images, -0 and --retry"
+            raise UserError(f"--export writes the index as it is: leave out {idle}.", 2)
+        export_index(Path(data), out, export, quiet)
+        return
     if out is None and not os.path.isdir(data):
         raise UserError("Name the index's folder with -o INDEX.", 2)
     from tinyvl import index_source, search_open
 
     out = out or Path(data) / search_open.HIDDEN
-    source = index_source.read_source(data, null, format, images, quiet)
+    source = index_source.Source(data, "")  # the first of several processes reads it
+    if ranks.first():
+        source = index_source.read_source(data, null, format, images, quiet)
     status, _ = search_open.bring_up_to_date(
         source, out, model, loader(place), batch=batch, workers=place.workers, retry=retry,
         quiet=quiet,
     )  # fmt: skip
     print(out)
     raise typer.Exit(status)
+
+
+def export_index(folder: Path, out: Path | None, kind: str, quiet: bool) -> None:
+    """Writes the vectors of an index, as it is, to a file; prints its name."""
+    if out is None:
+        raise UserError(f"Name the file with -o FILE: --export {kind} {folder} -o FILE.", 2)
+    from tinyvl import index_export
+    from tinyvl.progress import say
+
+    count = ranks.told(lambda: index_export.export(folder, out, kind))
+    say(f"{out}: {count:,} vectors", quiet)
+    print(out)
 
 
 @command(app, "retrieve")

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 from tinyvl.progress import say
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -14,11 +14,16 @@ T = TypeVar("T")
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device asked for (UserError: it cannot be used here), else CUDA, Apple's MPS, the CPU."""
+    """The device asked for (UserError: it cannot be used here), else CUDA, Apple's MPS, the CPU.
+
+    Of several processes on a machine each has a GPU of its own.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
+        if name == "cpu" and torch.backends.mps.is_available() and ranks.size() == 1:
             name = "mps"
+    if name == "cuda" and ranks.size() > 1:
+        name = f"cuda:{ranks.local() % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

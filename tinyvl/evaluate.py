@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tinyvl import UserError, __version__, data, metrics, models, write
+from tinyvl import UserError, __version__, data, metrics, models, ranks, write
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
@@ -327,12 +327,15 @@ def run(
     chooses = asks and any(record.choices for record in records)
 
     def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
-        found = write.captions(
-            model, [shown[record.id] for record in todo], style=style, batch=place.batch,
-            workers=place.workers, store=store,
-            questions=[record.question for record in todo] if asks else None,
-            choices=[[*dict.fromkeys(record.choices)] for record in todo] if chooses else None,
-        )  # fmt: skip
+        def work(part: Sequence[Record]) -> Iterator[tuple]:
+            return write.captions(
+                model, [shown[record.id] for record in part], style=style, batch=place.batch,
+                workers=place.workers, store=store,
+                questions=[record.question for record in part] if asks else None,
+                choices=[[*dict.fromkeys(record.choices)] for record in part] if chooses else None,
+            )  # fmt: skip
+
+        found = ranks.shared(work, todo, place.batch)
         for record, (_, text, score, *odds) in zip(todo, found, strict=True):
             good = {"question": record.question} if asks else {}
             good |= {task.field: text, "score": round(score, 4)}
@@ -340,8 +343,12 @@ def run(
             yield text if isinstance(text, UserError) else good
 
     done, went = log.fill(records, predict, f"{task.field}s", place)
-    lines = {record.id: log.lines[record.id] for record in done}
-    if results is not None:
-        predictions.export(results, lines, task.field)
-    scores = task.score(done, lines) if scored else Scores({})
-    return predictions.report(head | went, len(done), scores, place.out)
+
+    def finish() -> dict[str, Any]:
+        lines = {record.id: log.lines[record.id] for record in done}
+        if results is not None:
+            predictions.export(results, lines, task.field)
+        scores = task.score(done, lines) if scored else Scores({})
+        return predictions.report(head | went, len(done), scores, place.out)
+
+    return ranks.told(finish)

@@ -6,7 +6,7 @@ scores are computed from these.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, classes, metrics, models, write
+from tinyvl import UserError, classes, metrics, models, ranks, write
 from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record, say_left_out
 from tinyvl.device import Pieces
@@ -39,7 +39,7 @@ class Run:
         """Raises UserError if ``place.out`` is in use, or the checkpoint or features do not fit."""
         checkpoint = Checkpoint(models.open_checkpoint(name, "retrieve"), place)
         self.place, self.head = place, checkpoint.head(task, source, split, **how)
-        if place.out is not None:
+        if place.out is not None and ranks.first():
             predictions.refuse(place.out, self.head, place.resume)
         known = {record.path: record.id for record in records}
         self.model, self.store = checkpoint.load("retrieve", known)
@@ -57,15 +57,17 @@ class Run:
         def vectors(good: list[tuple[str, Tensor]]) -> Tensor:
             return embed(model.embed_images, torch.stack([picture for _, picture in good]), pieces)
 
-        def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
-            paths = [record.path for record in todo]
+        def work(paths: Iterable[str]) -> Iterator[Tensor | UserError]:
             if self.store is not None:
                 decoded = write.stored(self.store, model.reads, paths)
             else:
                 view, size = model.encoder.transform(), model.encoder.size
                 decoded = decode_images(paths, view, target=size, workers=place.workers)
             groups = write.gathered(decoded, place.batch)
-            found = (vector for group in groups for _, vector in write.computed(group, vectors))
+            return (vector for group in groups for _, vector in write.computed(group, vectors))
+
+        def predict(todo: list[Record]) -> Iterator[dict[str, Any] | UserError]:
+            found = ranks.shared(work, [record.path for record in todo], place.batch)
             for record, vector in zip(todo, found, strict=True):
                 yield answer(record, vector) if isinstance(vector, Tensor) else vector
 
@@ -109,13 +111,17 @@ def run_retrieval(
 
     asked = [Record(record.path, id=record.path) for record in pictures]
     done, went = run.look(predictions.Log(None, run.head), asked, see)
-    log = predictions.Log(place.out, run.head, resume=None)
-    for lang in langs:
-        part = [r for r in records if r.lang in (lang, None) and r.path in seen]
-        for line in search(run.model, part, seen, lang):
-            log.add(line)
-    scores = retrieval_scores(list(log.lines.values()))
-    return predictions.report(run.head | went, len(done), scores, place.out)
+
+    def finish() -> dict[str, Any]:
+        log = predictions.Log(place.out, run.head, resume=None)
+        for lang in langs:
+            part = [r for r in records if r.lang in (lang, None) and r.path in seen]
+            for line in search(run.model, part, seen, lang):
+                log.add(line)
+        scores = retrieval_scores(list(log.lines.values()))
+        return predictions.report(run.head | went, len(done), scores, place.out)
+
+    return ranks.told(finish)
 
 
 def captioned(
@@ -230,8 +236,12 @@ def run_zeroshot(
         return {"label": best, "truth": called[record.label], "rank": rank}
 
     done, went = run.look(log, records, classify)
-    scores = zeroshot_scores([log.lines[record.id] for record in done], len(called))
-    return predictions.report(run.head | went, len(done), scores, place.out)
+
+    def finish() -> dict[str, Any]:
+        scores = zeroshot_scores([log.lines[record.id] for record in done], len(called))
+        return predictions.report(run.head | went, len(done), scores, place.out)
+
+    return ranks.told(finish)
 
 
 def zeroshot_scores(lines: list[dict[str, Any]], candidates: int) -> Scores:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 from tinyvl.data_records import Record, get, parsed
 from tinyvl.files import dump, hold, read_object, read_text, write_text
 from tinyvl.metrics import Scores
@@ -38,10 +38,13 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, run: dict[str, Any], *, resume: bool | None = False):
-        """Opens or makes the folder. Raises UserError as `refuse` does."""
+        """Opens or makes the folder. Raises UserError as `refuse` does.
+
+        Of several processes the first one writes it.
+        """
         self.run, self.stream = run, None
         self.lines: dict[str, dict[str, Any]] = {}
-        if folder is None:
+        if folder is None or not ranks.first():
             return
         if refuse(folder, run, resume):
             with suppress(FileNotFoundError), (folder / FILE).open("r+b") as file:
@@ -72,7 +75,7 @@ class Log:
 
         A record that fails costs a message. Raises UserError if all do.
         """
-        todo = [record for record in records if record.id not in self.lines]
+        todo = ranks.told(lambda: [r for r in records if r.id not in self.lines])
         kept, failed = len(records) - len(todo), 0
         begun = time.monotonic()
         with bar(title, len(records), place.quiet, start=kept) as advance:

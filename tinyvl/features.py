@@ -2,10 +2,12 @@
 
 A folder of shards (`store`): ``tokens`` (n, S, D) and ``summaries.00`` (n, D_level), ..., lowest
 level first. Its head, ``manifest.json``, says which encoder made what, and the row of each picture.
-`extract` fills it: worker processes decode while the encoder computes. `FeatureStore` reads it.
+`extract` fills it: worker processes decode while the encoder computes (`features_encode`).
+`FeatureStore` reads it.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, files, hub, media_workers, models, store
-from tinyvl.device import PRECISIONS, Pieces, precision_name
-from tinyvl.encoders import Encoder, ImageEncoder, Percept
+from tinyvl import UserError, files, hub, models, ranks, store
+from tinyvl.device import PRECISIONS, precision_name
+from tinyvl.encoders import Encoder, ImageEncoder
+from tinyvl.features_encode import encode, parts_of, percept, weight
 from tinyvl.models_build import build_encoder
 from tinyvl.presets import Run
 from tinyvl.progress import bar, say, skip
@@ -207,98 +210,6 @@ def contents(
     return json.loads(json.dumps(head))
 
 
-def parts_of(percept: Percept, what: str) -> dict[str, Tensor]:
-    """A percept as the tensors of a shard."""
-    parts = {"tokens": percept.tokens} if what != "summaries" else {}
-    if what != "tokens":
-        parts |= {f"summaries.{i:02}": level for i, level in enumerate(percept.summaries)}
-    return parts
-
-
-def weight(encoder: Encoder) -> Tensor:
-    """One of its weights: they share a device and a dtype."""
-    return next(encoder.model.parameters())
-
-
-def percept(encoder: Encoder, pictures: Tensor, pieces: Pieces | None = None) -> Percept:
-    """Decoded pictures (B, 3, H, W) through the encoder, cut up where they do not fit."""
-    device, precision = weight(encoder).device, weight(encoder).dtype
-    half = precision != torch.float32
-
-    def attempt(number: int) -> Percept:
-        with torch.no_grad(), torch.autocast(device.type, precision) if half else nullcontext():
-            parts = [encoder(p.to(device, non_blocking=True)) for p in pictures.chunk(number)]
-        return parts[0] if len(parts) == 1 else Percept.join(parts)
-
-    return (pieces or Pieces()).run(attempt, len(pictures))
-
-
-def encode(
-    blocks: list[list[Entry]], encoder: Encoder, head: dict[str, Any],
-    transform: "Callable[[Image], Tensor]", workers: int | None,
-) -> Iterator[tuple[list[Entry], dict[str, Tensor], "torch.cuda.Event | None"]]:  # fmt: skip
-    """Blocks, the tensors of their good pictures, and the event at which a GPU has copied them.
-
-    Notes the errors of pictures that cannot be read. From a GPU the tensors come in the cache's
-    dtype, on a CPU as the encoder gave them; and one block late: a GPU computes the next one while
-    they are copied and kept.
-    """
-    device, dtype = weight(encoder).device, PRECISIONS[head["dtype"]]
-    gpu, pieces = device.type == "cuda", Pieces()
-    decoded = media_workers.decode_images(
-        (entry.path for block in blocks for entry in block),
-        transform,
-        target=encoder.size,
-        workers=workers,
-        # Far ahead of a GPU; on a CPU that would take cores from the encoder's threads.
-        lookahead=max(64, 2 * len(blocks[0])) if gpu else 4 * media_workers.cores(),
-    )
-    late = None
-    with closing(decoded):
-        for block in blocks:
-            good, parts, copied = [], {}, None
-            for entry, (_, picture) in zip(block, islice(decoded, len(block)), strict=True):
-                if isinstance(picture, Tensor):
-                    good.append((entry, picture))
-                else:
-                    entry.error = str(picture)
-            if good:
-                parts = encoded_parts(good, encoder, head, pieces)
-            if parts and gpu:  # fewer bytes to copy; on a CPU the page makes them ``dtype``
-                for name, part in parts.items():
-                    parts[name] = part.to(dtype).contiguous().to("cpu", non_blocking=True)
-                copied = torch.cuda.current_stream(device).record_event()
-            if late:
-                yield late
-            late = block, parts, copied
-        yield late
-
-
-def encoded_parts(
-    good: list[tuple[Entry, Tensor]], encoder: Encoder, head: dict[str, Any], pieces: Pieces
-) -> dict[str, Tensor]:
-    """The tensors of decoded pictures, in order; those of one shape are encoded together.
-
-    Notes an error where a picture among videos has fewer tokens than they.
-    """
-    gpu, found = weight(encoder).device.type == "cuda", []
-    rows: list[int] = []
-    for shape in dict.fromkeys(picture.shape for _, picture in good):
-        own = [row for row, (_, picture) in enumerate(good) if picture.shape == shape]
-        pictures = torch.stack([good[row][1] for row in own])
-        seen = percept(encoder, pictures.pin_memory() if gpu else pictures, pieces)
-        parts = parts_of(seen, head["what"])
-        if any(list(part.shape[1:]) != head["tensors"][name] for name, part in parts.items()):
-            for entry in (good[row][0] for row in own):
-                entry.error = f"{entry.path}: is no video, and gives other tokens; keep summaries"
-            continue
-        rows, found = rows + own, [*found, parts]
-    if len(found) < 2:
-        return found[0] if found else {}
-    order = torch.tensor(rows).argsort()
-    return {name: torch.cat([parts[name] for parts in found])[order] for name in found[0]}
-
-
 # ----------------------------------------------------------------------------------- writing
 
 
@@ -311,7 +222,8 @@ def extract(
     """Adds to a folder the features of those pictures that it lacks; ``head`` is from `contents`.
 
     Killed at any moment and called again, it ends with the same bytes. Pictures that cannot be
-    read are named and remembered: they are tried again when their file changes.
+    read are named and remembered: they are tried again when their file changes. Of several
+    processes each makes every so manieth shard, and the first gives them their names.
 
     Returns how many pictures were "extracted", "kept" and "failed", and the folder's "bytes".
     Raises UserError: the folder has features of another kind, or no room (then do as ``advice``
@@ -320,7 +232,8 @@ def extract(
     check = partial(refuse_change, folder, head)
     row = sum(torch.Size(shape).numel() for shape in head["tensors"].values())
     row *= PRECISIONS[head["dtype"]].itemsize  # bytes
-    with store.writing(folder, "another extraction is at work there"):
+
+    def start() -> tuple[int, list[Entry], int, int]:
         shards, entries = store.read_shards(folder, check)
         todo, kept, failed = Known(entries).compare(pictures)
         need, free = len(todo) * (row + 300), shutil.disk_usage(folder).free
@@ -331,62 +244,91 @@ def extract(
         say(f"{takes} in {folder} ({left})", quiet=run.quiet or not todo)
         for error in failed:
             skip(error)
-        if todo:
-            rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row) // BLOCK * BLOCK)
-            whole = [todo[i : i + rows] for i in range(0, len(todo), rows)]
-            chunks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in whole]
-            blocks = [block for chunk in chunks for block in chunk]
-            encoded = encode(blocks, encoder, head, transform or encoder.view(), run.workers)
-            with closing(encoded), bar(title, len(todo), run.quiet) as done:
-                save(folder, len(shards), chunks, encoded, head, run, done)
+        return len(shards), todo, kept, len(failed)
+
+    def finish() -> int:
         if todo or not (folder / MANIFEST).exists():
             shards, entries = store.read_shards(folder, check)
             records = [astuple(entry) for entry in entries]
             found = head | {"shards": shards, "columns": Entry.__slots__, "records": records}
             files.write_text(folder / MANIFEST, json.dumps(found) + "\n")
-    good = sum(entry.error is None for entry in todo)
-    return {
-        "extracted": good,
-        "kept": kept,
-        "failed": len(failed) + len(todo) - good,
-        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
-    }
+        return sum(file.stat().st_size for file in folder.iterdir())
+
+    busy = "another extraction is at work there"
+    with store.writing(folder, busy) if ranks.first() else nullcontext():
+        first, todo, kept, failed = ranks.told(start)
+        if todo:
+            rows = max(BLOCK, min(SHARD_ROWS, SHARD_BYTES // row) // BLOCK * BLOCK)
+            whole = [todo[i : i + rows] for i in range(0, len(todo), rows)]
+            chunks = [[c[i : i + batch] for i in range(0, len(c), batch)] for c in whole]
+            blocks = [block for chunk in chunks[ranks.rank() :: ranks.size()] for block in chunk]
+            own = sum(map(len, blocks))
+            encoded = encode(blocks, encoder, head, transform or encoder.view(), run.workers)
+            with closing(encoded), bar(title, own, run.quiet) as done:
+                save(folder, first, chunks, encoded, head, run, done)
+        bad = ranks.total(sum(entry.error is not None for entry in todo))
+        size = ranks.told(finish)
+    good = len(todo) - bad
+    return {"extracted": good, "kept": kept, "failed": failed + bad, "bytes": size}
 
 
 def save(
     folder: Path, first: int, chunks: list[list[list[Entry]]], encoded: Iterator[tuple],
     head: dict[str, Any], run: Run, advance: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Writes a shard for each of ``chunks``, which are some blocks each, from ``first`` on."""
+    """Writes a shard for each of ``chunks``, which are some blocks each, from ``first`` on.
+
+    ``encoded`` are the blocks of this process's chunks: one in each round of all processes.
+    """
     # One page is filled while the other is written: on a CPU new memory for each shard costs a
     # twentieth of the time. And all of torch's work stays in this thread: in another it would
     # start OpenMP threads of its own, and with more of these than cores the encoder would be a
     # fifth slower from then on.
-    rows, dtype = sum(map(len, chunks[0])), PRECISIONS[head["dtype"]]
+    rows, dtype, several = sum(map(len, chunks[0])), PRECISIONS[head["dtype"]], ranks.size() > 1
     pages = [
         {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in head["tensors"].items()}
         for _ in range(2)
     ]
     writing: Future | None = None
+    written: range | None = None  # the shards of the round that is being written
     with ThreadPoolExecutor(1) as writer:
-        for number, chunk in enumerate(chunks, first):
-            page, filled = pages[number % 2], 0
-            for block, parts, copied in islice(encoded, len(chunk)):
+        for start in range(0, len(chunks), ranks.size()):
+            page, filled = pages[start // ranks.size() % 2], 0
+            chunk = chunks[start + ranks.rank() :][:1]
+            for block, parts, copied in islice(encoded, len(chunk[0]) if chunk else 0):
                 if copied is not None:
                     copied.synchronize()
                 filled = store.put(page, parts, block, filled)
                 for entry in block:
                     if entry.error:
-                        skip(entry.error)
+                        skip(entry.error, own=True)
                 advance(len(block))
                 if run.stop:
                     raise Interrupted
-            if writing:
-                writing.result()
+            settle(folder, writing, written)
+            written = range(first + start, first + min(start + ranks.size(), len(chunks)))
+            if not chunk:
+                writing = None
+                continue
             shard = {name: tensor[:filled] for name, tensor in page.items()}
-            entries = [entry for block in chunk for entry in block]
-            writing = writer.submit(store.write_shard, folder, number, head, entries, shard)
+            name = (store.WAITING if several else store.SHARD).format(written[ranks.rank()])
+            entries = [entry for block in chunk[0] for entry in block]
+            writing = writer.submit(store.write_shard, folder / name, head, entries, shard)
+        settle(folder, writing, written)
+
+
+def settle(folder: Path, writing: Future | None, written: range | None) -> None:
+    """Waits for the shards of a round; those of several processes then get their names, in order.
+
+    So a kill leaves no gap.
+    """
+    if writing:
         writing.result()
+    if written is None or ranks.size() == 1:
+        return
+    ranks.wait()
+    for number in written if ranks.first() else ():
+        os.replace(folder / store.WAITING.format(number), folder / store.SHARD.format(number))
 
 
 def refuse_change(folder: Path, head: dict[str, Any], before: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ import json
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, files, media_workers, store
+from tinyvl import UserError, files, media_workers, ranks, store
 from tinyvl.device import Pieces
 from tinyvl.index_source import Source
 from tinyvl.progress import bar, skip
@@ -143,11 +144,16 @@ def update(
     two sizes the same picture may differ in its last bits: so on a CPU the vectors are the same to
     the bit, however the work was cut. A caption is padded to the longest beside it, and may differ
     by some 1e-7. What cannot be decoded is named on standard error and left out; later runs leave
-    it out without a word, unless it changes or they ``retry``.
+    it out without a word, unless it changes or they ``retry``. Several processes share the
+    embedding; all else is the first one's work, and the others' ``source`` is not read.
 
     Raises UserError: the index is of another source or model, is being written by another process,
     or cannot be written.
     """
+    if not ranks.first():
+        for work, size in embedders(model, batch, workers):
+            deque(ranks.shared(work, (), size), 0)
+        return Changes()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with store.writing(folder, "another process is writing this index"):
@@ -186,8 +192,8 @@ class Update:
         self, folder: Path, about: dict, source: Source, model: Any, batch: int,
         workers: int | None, quiet: bool,
     ):  # fmt: skip
-        self.folder, self.about, self.source, self.model = folder, about, source, model
-        self.batch, self.workers, self.quiet = batch, workers, quiet
+        self.folder, self.about, self.source, self.quiet = folder, about, source, quiet
+        self.batch, self.embedders = batch, embedders(model, batch, workers)
         self.known_bad: dict[str, list[int]] = {}  # as index.json's "failed": size and mtime
         self.bad: dict[str, list[int]] = {}
         self.changes = Changes()
@@ -263,9 +269,9 @@ class Update:
 
         -> the rows of the files that could be opened, and {digest: why} of those not decoded.
         """
-        part, known, pieces = self.parts["images"], set(self.vectors("images")), Pieces()
+        part, known = self.parts["images"], set(self.vectors("images"))
         rows: list[Row] = []
-        waiting: deque[Row] = deque()  # at the decoder
+        waiting: deque[Row] = deque()  # for their vectors
 
         def unknown() -> Iterator[str]:  # runs in the decoder's reading thread
             for row in changed:
@@ -282,28 +288,19 @@ class Update:
                     waiting.append(row)
                     yield path
 
-        encoder = self.model.encoder
-        decoded = media_workers.decode_images(
-            unknown(), encoder.transform(), target=encoder.size, workers=self.workers
-        )
-        broken: dict[str, str] = {}
+        work, size = self.embedders[0]
+        found, broken = ranks.shared(work, unknown(), size), {}
         with bar("pictures", len(changed), self.quiet) as advance:
-            while group := list(islice(decoded, self.batch)):
-                good = []
-                for path, picture in group:
+            while group := list(islice(found, size)):
+                good: list[tuple[Row, np.ndarray]] = []
+                for vector in group:
                     row = waiting.popleft()
-                    if isinstance(picture, Tensor):
-                        good.append((row, picture))
+                    if isinstance(vector, str):
+                        broken[row.digest] = vector
                     else:
-                        broken[row.digest] = str(picture).removeprefix(f"{path}: ")
+                        good.append((row, vector))
                 if good:
-                    vectors = embed_images(self.model, [p for _, p in good], self.batch, pieces)
-                    fine = np.isfinite(vectors).all(1)
-                    for (row, _), ok in zip(good, fine, strict=True):
-                        if not ok:
-                            broken[row.digest] = "the model makes numbers of it that are not finite"
-                    good = [pair for pair, ok in zip(good, fine, strict=True) if ok]
-                    part.append([row for row, _ in good], vectors[fine])
+                    part.append([row for row, _ in good], np.stack([v for _, v in good]))
                 self.changes.embedded += len(good)
                 advance(len(group))
         return rows, broken
@@ -321,12 +318,14 @@ class Update:
         known = self.vectors("captions")
         new = [row for row in rows if row.digest not in known]
         new.sort(key=lambda row: (len(row.caption), row.caption))  # little padding
+        work, size = self.embedders[1]
+        found = ranks.shared(work, [row.caption for row in new], size)
         with bar("captions", len(new), self.quiet) as advance:
-            for i in range(0, len(new), TEXTS):
-                group = new[i : i + TEXTS]
-                vectors = self.model.embed_texts([row.caption for row in group])
-                self.parts["captions"].append(group, vectors.float().cpu().numpy())
+            for i in range(0, len(new), size):
+                group = new[i : i + size]
+                self.parts["captions"].append(group, np.stack([*islice(found, len(group))]))
                 advance(len(group))
+        deque(found, 0)  # several processes end together
         self.changes.captions = len(new)
         return sorted(rows, key=lambda row: row.caption)
 
@@ -334,6 +333,38 @@ class Update:
 def blake(content: bytes = b"") -> Any:
     """The hash that tells contents apart."""
     return hashlib.blake2b(content, digest_size=16)
+
+
+def embedders(model: Any, batch: int, workers: int | None) -> list[tuple[Any, int]]:
+    """What embeds pictures and what embeds captions, as `ranks.shared` takes it: work, block."""
+    return [(partial(of_pictures, model, batch, workers), batch), (partial(of_texts, model), TEXTS)]
+
+
+def of_pictures(
+    model: Any, batch: int, workers: int | None, paths: Iterable[str]
+) -> Iterator[np.ndarray | str]:
+    """Of each picture its vector (width,) float32, or why there is none."""
+    encoder, pieces = model.encoder, Pieces()
+    decoded = media_workers.decode_images(
+        paths, encoder.transform(), target=encoder.size, workers=workers
+    )
+    while group := list(islice(decoded, batch)):
+        good = [picture for _, picture in group if isinstance(picture, Tensor)]
+        vectors = iter(embed_images(model, good, batch, pieces) if good else ())
+        for path, picture in group:
+            if not isinstance(picture, Tensor):
+                yield str(picture).removeprefix(f"{path}: ")
+                continue
+            vector = next(vectors)
+            fine = np.isfinite(vector).all()
+            yield vector if fine else "the model makes numbers of it that are not finite"
+
+
+def of_texts(model: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Of each text its vector (width,) float32."""
+    texts = iter(texts)
+    while group := list(islice(texts, TEXTS)):
+        yield from model.embed_texts(group).float().cpu().numpy()
 
 
 def embed_images(model: Any, pictures: list[Tensor], size: int, pieces: Pieces) -> np.ndarray:

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyvl import ranks
 from tinyvl.encoders import norm_types
 from tinyvl.lilt_towers import DualEncoder, ImageTower, Pairs, TextTower
 from tinyvl.presets_options import Tuning
@@ -157,6 +158,13 @@ def contrastive_loss(
     return (image_to_text + text_to_image) / 2
 
 
+def rows_and_keys(batches: list[Pairs]) -> tuple[Tensor, Tensor]:
+    """Of some micro-batches as one: the image of each text (B,), and the images' keys (I,)."""
+    starts = [0, *itertools.accumulate(len(batch.keys) for batch in batches)]
+    rows = torch.cat([b.rows + start for b, start in zip(batches, starts, strict=False)])
+    return rows, torch.cat([batch.keys for batch in batches])
+
+
 # ----------------------------------------------------------------------------------------- model
 
 
@@ -227,11 +235,12 @@ class LilT(DualEncoder):
 
     def loss(self, images: Tensor, texts: Tensor, batches: list[Pairs]) -> Tensor:
         """Equation 1 over all the pairs of some micro-batches, given their vectors."""
+        return self.contrast(images, texts, *rows_and_keys(batches))
+
+    def contrast(self, images: Tensor, texts: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+        """Equation 1 at the model's temperature; the arguments are as in `contrastive_loss`."""
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
-        starts = [0, *itertools.accumulate(len(batch.keys) for batch in batches)]
-        rows = torch.cat([b.rows + start for b, start in zip(batches, starts, strict=False)])
-        keys = torch.cat([batch.keys for batch in batches])
         return contrastive_loss(images, texts, rows, keys, self.temperature)
 
     def accumulate(
@@ -242,29 +251,41 @@ class LilT(DualEncoder):
         Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983): a pass without graph gives
         all vectors, the loss on them their gradients, and a second pass, with the same dropout,
         carries those into the towers a micro-batch at a time. -> {"loss", "captions"}.
+
+        Of several processes each has the vectors and the loss of all pairs, and carries back the
+        gradients of its own.
         """
         self.train()
         batches = [batch.to(self.device) for batch in batches]
-        seeds = torch.randint(2**62, (len(batches),)).tolist()
+        counts = ranks.everyone(len(batches))
+        seeds = torch.randint(2**62, (sum(counts),)).tolist()[sum(counts[: ranks.rank()]) :]
 
         def vectors(i: int) -> tuple[Tensor, Tensor]:
             torch.manual_seed(seeds[i])
             batch = batches[i]
             return self.image_vectors(batch.pictures), self.text_vectors(batch.ids, batch.mask)
 
-        several = len(batches) > 1
+        several = len(batches) > 1 or ranks.size() > 1
         with torch.set_grad_enabled(not several):
-            images, texts = map(torch.cat, zip(*map(vectors, range(len(batches))), strict=True))
+            none = torch.empty(0, self.width, device=self.device)  # another has the step's batches
+            each = [vectors(i) for i in range(len(batches))] or [(none, none)]
+            images, texts = map(torch.cat, zip(*each, strict=True))
+        rows, keys = rows_and_keys(batches) if batches else torch.empty(2, 0, device=self.device)
+        (images, my_images), (texts, my_texts) = ranks.joined(images), ranks.joined(texts)
+        rows, _ = ranks.joined(rows.long() + my_images.start)
+        keys, _ = ranks.joined(keys.long())
         if several:
             images.requires_grad_()
             texts.requires_grad_()
-        loss = self.loss(images, texts, batches)
+        loss = self.contrast(images, texts, rows, keys)
         (scaler.scale(loss) if scaler else loss).backward()
+        if ranks.rank():  # all processes have the whole of this gradient
+            self.temperature.grad = None
         if several:
             assert images.grad is not None
             assert texts.grad is not None
-            image_grads = images.grad.split([len(batch.keys) for batch in batches])
-            text_grads = texts.grad.split([len(batch.ids) for batch in batches])
+            image_grads = images.grad[my_images].split([len(batch.keys) for batch in batches])
+            text_grads = texts.grad[my_texts].split([len(batch.ids) for batch in batches])
             for i, gradients in enumerate(zip(image_grads, text_grads, strict=True)):
                 for found, gradient in zip(vectors(i), gradients, strict=True):
                     if found.requires_grad:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from tinyvl import ranks
 from tinyvl.media import MediaError, load_image
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def decode_images(
             Where it has a method ``load(path, target)``, that reads the file instead of
             `load_image` (videos, sounds). It must be deterministic, as forked workers share one
             random state, and must pickle except on Linux, where workers are forked.
-        workers: 0 decodes in this process. None: a worker per core, at most 8, started only
-            after four pictures, which this process decodes itself.
+        workers: 0 decodes in this process. None: a worker per core (those of the machine shared
+            with the other processes of torchrun), at most 8, started only after four pictures,
+            which this process decodes itself.
 
     Yields ``(path, tensor)``, or ``(path, MediaError)`` where a picture cannot be decoded, where
     ``transform`` raised, or where a picture killed two workers (they are replaced).
@@ -66,7 +68,7 @@ def decode_images(
     for path in paths if workers == 0 else itertools.islice(paths, alone):
         yield path, result(_decode(path, transform, target))
     for first in paths:
-        crew = min(8, cores()) if workers is None else workers
+        crew = min(8, max(1, cores() // ranks.beside())) if workers is None else workers
         rest = itertools.chain([first], paths)
         for path, answer in _in_workers(rest, transform, target, min(crew, lookahead), lookahead):
             yield path, result(answer)

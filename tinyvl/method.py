@@ -147,7 +147,11 @@ class Method(nn.Module, ABC):
     def accumulate(
         self, batches: list[Any], scaler: torch.amp.GradScaler | None = None
     ) -> dict[str, float]:
-        """Adds the gradients of one optimizer step; -> {"loss", "captions": how many}."""
+        """Adds the gradients of one optimizer step; -> {"loss", "captions": how many}.
+
+        Of several processes each has some of the step's ``batches``, or none, and the gradients of
+        these; what is returned is of the whole step.
+        """
 
     @abstractmethod
     def validate(self, batches: Iterable[Any]) -> float:

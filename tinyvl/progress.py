@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 
 
 def say(message: str, quiet: bool = False) -> None:
@@ -15,9 +15,12 @@ def say(message: str, quiet: bool = False) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def skip(why: str) -> None:
-    """Names an input that is left out, and why: ``FILE: REASON``."""
-    print(f"tinyvl: skipping {why}", file=sys.stderr)
+def skip(why: str, own: bool = False) -> None:
+    """Names an input that is left out, and why: ``FILE: REASON``.
+
+    ``own``: of several processes only this one knows it.
+    """
+    print(f"tinyvl: skipping {why}", file=ranks.stderr() if own else sys.stderr)
 
 
 def duration(seconds: float) -> str:

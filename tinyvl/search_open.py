@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 from tinyvl.files import local
 from tinyvl.index import Index, check_model, located, read_about, update
 from tinyvl.index_source import Source, behind, read_source
@@ -29,7 +29,7 @@ def bring_up_to_date(
 
     ``report``: says at the end what was done. Raises UserError: as `index.update`; on Control-C.
     """
-    name = local(model or (read_about(out) or {}).get("model", "default"))
+    name = ranks.told(lambda: local(model or (read_about(out) or {}).get("model", "default")))
     loaded = load(name)
     try:
         changes = update(

@@ -34,7 +34,8 @@ from tinyvl import UserError, files
 SHARD = "{:05}.safetensors"
 AGAIN = "restore it, or extract into another folder"
 ANEW = "delete it and index anew"
-HALF = re.compile(r"\..+\.(?:safetensors|json|f32|jsonl)\.\d+")  # of `files.replace_file`
+WAITING = ".{:05}.safetensors.0"  # a shard that one of several processes has written
+HALF = re.compile(r"\.+[^.].*\.(?:safetensors|json|f32|jsonl)(?:\.\d+)+")  # and of `files`
 OF_TABLES = re.compile(r"\w+\.(\d+|part)\.(?:f32|jsonl)")
 
 
@@ -219,14 +220,11 @@ class Shards:
         return self.mapped[file, name]
 
 
-def write_shard(
-    folder: Path, number: int, head: dict, entries: list[Entry], tensors: dict[str, Tensor]
-) -> None:
+def write_shard(file: Path, head: dict, entries: list[Entry], tensors: dict[str, Tensor]) -> None:
     """One file, in one stroke: the tensors; the head and the entries in its header."""
     records = [astuple(entry)[:5] for entry in entries]
     # One key only: of several, safetensors writes the order in which a hash map has them.
     metadata = {"tinyvl": json.dumps({"head": head, "records": records})}
-    file = folder / SHARD.format(number)
     files.write_tensors(file, tensors, metadata)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tinyvl import UserError, __version__, models, train_cider, train_run
+from tinyvl import UserError, __version__, models, ranks, train_cider, train_run
 from tinyvl.captioner import Captioner
 from tinyvl.device import Pieces, choose_precision, keep_memory, peak_memory
 from tinyvl.features import open_store
@@ -45,8 +45,13 @@ def train(job: Job, run: Run) -> dict[str, Any]:
     keep_memory()
     settings = json.loads(json.dumps(asdict(job) | run.settings()))
     train_run.check_features(job, run)
-    resumed = run.resume and (run.out / "config.json").exists()
-    config = models.read_config(run.out) if resumed else {}  # with the backbones it started with
+
+    def remembered() -> dict[str, Any]:
+        resumed = run.resume and (run.out / "config.json").exists()
+        return models.read_config(run.out) if resumed else {}
+
+    config = ranks.told(remembered)  # with the backbones that the run started with
+    resumed = bool(config)
     train_run.check_run(run, settings, config.get("training", {}) if resumed else None)
     if resumed and (ended := train_run.finished(run.out, job.recipe.epochs)):
         say(f"{run.out}: this run has ended; nothing is left to do", run.quiet)
@@ -74,7 +79,7 @@ def carry_out(
     val_records = val_records[:1000]  # enough to choose by
     source = models.open_checkpoint(job.init, models.task_of(job.method)) if job.init else None
     if not resumed:
-        config = starting_config(job, source)
+        config = ranks.told(partial(starting_config, job, source))
     about = models.Checkpoint(run.out, config)
     if not resumed:
         dtype = cache_dtype(job, about.reads)
@@ -83,7 +88,8 @@ def carry_out(
     store = open_store(run.features, about.image, about.reads) if run.features else None
     asked = run.asked or config["training"].get("asked", {})
     config["training"] |= settings | {"asked": asked}  # a resumed run may have more epochs
-    models.save_config(run.out, config)
+    if ranks.first():
+        models.save_config(run.out, config)
     precision = choose_precision(job.precision, run.device)
     torch.manual_seed(job.seed)
     model = models.build(config, device=run.device, precision=precision)
@@ -108,6 +114,7 @@ def carry_out(
                 model, references, val_references, job.samples, job.max_tokens
             )
         plan, steps = feed.plan, feed.plan.steps(job.recipe.epochs)
+        plan.check(ranks.size())
         validate_every = run.validate_every or plan.steps_per_epoch
         optimizer = torch.optim.AdamW(parameter_groups(model, parameters, job.recipe))
         scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
@@ -117,6 +124,7 @@ def carry_out(
             run.out / "training.safetensors", parameters, average.values, optimizer, scaler
         )
         step, best = state.restore() if resumed else (0, math.inf)
+        ranks.copied([*parameters.values(), *average.values.values()])
         log = train_run.open_log(run, step)
         say(
             f"{sum(p.numel() for p in parameters.values()):,} trainable parameters; "
@@ -140,8 +148,9 @@ def carry_out(
                 torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, if a method has any
                 taken = next(batches)
                 step += 1
-                if taken:  # else every picture of the step was unreadable
+                if ranks.agreed(taken):  # else every picture of the step was unreadable
                     metrics = accumulate(model, objective, taken, scaler, pieces, run.quiet)
+                    ranks.add_gradients(parameters.values())
                     scaler.unscale_(optimizer)
                     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip).item()
                     find = partial(culprits, model, objective, taken)
@@ -168,7 +177,7 @@ def carry_out(
                     report = f"{shown}  {speed:.1f} {plan.kind}/s"
                     advance(1, f"{report}  {memory / 2**30:.1f} GiB")
                 ends = step == steps
-                if feed.val_order and (step % validate_every == 0 or ends):
+                if feed.val_order and (step % validate_every == 0 or ends) and ranks.first():
                     with average.applied():
                         value = pieces.run(partial(validate, objective, feed), run.micro, run.quiet)
                         train_run.write(log, step=step, val_loss=round(value, 5))
@@ -178,23 +187,31 @@ def carry_out(
                             models.save(model, run.out, "model.safetensors")
                             watch.saved("model.safetensors", step)
                 # Where steps fail, the last good state stays.
-                if ends or ((step % run.save_every == 0 or run.stop) and not watch.row):
-                    state.save(step, best, job.recipe.epochs if ends else None)
+                due = step % run.save_every == 0
+                if ends or ((due or ranks.agreed(run.stop)) and not watch.row):
+                    if ranks.first():
+                        state.save(step, best, job.recipe.epochs if ends else None)
                     watch.saved("training.safetensors", step)
-                if run.stop and not ends:
-                    keep_stopped(model, run, average)
+                if ranks.agreed(run.stop) and not ends:
+                    if ranks.first():
+                        keep_stopped(model, run, average)
+                    ranks.wait()
                     raise Interrupted
-    with average.applied():
-        models.save(model, run.out, "last.safetensors")
-        if not feed.val_order:
-            models.save(model, run.out, "model.safetensors")
-    if not (run.out / "model.safetensors").exists():
-        raise UserError(f"{run.out}: the loss was never finite; train with a lower --rate.")
-    summary = summary_of(job, run, step, best, speed, time.monotonic() - started)
-    if done:
-        models.write_card(run.out, config, {k: v for k, v in summary.items() if k != "model"})
-    shutil.rmtree(run.out / "features", ignore_errors=True)
-    return summary
+
+    def finish() -> dict[str, Any]:
+        with average.applied():
+            models.save(model, run.out, "last.safetensors")
+            if not feed.val_order:
+                models.save(model, run.out, "model.safetensors")
+        if not (run.out / "model.safetensors").exists():
+            raise UserError(f"{run.out}: the loss was never finite; train with a lower --rate.")
+        summary = summary_of(job, run, step, best, speed, time.monotonic() - started)
+        if done:
+            models.write_card(run.out, config, {k: v for k, v in summary.items() if k != "model"})
+        shutil.rmtree(run.out / "features", ignore_errors=True)
+        return summary
+
+    return ranks.told(finish)
 
 
 def keep_stopped(model: models.Method, run: Run, average: "Average") -> None:
@@ -221,28 +238,35 @@ def accumulate(
 ) -> dict[str, float]:  # fmt: skip
     """One step's gradients, -> the metrics of the objective: the model or a `SelfCritical`.
 
-    ``taken``: the step's micro-batches, cut up where they do not fit.
+    ``taken``: the step's micro-batches, cut up where they do not fit; not with several processes,
+    each of which has some of them.
     """
+    if ranks.size() > 1:  # one that began anew would leave the others waiting
+        advice = f"use a smaller --micro-batch, or {pieces.advice}"
+        pieces, most = Pieces("A micro-batch", advice), 1
+    else:
+        most = max(len(batch.ids) for batch in taken)
 
     def attempt(number: int) -> dict[str, float]:
         model.zero_grad(set_to_none=True)  # an attempt that failed may have left some
         parts = [part for batch in taken for part in batch.split(number)]
         return objective.accumulate(parts, scaler if scaler.is_enabled() else None)
 
-    return pieces.run(attempt, max(len(batch.ids) for batch in taken), quiet)
+    return pieces.run(attempt, most, quiet)
 
 
 def culprits(model: models.Method, objective: Any, taken: list[Any]) -> list[int]:
     """The keys of a step's pictures that alone give a loss or gradient that is not finite."""
     found: dict[int, None] = {}
-    for batch in taken:
-        for part in batch.split(len(batch.ids)):
-            model.zero_grad(set_to_none=True)
-            numbers = [torch.tensor(objective.accumulate([part])["loss"])]
-            numbers += [p.grad for p in model.parameters() if p.grad is not None]
-            if not all(number.isfinite().all() for number in numbers):
-                found |= dict.fromkeys(part.keys.tolist())
-    return list(found)
+    with ranks.alone():
+        for batch in taken:
+            for part in batch.split(len(batch.ids)):
+                model.zero_grad(set_to_none=True)
+                numbers = [torch.tensor(objective.accumulate([part])["loss"])]
+                numbers += [p.grad for p in model.parameters() if p.grad is not None]
+                if not all(number.isfinite().all() for number in numbers):
+                    found |= dict.fromkeys(part.keys.tolist())
+    return list(dict.fromkeys(key for own in ranks.everyone(list(found)) for key in own))
 
 
 def validate(objective: Any, feed: Feed, number: int) -> float:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, data, media, media_workers
-from tinyvl.device import Pieces
+from tinyvl import UserError, data, media, media_workers, ranks
 from tinyvl.features import FeatureStore, contents, extract
 from tinyvl.presets import Job, Run
-from tinyvl.progress import bar, say, skip
+from tinyvl.progress import skip
 from tinyvl.store import finite
 from tinyvl.text import has_words
 from tinyvl.train_plan import Plan
-from tinyvl.train_run import Interrupted
+from tinyvl.train_states import TextStates
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Batch
@@ -220,65 +217,6 @@ def cache_dtype(job: Job, reads: str) -> str:
     return "fp32" if job.precision == "fp32" and reads == "summaries" else "fp16"
 
 
-BLOCK = 256  # captions whose states are computed together
-
-
-class TextStates:
-    """What frozen layers that no picture reaches make of each caption.
-
-    I-Tuning that drops its first N modules reads the same states of those N layers in every epoch;
-    LilT with a locked text tower reads the same vectors. They are computed once, in the layers' own
-    precision, and kept in a file of the run, which a killed run goes on filling. Training does
-    without where the disk has no room for them.
-    """
-
-    def __init__(self, tokens: list[list[list[int]]], model: Any, run: Run, name: str):
-        self.store: Tensor | None = None
-        captions = sorted({tuple(c) for lines in tokens for c in lines}, key=lambda c: (len(c), c))
-        if not run.cache or not model.fixed_text or not captions:
-            return
-        ends = list(accumulate(model.state_rows(c) for c in captions))
-        starts = [0, *ends]  # of each caption's rows; the last is the end of all
-        self.rows = {c: slice(starts[i], ends[i]) for i, c in enumerate(captions)}
-        probe, pieces = model.states(captions[:1]), Pieces("One caption")
-        size, row = ends[-1], probe[0].nbytes
-        file = run.out / "features" / f"{name}.rows"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as stream:
-            # What a kill left of a block is computed again: in the blocks of a run without a kill,
-            # for the last bits of a state depend on its batch.
-            done = bisect(ends, stream.tell() // row)
-            if done < len(captions):
-                done = done // BLOCK * BLOCK
-            stream.truncate(starts[done] * row)
-            if (size - starts[done]) * row > shutil.disk_usage(file.parent).free * 0.9:
-                say("no room on this disk for the captions' states: going on without", run.quiet)
-                return
-            with bar(f"reading {name} captions", len(captions), run.quiet, done) as advance:
-                for i in range(done, len(captions), BLOCK):
-                    block = captions[i : i + BLOCK]
-
-                    def attempt(number: int, block: list[tuple[int, ...]] = block) -> Tensor:
-                        each = -(-len(block) // number)
-                        parts = [block[j : j + each] for j in range(0, len(block), each)]
-                        return torch.cat([model.states(part).cpu() for part in parts])
-
-                    states = pieces.run(attempt, len(block), run.quiet).contiguous()
-                    stream.write(states.view(torch.uint8).numpy().tobytes())
-                    stream.flush()
-                    advance(len(block))
-                    if run.stop:
-                        raise Interrupted
-        numbers = torch.from_file(str(file), size=size * probe.shape[1], dtype=probe.dtype)
-        self.store = numbers.view(size, -1)
-
-    def of(self, captions: list[list[int]]) -> list[Tensor] | None:
-        """The states (rows, d) of each caption, or None where they are not kept."""
-        if self.store is None:
-            return None
-        return [self.store[self.rows[tuple(c)]] for c in captions]
-
-
 def prepare(records: list[data.Record], model: Any, job: Job) -> list[list[list[int]]]:
     """Caption ids of each record, cut to max_tokens and to what the model has room for.
 
@@ -343,16 +281,19 @@ class Feed:
     def steps(self, epoch: int, done: int) -> Iterator[list[Batch | Pairs]]:
         """The micro-batches of each step of an epoch after the first ``done``.
 
-        A list is empty where every picture of a step is unreadable.
+        A list is empty where every picture of a step is unreadable. Of several processes each has
+        its share of every step.
         """
         # Where a loss compares the captions of a step, a step is a random part of the epoch.
         plan = self.plan
         pools: Any = {"pool": plan.per_step, "shuffle": False} if self.model.whole_steps else {}
         order = data.length_buckets(self.lengths, plan.micro, self.job.seed, epoch, **pools)
-        order = order[done * plan.per_step :]
-        found = self.batches(self.groups, order, self.pictures, self.states, epoch)
-        for _ in range(done, plan.steps_per_epoch):
-            yield [batch for batch in islice(found, plan.per_step) if batch is not None]
+        starts = range(done * plan.per_step, len(order), plan.per_step)
+        steps = [ranks.share(order[i : i + plan.per_step]) for i in starts]
+        mine = [micro for step in steps for micro in step]
+        found = self.batches(self.groups, mine, self.pictures, self.states, epoch)
+        for step in steps:
+            yield [batch for batch in islice(found, len(step)) if batch is not None]
 
     def validation(self) -> Iterator[Batch | Pairs]:
         """The micro-batches to validate on."""
@@ -371,7 +312,7 @@ class Feed:
                 if isinstance(picture, Tensor):
                     good.append((groups[g], picture))
                 else:
-                    skip(str(picture))
+                    skip(str(picture), own=True)
             if not good:
                 yield None  # keeps its place, so that a resumed run counts the same
                 continue

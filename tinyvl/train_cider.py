@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyvl import decode
+from tinyvl import decode, ranks
 from tinyvl.captioner import Batch, Captioner
 from tinyvl.data import Record
 from tinyvl.metrics_captions import Cider, tokenise
@@ -48,7 +48,7 @@ class SelfCritical:
         """Adds the gradients of one optimizer step; -> "loss" is minus the samples' mean CIDEr."""
         model = self.model.eval()  # the sampled captions' own probabilities: no dropout
         drawn = [self.sample(batch) for batch in batches]
-        tokens = sum(int(batch.targets.sum()) for batch, _ in drawn)
+        tokens = ranks.total(sum(int(batch.targets.sum()) for batch, _ in drawn))
         rewards = 0.0
         with model.attention():
             for batch, reward in drawn:
@@ -57,8 +57,8 @@ class SelfCritical:
                 share = loss / tokens
                 (scaler.scale(share) if scaler else share).backward()
                 rewards += reward.sum().item()
-        captions = sum(len(batch.ids) for batch, _ in drawn)
-        return {"loss": -rewards / captions, "tokens": tokens, "captions": captions}
+        captions = ranks.total(sum(len(batch.ids) for batch, _ in drawn))
+        return {"loss": -ranks.total(rewards) / captions, "tokens": tokens, "captions": captions}
 
     @torch.no_grad()
     def sample(self, batch: Batch) -> tuple[Batch, Tensor]:

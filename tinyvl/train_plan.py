@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from tinyvl import UserError
 from tinyvl.presets import Job, Run
 
 
@@ -39,6 +40,13 @@ class Plan:
 
     def steps(self, epochs: float) -> int:
         return max(1, round(epochs * self.steps_per_epoch))
+
+    def check(self, processes: int) -> None:
+        """UserError: a step has fewer micro-batches than there are processes."""
+        if self.per_step < processes:
+            few = f"a step has {self.per_step} micro-batches, too few for {processes} processes"
+            size = max(1, self.batch // processes)
+            raise UserError(f"{few}; give --micro-batch {size} or less, or a larger --batch.", 2)
 
     def told(self, epochs: float) -> str:
         """ "50 steps of 30 captions", and why they are not as large as was asked for."""

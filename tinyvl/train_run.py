@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from tinyvl import UserError, files
+from tinyvl import UserError, files, ranks
 from tinyvl.models_config import read_config
 from tinyvl.presets import Job, Run
 from tinyvl.progress import skip
@@ -133,8 +134,12 @@ def opened(run: Run, new: bool) -> Iterator[None]:
     """The folder of a run while it is at work; a start that fails leaves none.
 
     That is, before its first step, with a `UserError`: what a stopped or killed run has encoded is
-    kept for --resume.
+    kept for --resume. Of several processes the first one has it.
     """
+    if not ranks.first():
+        ranks.wait()
+        yield
+        return
     made = [folder for folder in (run.out, *run.out.parents) if not folder.exists()]
     try:
         run.out.mkdir(parents=True, exist_ok=True)
@@ -145,6 +150,7 @@ def opened(run: Run, new: bool) -> Iterator[None]:
             shutil.rmtree(run.out / "features", ignore_errors=True)  # of a start without a step
         for part in run.out.glob(".*.safetensors.*"):  # a file that a kill left half written
             part.unlink()
+        ranks.wait()
         try:
             yield
         except UserError as error:
@@ -259,8 +265,11 @@ class State:
 def open_log(run: Run, step: int) -> TextIO:
     """The run's log.jsonl after this step, to be appended to.
 
-    Lines of steps that will be taken again go, and so does a line cut off by a kill.
+    Lines of steps that will be taken again go, and so does a line cut off by a kill. Of several
+    processes the first one writes it.
     """
+    if not ranks.first():
+        return open(os.devnull, "a", encoding="utf-8")
     file, kept = run.out / "log.jsonl", []
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     for line in text.splitlines():
