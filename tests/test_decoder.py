@@ -8,7 +8,8 @@ import transformers
 from safetensors.torch import save_file
 
 from tinyvl import UserError
-from tinyvl.decoder import Cache, Decoder, HeadLosses, attend
+from tinyvl.decoder import Cache, Decoder, attend
+from tinyvl.decoder_head import HeadLosses
 from tinyvl.decoder_weights import build_decoder, decoder_config, load_decoder
 
 SMALL = {

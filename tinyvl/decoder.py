@@ -17,12 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as memo
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from tinyvl.decoder_head import HeadLosses
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by transformers' names
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -232,46 +233,6 @@ class Block(nn.Module):
         if branch is not None:
             out = out + context.pack(branch(context.spread(inner))).to(out.dtype)
         return x + out if pre else self.norm2(inner + out)
-
-
-class HeadLosses(torch.autograd.Function):
-    """Cross-entropy through a frozen head, some tokens at a time: (N, d), (V, d), (N,) -> (N,).
-
-    Logits over a vocabulary are the largest numbers of a step. Here they are gone once a chunk's
-    losses and the gradients of its states, which are known then, have been read off them.
-    """
-
-    LOGITS, CPU_LOGITS = 2**26, 2**22  # at once: 256 MiB, and what a CPU's cache holds
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        cpu = hidden.device.type == "cpu"
-        chunk = max(1, (HeadLosses.CPU_LOGITS if cpu else HeadLosses.LOGITS) // len(weight))
-        # The same memory for every chunk: fresh pages cost a CPU more than the arithmetic.
-        low = hidden.new_empty(min(chunk, len(hidden)), len(weight))
-        wide = low.float()  # itself, if it is float32
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            right = wanted[part, None]
-            scores = torch.mm(hidden[part], weight.T, out=low[: len(right)])
-            logits = wide[: len(right)].copy_(scores)
-            top = logits.amax(-1, keepdim=True)
-            own = logits.gather(-1, right)
-            shares = logits.sub_(top).exp_()  # of the probability, times the sum
-            total = shares.sum(-1, keepdim=True)
-            losses[part] = (total.log() + top - own)[:, 0]
-            if gradient is not None:
-                shares.scatter_add_(-1, right, -total)
-                gradient[part] = (scores.copy_(shares) @ weight) / total
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None
 
 
 class Decoder(nn.Module):
