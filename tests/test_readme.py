@@ -85,7 +85,8 @@ def test_the_rows_of_lilt_are_commands(monkeypatch):
     monkeypatch.setattr(train, "train", lambda job, run: jobs.append(job) or {})
     section = README.split("### Rows of the papers: LilT")[1].split("\n## ")[0]
     cells = [line.split("|")[3] for line in section.splitlines() if line.startswith("| ")][1:]
-    named = {name for name, row in presets.PRESETS.items() if row.method == "lilt"}
+    rows = presets.PRESETS.items()  # the shape of the shipped model is no row of the paper's
+    named = {n for n, row in rows if row.method == "lilt" and n != "lilt-default"}
     for command in re.findall("`([^`]+)`", "".join(cells)):
         named.discard(command.removeprefix("--preset "))
         if command.startswith("--preset"):
