@@ -154,7 +154,8 @@ def test_the_readmes_example_runs(photos, tmp_path, folders):
     (tmp_path / "runs" / "ask").symlink_to(folders["vqa"])
     shell.run("index", photos)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+    (example,) = [block for block in blocks if "tinyvl.load" in block]
     names: dict = {}
     exec(example, names)
     assert {Path(hit.path).suffix for hit in names["hits"]} <= {".png", ".jpg"}

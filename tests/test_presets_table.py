@@ -13,7 +13,7 @@ import torch
 from tinyvl import models, presets, train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-SECTION = README.split("### Rows of the papers: eP-ALM")[1].split("\n## ")[0]
+SECTION = README.split("### Rows of the papers: eP-ALM")[1].split("\n##")[0]
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in SECTION.splitlines()
