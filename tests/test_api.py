@@ -155,7 +155,7 @@ def test_the_readmes_example_runs(photos, tmp_path, folders):
     shell.run("index", photos)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
-    (example,) = [block for block in blocks if "tinyvl.load" in block]
+    (example,) = [block for block in blocks if "model.caption" in block]
     names: dict = {}
     exec(example, names)
     assert {Path(hit.path).suffix for hit in names["hits"]} <= {".png", ".jpg"}
