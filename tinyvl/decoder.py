@@ -157,7 +157,7 @@ class Attention(nn.Module):
         if mask is not None and (extra := k.shape[2] - mask.shape[-1]):
             mask = F.pad(mask, (extra, 0), value=True)
         causal = mask is None and q.shape[2] > 1
-        if q.device.type == "cpu" and q.requires_grad:
+        if q.device.type == "cpu" and any(part.requires_grad for part in (q, k, v)):
             out = attend(q, k, v, mask, causal)
         else:
             out = F.scaled_dot_product_attention(

@@ -32,11 +32,11 @@ class HeadLosses(torch.autograd.Function):
             top = logits.amax(-1, keepdim=True)
             own = logits.gather(-1, right)
             shares = logits.sub_(top).exp_()  # of the probability, times the sum
-            total = shares.sum(-1, keepdim=True)
+            total = shares.sum(-1, keepdim=True)  # up to V: too large for half precision
             losses[part] = (total.log() + top - own)[:, 0]
             if gradient is not None:
-                shares.scatter_add_(-1, right, -total)
-                gradient[part] = (scores.copy_(shares) @ weight) / total
+                shares.div_(total).scatter_add_(-1, right, -torch.ones_like(total))
+                gradient[part] = scores.copy_(shares) @ weight
         ctx.save_for_backward(gradient)
         return losses
 
