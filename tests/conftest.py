@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from offline import alone, index  # noqa: F401  (fixtures)
 
+os.environ["TINYVL_BF16"] = "0"  # the same precision on every machine
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers: torch's threads would fight
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,6 +1,7 @@
 """The command line: help, listings, errors; what captioning prints is in test_write."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -57,6 +58,18 @@ def test_the_package_is_a_command():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: tinyvl inspect")
+
+
+@pytest.mark.parametrize("told", [None, "ACTIVE"])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(monkeypatch, told):
+    monkeypatch.setenv("OMP_WAIT_POLICY", told or "")
+    if told is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    shell.run("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == (told or "PASSIVE")
+    code = "import sys, tinyvl.cli; print('torch' in sys.modules)"  # it is read when torch loads
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def completed(monkeypatch, *words: str) -> set[str]:

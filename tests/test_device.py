@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tinyvl import UserError
+from tinyvl import UserError, device
 from tinyvl.device import Pieces
+
+CPU = torch.device("cpu")
 
 
 def attempts(room: int, size: int, tried: list[int]):
@@ -67,3 +69,50 @@ def test_other_errors_are_not_caught():
 
     with pytest.raises(ValueError, match="another"):
         Pieces("One picture", "").run(attempt, 4)
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """A processor that multiplies bf16 so many times as fast as fp32."""
+    cleared = [device.cpu_speed, device.slow_here]
+
+    def of(times: float) -> None:
+        for each in cleared:
+            each.cache_clear()
+        monkeypatch.setattr(device, "cpu_speed", lambda dtype: times)
+
+    yield of
+    for each in cleared:
+        each.cache_clear()
+
+
+def test_training_takes_bf16_where_the_processor_is_fast_at_it(bf16, capsys):
+    bf16(2.1)
+    assert device.choose_precision(None, CPU, training=True) == torch.bfloat16
+    assert device.choose_precision(None, CPU) == torch.float32
+    assert device.choose_precision("fp32", CPU, training=True) == torch.float32
+    bf16(1.2)
+    assert device.choose_precision(None, CPU, training=True) == torch.float32
+    assert device.choose_precision("bf16", CPU) == torch.bfloat16
+    assert capsys.readouterr().err == ""
+
+
+def test_a_precision_that_is_slow_here_is_said_once(bf16, capsys):
+    bf16(0.05)
+    for _ in range(2):
+        assert device.choose_precision("bf16", CPU, training=True) == torch.bfloat16
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("multiplies bf16 20 times slower than fp32: --precision fp32")
+
+
+def test_the_processor_is_tried_once_or_not_at_all(monkeypatch):
+    device.cpu_speed.cache_clear()
+    monkeypatch.delenv("TINYVL_BF16")
+    measured = device.cpu_speed(torch.bfloat16)
+    assert 0.001 < measured < 100
+    assert device.cpu_speed(torch.bfloat16) == measured
+    for told, speed in (("1", 2.0), ("0", 1.0)):
+        device.cpu_speed.cache_clear()
+        monkeypatch.setenv("TINYVL_BF16", told)
+        assert device.cpu_speed(torch.bfloat16) == speed
+    device.cpu_speed.cache_clear()

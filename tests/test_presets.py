@@ -111,3 +111,10 @@ def test_init_may_train_more_of_lilts_towers():
     assert job.options["embed"] == 8
     with pytest.raises(UserError, match="--init brings its own --text-pool"):
         presets.job_of("lilt", {"init": "x", "text_pool": "token"}, start)
+    named = presets.job_of("lilt", {"init": "x", "preset": "lilt-default"}, start)
+    assert named.options["text"] == job.options["text"]
+    more = {"init": "x", "preset": "lilt-default", "text_unlock": "bitfit"}
+    assert presets.job_of("lilt", more, start).options["text"]["unlock"] == "bitfit"
+    start["options"]["text"]["adapter"] = "deep"  # what it has trained stays
+    kept = presets.job_of("lilt", {"init": "x", "preset": "lilt-default"}, start)
+    assert kept.options["text"]["adapter"] == "deep"

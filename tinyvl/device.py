@@ -1,7 +1,11 @@
 """The device a model runs on, its precision and its memory."""
 
+import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -34,18 +38,56 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
-def choose_precision(name: str | None, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU; on a GPU bf16 where it has it, else fp16.
+def choose_precision(
+    name: str | None, device: torch.device, *, training: bool = False
+) -> torch.dtype:
+    """On a GPU bf16 where it has it, else fp16; on a CPU fp32.
 
-    ``name`` forces one. UserError: it is no name of a precision.
+    To train, bf16 on a CPU that multiplies it half as fast again as fp32, or faster. ``name``
+    forces one, and where it is slow here, that is said. UserError: it is no name of a precision.
     """
     if name is not None:
         if name not in PRECISIONS:
             raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, not {name!r}.", 2)
-        return PRECISIONS[name]
+        chosen = PRECISIONS[name]
+        if device.type == "cpu" and chosen != torch.float32 and cpu_speed(chosen) < 0.67:
+            slow_here(name)
+        return chosen
     if device.type != "cuda":
-        return torch.float32
+        fast = training and device.type == "cpu" and cpu_speed(torch.bfloat16) >= 1.5
+        return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+@cache
+def cpu_speed(dtype: torch.dtype) -> float:
+    """How many times as fast as fp32 this processor multiplies matrices of ``dtype``.
+
+    Measured once in a process, in some 50 ms: with instructions for bf16 (AVX512-BF16, AMX) it is
+    2 or more; without them a tenth or less, and an hour's training would take a day. The
+    environment variable TINYVL_BF16 says instead that bf16 is fast (1) or is not (0).
+    """
+    told = os.environ.get("TINYVL_BF16")
+    if told and dtype == torch.bfloat16:
+        return 2.0 if told == "1" else 1.0
+    took = {}
+    for each in (torch.float32, dtype):
+        left, right = torch.ones(64, 576, dtype=each), torch.ones(576, 1536, dtype=each)
+        left @ right  # the first one prepares
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+        took[each] = statistics.median(times)
+    return took[torch.float32] / took[dtype]
+
+
+@cache
+def slow_here(name: str) -> None:
+    """Says it once."""
+    times = 1 / cpu_speed(PRECISIONS[name])
+    say(f"this processor multiplies {name} {times:.0f} times slower than fp32: --precision fp32")
 
 
 def precision_name(dtype: torch.dtype) -> str:

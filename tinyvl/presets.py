@@ -3,6 +3,7 @@
 The rows are in `presets_table`, the options in `presets_options`.
 """
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def job_of(method: str, asked: dict[str, Any], start: dict[str, Any] | None = No
     go together, or would do nothing.
     """
     row = preset(asked.get("preset"), method, asked.get("modality"))
-    parts = new_parts(method, row, asked) if start is None else kept_parts(method, start, asked)
+    parts = new_parts(method, row, asked) if start is None else kept_parts(row, start, asked)
     kind, task = parts["media"].get("modality", "image"), parts["options"].get("task", "caption")
     parts["media"] |= av_options(kind, task, asked, parts["media"])
     changes = {name: value for name, value in row.job.items() if name != "media"}
@@ -142,11 +143,13 @@ def new_parts(method: str, row: Preset, asked: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def kept_parts(method: str, start: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+def kept_parts(row: Preset, start: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The parts of a checkpoint that a run starts from, with the options that it leaves free.
 
+    A preset that was named may add to LilT's towers what the checkpoint trained nothing of.
     UserError: an option was given that the checkpoint decides.
     """
+    method = row.method
     own, ours = options_of(method), declared(Job, Recipe, Run)
     model = {"language", "vision", "fit", "prompt"}
     fixed = [
@@ -158,6 +161,11 @@ def kept_parts(method: str, start: dict[str, Any], asked: dict[str, Any]) -> dic
         raise UserError(f"--init brings its own {', '.join(fixed)}: leave that out.", 2)
     changes = own_options(method, asked)
     if method == "lilt":
+        if "preset" in asked:
+            for side, what in itertools.product(("image", "text"), ("adapter", "unlock")):
+                added = row.options.get(side, {}).get(what)
+                if added and start["options"].get(side, {}).get(what, "none") == "none":
+                    changes.setdefault(f"{side}_{what}", added)
         changes = towers(start["options"], changes, None)
     options = start["options"] | changes
     return start | {"options": options, "media": dict(start["media"])}

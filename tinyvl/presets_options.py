@@ -135,7 +135,7 @@ class Job:
     crops: bool = False  # a random crop of each picture, augmented, new in every epoch
     media: dict[str, Any] = field(default_factory=dict)  # extra encoder options
     precision: str = option("Run", "fp32", "fp32, bf16 or fp16.",
-        shown="bf16 on a GPU, fp32 on a CPU")
+        shown="bf16 where the GPU or CPU is fast at it")
 
     @property
     def task(self) -> str:
