@@ -212,13 +212,9 @@ def exact(world: dict, task: str, *options: str) -> float:
     return sum(seen) / len(seen)
 
 
-SLOW = (("pictures", "caption"), ("clips", "caption"), ("clips", "vqa"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "task"),
-    [("pictures", "vqa"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
-)
+@pytest.mark.slow  # the quick tests fit it to sounds (test_drawn_av.py)
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+@pytest.mark.parametrize("kind", ["pictures", "clips"])
 def test_new_renders_are_captioned_and_answered_exactly(kind, task, request):
     assert exact(request.getfixturevalue(kind), task, *EPALM) >= 0.95
 

@@ -154,7 +154,8 @@ def test_micro_batches_and_checkpointing_change_only_the_last_bits(world, tmp_pa
         states.append(load_file(tmp_path / name / "last.safetensors"))
     for name, tensor in states[0].items():
         for other in states[1:]:
-            torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-4)
+            # Where a gradient is almost 0, Adam makes much of its last bits: a rate each at most.
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=3e-4)
 
 
 def test_the_temperature_and_biases_have_no_weight_decay(world, tmp_path):

@@ -95,7 +95,7 @@ def words_of(text: Text, tokens: list[int]) -> list[tuple[str, list[int]]]:
                 groups.append([])
             groups[-1].append(i)
         before = now
-    words = [(text.decode([tokens[i] for i in group]), group) for group in groups]
+    words = [(text.decode([tokens[i] for i in group]).strip(" .,"), group) for group in groups]
     return [(word, group) for word, group in words if word]
 
 
@@ -103,8 +103,8 @@ def attended(model: ITune, visual: dict, ids: Tensor, layer: str | None) -> tupl
     """A layer's number from 1, or "mean", and how the tokens attended to the picture's, (T, S).
 
     Without a ``layer`` it is the one that a tenth of the modules follow: 27 of the default model's
-    30. There the nouns of 40 photos had their highest cell within the thing that they name 35
-    times, in the last one 24 times, in the mean 31 times, and by chance 15.
+    30. There 65 nouns of captions of 40 photos had their highest cell within the thing that they
+    name 36 times; in the last one 28 times, in the mean 38 times, by chance 16 times.
     """
     found: dict[int, Tensor] = {}
 

@@ -74,14 +74,19 @@ def uri(kind: str, content: bytes) -> str:
 
 
 def overlay(cells: list[list[float]], size: tuple[int, int]) -> Image.Image:
-    """A map (H, W) to lay over a picture of this size: red where high, clear to its median."""
+    """A map (H, W) to lay over a picture of this size: red where high, dark up to its median.
+
+    The dark shows it on red things, too.
+    """
     values = np.asarray(cells, np.float32)
     low, high = np.median(values), values.max()
     share = ((values - low) / max(high - low, 1e-9)).clip(0, 1)
     wide = np.asarray(Image.fromarray(share).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    over = Image.new("RGBA", size, (255, 40, 0, 0))
-    over.putalpha(Image.fromarray((wide * 200).round().astype(np.uint8)))
-    return over
+    red, dark = 120 * wide, 140 * (1 - wide)  # the opacity of each
+    colours = np.zeros((*wide.shape, 4), np.float32)
+    colours[..., :2] = (red / (red + dark))[..., None] * (255, 50)
+    colours[..., 3] = red + dark
+    return Image.fromarray(colours.round().astype(np.uint8))
 
 
 def heat(cells: list[list[float]]) -> str:
