@@ -266,3 +266,9 @@ def test_label_ranks_equal_sorting():
     for k in (1, 5):
         right = [int(label) in row[:k].tolist() for row, label in zip(order, labels, strict=True)]
         assert (found < k).tolist() == right
+
+
+def test_chance_with_few_pictures_is_certainty():
+    found = metrics.chance([1, 1])
+    assert (found["IR@1"], found["IR@5"], found["TR@1"], found["TR@5"]) == (0.5, 1, 0.5, 1)
+    assert found["IR-mean"] == pytest.approx(2.5 / 3)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_decoder, write_vision
 
-from tinyvl import UserError, device, files, hub, models, presets, text, train
+from tinyvl import UserError, device, files, hub, models, models_config, presets, text, train
 from tinyvl.captioner import Captioner
 from tinyvl.lilt import LilT
 
@@ -116,6 +116,23 @@ def test_half_precision_weights_load_as_float32(checkpoint):
     state = models.trainable_state(models.load(str(checkpoint), device=CPU))
     assert all(t.dtype == torch.float32 for t in state.values())
     assert all(torch.allclose(state[n], saved[n], atol=1e-2) for n in saved)
+
+
+def test_a_run_from_a_checkpoint_has_its_parts(checkpoint):
+    start, config = models.start_of(str(checkpoint), "itune"), models.read_config(checkpoint)
+    assert start == {
+        "language": config["decoder"]["name"], "vision": config["vision"]["name"], "fit": "crop",
+        "prompt": "a", "options": {"drop": 1, "bottleneck": 8}, "media": {},
+    }  # fmt: skip
+    with pytest.raises(UserError, match="another method than epalm"):
+        models.start_of(str(checkpoint), "epalm")
+
+
+def test_an_encoder_of_sounds_is_fetched_as_one():
+    assert models_config.role_of("vision", {"modality": "audio"}) == "audio"
+    assert {side: models_config.role_of(side, {}) for side in models_config.ROLES} == {
+        "decoder": "decoder", "vision": "vision", "text": "text", "image": "vision",
+    }  # fmt: skip
 
 
 def test_other_backbone_weights_are_refused(checkpoint):
