@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyvl.decoder_head import HeadLosses
+from tinyvl.decoder_head import HeadLosses, scores
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by transformers' names
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -344,7 +344,9 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., d) to float32 logits (..., vocab_size)."""
         hidden, weight = self._read_out(hidden)
-        return F.linear(hidden, weight).float()
+        if weight.requires_grad:
+            return F.linear(hidden, weight).float()
+        return scores(hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1]).float()
 
     def losses(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Cross-entropy (N,), float32, of the tokens ``wanted`` (N,) behind states (N, d)."""

@@ -1,9 +1,21 @@
-"""Cross-entropy through a frozen output head, without the logits of a whole batch at once."""
+"""The output head's logits, and cross-entropy without those of a whole batch at once."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+BLOCK = 1024  # rows of a head that a CPU multiplies at once
+
+
+def scores(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """States (N, d) times a head (V, d): (N, V), in ``out`` if given.
+
+    As one product MKL takes 1.7 times as long on a CPU as in blocks, from 3 states to 160.
+    """
+    if hidden.device.type != "cpu" or len(hidden) == 1:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.cat([torch.mm(hidden, part.T) for part in weight.split(BLOCK)], 1, out=out)
 
 
 class HeadLosses(torch.autograd.Function):
@@ -27,8 +39,8 @@ class HeadLosses(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             right = wanted[part, None]
-            scores = torch.mm(hidden[part], weight.T, out=low[: len(right)])
-            logits = wide[: len(right)].copy_(scores)
+            found = scores(hidden[part], weight, low[: len(right)])
+            logits = wide[: len(right)].copy_(found)
             top = logits.amax(-1, keepdim=True)
             own = logits.gather(-1, right)
             shares = logits.sub_(top).exp_()  # of the probability, times the sum
@@ -36,7 +48,7 @@ class HeadLosses(torch.autograd.Function):
             losses[part] = (total.log() + top - own)[:, 0]
             if gradient is not None:
                 shares.div_(total).scatter_add_(-1, right, -torch.ones_like(total))
-                gradient[part] = scores.copy_(shares) @ weight
+                gradient[part] = found.copy_(shares) @ weight
         ctx.save_for_backward(gradient)
         return losses
 

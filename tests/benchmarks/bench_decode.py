@@ -2,20 +2,19 @@
 
     python tests/benchmarks/bench_decode.py [--images 48] [--workers N] [--target 260]
 
-Prints pictures per second, and the ratio to the plain loop that decodes every picture whole.
+Peers decode every picture whole or as `load_image` does; a DataLoader has as many workers.
 """
 
-import argparse
 import io
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from timing import Report, Ways, alternate, parser
 from torch.utils.data import DataLoader, Dataset
 
 from tinyvl.media import load_image
@@ -62,11 +61,11 @@ class Folder(Dataset):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--target", type=int, default=260)
-    options = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=48)
+    options.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    options.add_argument("--target", type=int, default=260)
+    options = options.parse_args()
     transform, target, workers = Transform(options.target), options.target, options.workers
 
     def whole(path: str) -> torch.Tensor:
@@ -85,28 +84,28 @@ def main() -> None:
         paths = [str(Path(folder, f"{i % 4}.jpg")) for i in range(options.images)]
         for path in paths[:4]:  # the disk cache and Pillow's plugins are warm
             whole(path)
-        ways: dict[str, Callable[[], Iterable]] = {
-            "plain loop, whole": lambda: map(whole, paths),
-            "plain loop, load_image": lambda: map(draft, paths),
-            f"DataLoader, whole, {workers} workers": lambda: loader(whole),
-            f"DataLoader, load_image, {workers} workers": lambda: loader(draft),
-            f"decode_images, {workers} workers": lambda: decode_images(
-                paths, transform, target=target, workers=workers
-            ),
-            "decode_images, in process": lambda: decode_images(
-                paths, transform, target=target, workers=0
-            ),
+        peers: Ways = {
+            "whole, plain loop": lambda: map(whole, paths),
+            "whole, DataLoader": lambda: loader(whole),
+            "load_image, plain loop": lambda: map(draft, paths),
+            "load_image, DataLoader": lambda: loader(draft),
         }
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        print(f"{options.images} JPEGs of 12 megapixels, shortest side {target}, {cores} cores")
-        plain = 0.0
-        for name, way in ways.items():
-            start = time.perf_counter()
-            for _ in way():
-                pass
-            rate = len(paths) / (time.perf_counter() - start)
-            plain = plain or rate
-            print(f"{name:40} {rate:7.1f} pictures/s   x{rate / plain:.2f}")
+        report = Report("decoding", options)
+        for count in (workers, 0):
+            own = {
+                "decode_images": lambda n=count: decode_images(
+                    paths, transform, target=target, workers=n
+                )
+            }
+            ways = {
+                name: lambda way=way: all(True for _ in way())
+                for name, way in (own | peers).items()
+                if count or not name.endswith("DataLoader")
+            }
+            taken = alternate(ways, options, warm=False)
+            case = f"12 megapixels to {target}, {count} workers"
+            report.speed(case, taken, "decode_images", len(paths), "pictures")
+        report.show()
 
 
 if __name__ == "__main__":

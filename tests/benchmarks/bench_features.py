@@ -10,11 +10,13 @@ comes to on an idle machine; where it has, as beside a GPU, the first is the one
 The last line of each kind is the bound of the second ratio: with the encoder's and the decoder's
 milliseconds of a core for a picture it is encoder / (encoder + decoder), whatever the program. For
 0.9 the encoder has to take nine times as long as the decoder.
+A plain loop opens each picture whole, encodes as many at once and saves the tokens; those of small
+JPEGs are compared with the cache's first.
 Small JPEGs are those of --data, or noise of 256 x 256 pixels; large ones have 12 megapixels.
 """
 
-import argparse
 import io
+import itertools
 import os
 import resource
 import statistics
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 from bench_decode import photo
 from PIL import Image
+from timing import Report, parser, skewed
 
 from tinyvl import features, media, media_workers
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
@@ -66,16 +69,16 @@ def sets(folder: Path, data: str | None, count: int) -> Iterator[tuple[str, list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vision", default="EfficientNet-Lite2")
-    parser.add_argument("--fit", default="crop")
-    parser.add_argument("--data")
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=features.BLOCK)
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--device")
-    options = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--vision", default="EfficientNet-Lite2")
+    options.add_argument("--fit", default="crop")
+    options.add_argument("--data")
+    options.add_argument("--images", type=int, default=256)
+    options.add_argument("--batch", type=int, default=features.BLOCK)
+    options.add_argument("--workers", type=int)
+    options.add_argument("--device")
+    options = options.parse_args()
+    report = Report("features", options)
     keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(None, device)
@@ -88,6 +91,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, {options.images} pictures, {options.repeats} turns"
     )
     transform = encoder.transform()
+    number = itertools.count()
     with tempfile.TemporaryDirectory() as root:
         for name, files in sets(Path(root), options.data, options.images):
             decoded = media_workers.decode_images(
@@ -111,25 +115,35 @@ def main() -> None:
                 pictures = [(path, path) for path in files]
                 features.extract(out, pictures, encoder, head, run, batch=options.batch)
 
-            bare()
-            turns = []
-            for turn in range(options.repeats):
-                turns.append((timed(bare), timed(lambda turn=turn: whole(turn))))
+            def plain(files: list[str] = files, name: str = name) -> None:
+                kept = []
+                for start in range(0, len(files), options.batch):
+                    opened = (Image.open(path) for path in files[start : start + options.batch])
+                    block = torch.stack([transform(image.convert("RGB")) for image in opened])
+                    kept.append(features.percept(encoder, block).tokens.half().cpu())
+                torch.save(torch.cat(kept), Path(root, f"{name[:5]}.pt"))
+
+            ways = {"extraction": lambda: whole(next(number)), "bare encoder": bare, "loop": plain}
+            for way in ways.values():  # warm; and the results
+                way()
+            if name.startswith("small"):
+                found = features.FeatureStore.open(Path(root, f"{name[:5]}-0"))
+                expected = torch.load(Path(root, f"{name[:5]}.pt")).float()
+                apart = skewed(found.tokens(range(len(files))).float(), expected)
+                assert apart < 5e-3, apart
+            taken = [{n: timed(way) for n, way in ways.items()} for _ in range(options.repeats)]
             for kind, i in (("wall clock", 0), ("CPU", 1)):
-                ratio = statistics.median(b[i] / w[i] for b, w in turns)
-                speeds = [
-                    options.images / statistics.median(t[k][i] for t in turns) for k in (0, 1)
-                ]
-                print(
-                    f"{name}, {kind}: bare {speeds[0]:.1f}, extraction {speeds[1]:.1f} "
-                    f"pictures/s, ratio {ratio:.3f}"
-                )
-            bound = [statistics.median(t[0][1] for t in turns), timed(decode)[1]]
-            each = [1000 * seconds / options.images for seconds in bound]
-            print(
-                f"{name}, of a core: encoder {each[0]:.1f} ms, decoder {each[1]:.1f} ms a picture, "
-                f"so at most {each[0] / sum(each):.3f} where they share the cores"
+                seconds = {n: [turn[n][i] for turn in taken] for n in ways}
+                case = f"{name}, {kind}"
+                target = {"bare": 0.9} if name.startswith("small") else {}
+                report.speed(case, seconds, "extraction", len(files), "pictures", **target)
+            bound = [statistics.median(turn["bare encoder"][1] for turn in taken), timed(decode)[1]]
+            each = [1000 * seconds / len(files) for seconds in bound]
+            report.add(
+                f"{name}, of a core: encoder {each[0]:.1f} ms, decoder {each[1]:.1f} ms a picture",
+                note=f"at most {each[0] / sum(each):.3f} where they share the cores",
             )
+    report.show()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A hypothesis is the first half of one of its references and the second half of a
 Prints seconds, and seconds of a core, of each part alone and of all together.
 """
 
-import argparse
 import json
 import os
 import random
@@ -15,6 +14,8 @@ import resource
 import time
 import zipfile
 from pathlib import Path
+
+from timing import Report, parser
 
 from tinyvl import metrics_captions
 from tinyvl import metrics_java as jvm
@@ -33,10 +34,11 @@ def coco(path: Path | None) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--captions", type=Path)
-    options = parser.parse_args()
+    options = parser(__doc__, repeats=1)
+    options.add_argument("--images", type=int, default=5000)
+    options.add_argument("--captions", type=Path)
+    options = options.parse_args()
+    report = Report("metrics", options)
     captions = coco(options.captions)
     references = {i: found[:5] for i, found in list(captions.items())[: options.images]}
     rng = random.Random(0)
@@ -52,7 +54,9 @@ def main() -> None:
     def timed(name: str, function):
         begun, used = time.perf_counter(), cpu()
         result = function()
-        print(f"{name:<10}{time.perf_counter() - begun:7.2f} s {cpu() - used:7.2f} s of a core")
+        took, core = time.perf_counter() - begun, cpu() - used
+        print(f"{name:<10}{took:7.2f} s {core:7.2f} s of a core")
+        report.add(f"{name}, {len(ids)} images", ours=took, unit="s", core=core)
         return result
 
     def cpu() -> float:

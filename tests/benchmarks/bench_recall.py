@@ -8,11 +8,11 @@ took above that; the whole matrix of scores would be 200 GB. The first --check i
 once more by sorting.
 """
 
-import argparse
 import resource
 import time
 
 import torch
+from timing import Report, parser
 from torch.nn.functional import normalize
 
 from tinyvl import metrics
@@ -24,12 +24,12 @@ def peak() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--texts", type=int, default=500_000)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--check", type=int, default=20)
-    options = parser.parse_args()
+    options = parser(__doc__, repeats=1)
+    options.add_argument("--images", type=int, default=100_000)
+    options.add_argument("--texts", type=int, default=500_000)
+    options.add_argument("--width", type=int, default=64)
+    options.add_argument("--check", type=int, default=20)
+    options = options.parse_args()
     torch.manual_seed(0)
     images = normalize(torch.randn(options.images, options.width), dim=1)
     owner = torch.arange(options.texts) % options.images
@@ -45,6 +45,9 @@ def main() -> None:
         f"{torch.get_num_threads()} threads: {seconds:.0f} s, {core:.0f} s of a core, "
         f"{peak() - before:.0f} MB above the {before:.0f} MB before"
     )
+    case = f"{options.images:,} x {options.texts:,}, d = {options.width}"
+    report = Report("recall", options)
+    report.add(case, ours=seconds, unit="s", core=core, memory=peak() - before)
     shares = {f"TR@{k}": (of_image < k).double().mean() for k in (1, 5, 10)}
     shares |= {f"IR@{k}": (of_text < k).double().mean() for k in (1, 5, 10)}
     print(", ".join(f"{name} {value:.4f}" for name, value in shares.items()))

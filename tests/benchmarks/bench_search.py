@@ -1,10 +1,12 @@
 """Exact search: against numpy's matrix product, against faiss's flat index, and from the shell.
 
-    python tests/benchmarks/bench_search.py [--rows 1000000] [--width 256] [--index DIR]
+    python tests/benchmarks/bench_search.py [--rows 10000 100000 1000000] [--width 256]
+    python tests/benchmarks/bench_search.py --index DIR
 
-Times are of one processor's work (`time.process_time`), the best of some rounds in which all ways
-take turns, so that a busy machine disturbs the ratios little. faiss, if it is installed, is timed
-as it comes and with its matrix product forced, which it keeps for larger batches by itself.
+Times are of one processor's work (`time.process_time`), the median of turns, so that a busy machine
+disturbs the ratios little; memory is the most that 256 queries take. faiss, if it is installed, is
+timed as it comes and with its matrix product forced, which it keeps for larger batches by itself;
+the rows found are compared first.
 ``--index`` times `tinyvl retrieve --query "a dog"` on an index, as a process of its own.
 """
 
@@ -14,10 +16,10 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from timing import Report, Ways, alternate, parser
 
 from tinyvl.search import search
 
@@ -27,63 +29,52 @@ def units(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.process_time()
-            way()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
-
-
-def in_memory(options: argparse.Namespace, folder: str) -> None:
+def in_memory(options: argparse.Namespace, folder: str, count: int, report: Report) -> None:
+    """Searches among ``count`` vectors of a mapped file."""
     rng = np.random.default_rng(0)
-    file = Path(folder, "vectors.f32")
+    file = Path(folder, f"{count}.f32")
     with file.open("wb") as stream:
-        for start in range(0, options.rows, 50_000):
-            count = min(50_000, options.rows - start)
-            stream.write(units(rng, count, options.width).tobytes())
-    shape = (options.rows, options.width)
-    mapped = np.memmap(file, "<f4", "r", shape=shape)
+        for start in range(0, count, 50_000):
+            stream.write(units(rng, min(50_000, count - start), options.width).tobytes())
+    mapped = np.memmap(file, "<f4", "r", shape=(count, options.width))
     queries = units(rng, 256, options.width)
-    ways: dict[str, Callable[[], object]] = {
-        "numpy, 1 query": lambda: mapped @ queries[0],
-        "search, 1 query": lambda: search(mapped, queries[:1], 10),
-        "search, 256 queries": lambda: search(mapped, queries, 10),
+    best = search(mapped, queries[:1], 10)[0][0]
+    assert best[0] == (mapped @ queries[0]).argmax()
+    case = f"{count:,} x {options.width}, 10 best"
+    ways: Ways = {
+        "tinyvl": lambda: search(mapped, queries[:1], 10),
+        "numpy's product alone": lambda: mapped @ queries[0],
     }
+    report.speed(f"1 query, {case}", alternate(ways, options, times=3), "tinyvl", 1, "queries")
+    ways = {"tinyvl": lambda: search(mapped, queries, 10)} | flat(mapped, queries, report)
+    report.speed(f"256 queries, {case}", alternate(ways, options), "tinyvl", 256, "queries")
+    tracemalloc.start()
+    search(mapped, queries, 10)
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    report.add(f"256 queries, {case}", ours=peak, unit="MiB beside the file")
+    file.unlink()
+
+
+def flat(mapped: np.ndarray, queries: np.ndarray, report: Report) -> Ways:
+    """faiss's ways of the same search, if it is installed; its rows are compared."""
     try:
         import faiss
     except ImportError:
-        print("faiss is not installed: not compared")
-    else:
-        faiss.omp_set_num_threads(1)
-        flat = faiss.IndexFlatIP(options.width)
-        flat.add(np.array(mapped))
-        usual = faiss.cvar.distance_compute_blas_threshold
+        report.add("faiss", note="not installed: not compared")
+        return {}
+    faiss.omp_set_num_threads(1)
+    index = faiss.IndexFlatIP(mapped.shape[1])
+    index.add(np.array(mapped))
+    usual = faiss.cvar.distance_compute_blas_threshold
 
-        def blas(threshold: int) -> np.ndarray:
-            faiss.cvar.distance_compute_blas_threshold = threshold
-            return flat.search(queries, 10)[1]
+    def blas(threshold: int) -> np.ndarray:
+        faiss.cvar.distance_compute_blas_threshold = threshold
+        return index.search(queries, 10)[1]
 
-        ways |= {
-            "faiss, 256 queries": lambda: blas(usual),
-            "faiss, 256 queries, matrix product": lambda: blas(1),
-        }
-        agree = np.stack([rows for rows, _ in search(mapped, queries, 10)]) == blas(1)
-        print(f"rows that agree with faiss: {agree.mean():.4f}")
-    best = seconds(ways, options.rounds)
-    print(f"{options.rows:,} x {options.width}, the 10 best, one processor")
-    for name, value in best.items():
-        print(f"{name:36} {value:8.3f} s")
-    print(f"1 query: x{best['search, 1 query'] / best['numpy, 1 query']:.2f} of numpy's product")
-    for name in ways:
-        if name.startswith("faiss"):
-            print(f"256 queries: x{best['search, 256 queries'] / best[name]:.2f} of {name}")
-    tracemalloc.start()
-    search(mapped, queries, 10)
-    print(f"peak memory of 256 queries: {tracemalloc.get_traced_memory()[1] / 2**20:.0f} MiB")
-    print(f"(the file: {file.stat().st_size / 2**20:.0f} MiB, mapped)")
+    agree = (np.stack([rows for rows, _ in search(mapped, queries, 10)]) == blas(1)).mean()
+    assert agree > 0.999, agree  # two nearly as near may change places
+    return {"faiss flat": lambda: blas(usual), "faiss flat, matrix product": lambda: blas(1)}
 
 
 def from_the_shell(index: str, rounds: int) -> None:
@@ -96,17 +87,20 @@ def from_the_shell(index: str, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--index", help="an index to time the command on")
-    options = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    options.add_argument("--width", type=int, default=256)
+    options.add_argument("--index", help="an index to time the command on")
+    options = options.parse_args()
     if options.index:
-        from_the_shell(options.index, options.rounds)
+        from_the_shell(options.index, options.repeats)
         return
+    options.cpu = True
+    report = Report("search", options)
     with tempfile.TemporaryDirectory() as folder:
-        in_memory(options, folder)
+        for count in options.rows:
+            in_memory(options, folder, count, report)
+    report.show()
 
 
 if __name__ == "__main__":

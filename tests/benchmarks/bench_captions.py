@@ -1,0 +1,198 @@
+"""Captions of five beams and eP-ALM's answers of three, against transformers and no cache.
+
+    python tests/benchmarks/bench_captions.py [--batches 1 8 32] [--repeats 3] [--json FILE]
+
+Captions are of an I-Tuning model: a GPT-2 and a ViT whose 197 tokens each layer attends to. The
+peers are transformers' `generate` on the bare GPT-2, which sees no picture and so has less to do,
+and on the GPT-2 with the modules in forward hooks, which has a picture's keys and values once for
+each of its beams and must write the same texts. Every text has --tokens tokens: there is no end.
+A run starts with the pictures' pixels, on both sides; "decoder" rows start with their tokens.
+
+Answers are eP-ALM's on an OPT of 125m's shape, the encoder's levels from a cache: with the slot's
+and the prompt's keys kept, against running the whole sequence again for each token.
+"""
+
+import argparse
+
+import torch
+from shapes import BOS, Cached, Hooked, Ids, gpt2, itune, ours
+from timing import Report, alternate, parser
+from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
+
+from tinyvl import decode, device, models
+from tinyvl.decode import Hypothesis, Style
+from tinyvl.encoders import Percept, build_image_encoder
+from tinyvl.epalm import EPalm
+from tinyvl.itune import ITune
+from tinyvl.presets_table import CLIP_B16
+
+NO_END = -1  # an id that is in no vocabulary
+LEVELS = 12  # of a ViT-B
+QUESTION = 9  # tokens
+
+
+def style(beams: int, tokens: int) -> Style:
+    return Style(beams=beams, max_tokens=tokens)
+
+
+def check(what: str, mine: list[Hypothesis], other: list[tuple[list[int], float]]) -> None:
+    """AssertionError: a text differs, and not only because two are as likely."""
+    assert len(mine) == len(other)
+    for found, (tokens, score) in zip(mine, other, strict=True):
+        assert len(found.tokens) == len(tokens), (what, found.tokens, tokens)
+        assert abs(found.score - score) < 1e-4, (what, found.score, score)
+        assert found.tokens == tokens or abs(found.score - score) < 1e-5, (what, found, tokens)
+
+
+# ---------------------------------------------------------------------------------- captions
+
+
+@torch.no_grad()
+def generate(
+    lm: torch.nn.Module, texts: int, beams: int, tokens: int, scored: bool = False
+) -> list[tuple[list[int], float]]:
+    """transformers' search from the begin token alone: tokens and, if ``scored``, scores."""
+    ids = torch.full((texts, 1), BOS)
+    out = lm.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=beams, max_new_tokens=tokens,
+        do_sample=False, early_stopping=beams > 1 or None, return_dict_in_generate=True,
+        output_scores=scored,
+    )  # fmt: skip
+    scores = out.sequences_scores.tolist() if scored else [0.0] * texts
+    return list(zip(out.sequences[:, 1:].tolist(), scores, strict=True))
+
+
+@torch.no_grad()
+def seen(model: ITune, pictures: Tensor) -> Tensor:
+    """Tokens of pictures as timm gives them, all at once."""
+    pixels = (pictures.float() / 255 - model.encoder.mean) / model.encoder.std
+    return model.encoder.model.forward_features(pixels)
+
+
+def hooked(
+    peer: Hooked, tokens: Tensor, beams: int, length: int, scored: bool = False
+) -> list[tuple[list[int], float]]:
+    """Captions by `generate`; the hooks read a picture's keys and values for each of its rows."""
+    with torch.no_grad():
+        peer.see(tokens)
+    for added in peer.itune:
+        added.keys, added.values = (
+            part.repeat_interleave(beams, 0) for part in (added.keys, added.values)
+        )
+    return generate(peer.lm, len(tokens), beams, length, scored)
+
+
+def captions(options: argparse.Namespace, report: Report) -> None:
+    encoder = build_image_encoder({"architecture": options.vision}, levels=1)
+    lm, bare = (gpt2(options.layers, options.width) for _ in range(2))
+    bare.load_state_dict(lm.state_dict())
+    model = models.place(itune(encoder, lm, NO_END), torch.device("cpu"), torch.float32).eval()
+    peer = Hooked(lm, model)
+
+    def written(pictures: Tensor | Percept, beams: int) -> list[Hypothesis]:
+        number = len(pictures.tokens if isinstance(pictures, Percept) else pictures)
+        return model.written(pictures, [[BOS]] * number, style(beams, options.tokens))
+
+    for batch in options.batches:
+        pictures = torch.randint(0, 256, (batch, 3, encoder.size, encoder.size), dtype=torch.uint8)
+        tokens = seen(model, pictures)
+        if batch <= 8:
+            found = hooked(peer, tokens, options.beams, options.tokens, scored=True)
+            check("captions", written(pictures, options.beams), found)
+
+        def plain(pictures: Tensor = pictures) -> None:
+            generate(bare, len(seen(model, pictures)), options.beams, options.tokens)
+
+        ways = {
+            "tinyvl": lambda p=pictures: written(p, options.beams),
+            "generate on the bare model": plain,
+        }
+        if batch <= 8:
+            ways["hooks"] = lambda p=pictures: hooked(
+                peer, seen(model, p), options.beams, options.tokens
+            )
+        taken = alternate(ways, options, warm=False)
+        case = f"{options.beams} beams, batch {batch}"
+        target = {"generate": 1.3} if batch > 1 else {}
+        report.speed(case, taken, "tinyvl", batch, "captions", **target)
+        percept = Percept(tokens, [])
+        for beams in options.growth if batch == min(8, max(options.batches)) else ():
+            ways = {
+                "tinyvl": lambda p=percept, b=beams: written(p, b),
+                "generate on the bare model": lambda n=batch, b=beams: generate(
+                    bare, n, b, options.tokens
+                ),
+            }
+            taken = alternate(ways, options, warm=False)
+            report.speed(
+                f"decoder, {beams} beams, batch {batch}", taken, "tinyvl", batch, "captions"
+            )
+
+
+# ----------------------------------------------------------------------------------- answers
+
+
+class Uncached:
+    """`decode`'s step by running slot, prompt and text again for every token."""
+
+    def __init__(self, model: EPalm, percept: Percept):
+        self.model, self.percept = model, percept
+
+    def __call__(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        self.ids = ids if rows is None else torch.cat((self.ids[rows], ids), 1)
+        with torch.no_grad():
+            hidden = self.model.run(self.ids, self.model.see(self.percept))
+            return self.model.decoder.logits(hidden[:, -1])
+
+
+def answers(options: argparse.Namespace, report: Report) -> None:
+    width, layers = options.width, options.layers
+    config = OPTConfig(
+        hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, word_embed_proj_dim=width,
+        num_attention_heads=width // 64, dropout=0.0,
+    )  # fmt: skip
+    lm = OPTForCausalLM(config).requires_grad_(False).eval()
+    model = EPalm(Cached(768, LEVELS), ours(lm), Ids(2, NO_END)).eval()
+    batch, length = options.questions, options.answer
+    levels = [torch.randn(batch, 768) for _ in range(LEVELS)]
+    percept = Percept(torch.randn(batch, 1, 768), levels)
+    lines = torch.randint(10, config.vocab_size, (batch, QUESTION))
+    common = {"beams": 3, "eos": NO_END, "max_new_tokens": length}
+
+    def cached() -> list[Hypothesis]:
+        return model.written(percept, lines.tolist(), style(3, length))
+
+    def again() -> list[Hypothesis]:
+        found = decode.beam(Uncached(model, percept), lines, early_stopping=True, **common)
+        return [best[0] for best in found]
+
+    check("answers", cached(), [(found.tokens, found.score) for found in again()])
+    ways = {"tinyvl": cached, "uncached": again}
+    taken = alternate(ways, options, warm=False)
+    case = f"eP-ALM, 3 beams, {batch} answers of {length} tokens"
+    report.speed(case, taken, "tinyvl", batch, "answers", uncached=3)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=12)
+    options.add_argument("--width", type=int, default=768)
+    options.add_argument("--vision", default=CLIP_B16, help="one of timm's encoders")
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    options.add_argument("--beams", type=int, default=5)
+    options.add_argument("--growth", type=int, nargs="*", default=[1, 3, 5, 10], help="beams")
+    options.add_argument("--tokens", type=int, default=16, help="of a caption")
+    options.add_argument("--questions", type=int, default=8)
+    options.add_argument("--answer", type=int, default=10, help="its tokens")
+    options = options.parse_args()
+    torch.manual_seed(0)
+    device.keep_memory()
+    report = Report("captions", options)
+    captions(options, report)
+    answers(options, report)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()
