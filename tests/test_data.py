@@ -374,7 +374,7 @@ def test_only_the_first_pictures_are_looked_for(tmp_path, monkeypatch):
 # Splits
 
 
-def test_select_split():
+def test_select_split(caplog):
     records = [
         *records_of("1", split="train"),
         *records_of("2", split="restval"),
@@ -382,6 +382,9 @@ def test_select_split():
         *records_of("4"),
     ]
     assert [record.id for record in data.select_split(records, "train")] == ["1", "2"]
+    assert caplog.messages == ["left out 1 of 4 records: they name no split"]
+    assert data.select_split(records[:3], "val") == records[2:3]
+    assert len(caplog.messages) == 1  # those of other parts are expected
     assert [record.id for record in data.select_split(records, "restval")] == ["2"]
     assert [record.id for record in data.select_split(records, "val")] == ["3"]
     with pytest.raises(UserError, match="name no split"):
