@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tinyvl import UserError
+from tinyvl import UserError, files
 from tinyvl.files import building, replace_file, write_text
 
 
@@ -39,3 +39,11 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         building(target / "b" / "c", "the cache"),
     ):
         raise AssertionError
+
+
+def test_a_files_state_changes_with_its_size_and_time(tmp_path):
+    file = tmp_path / "a"
+    assert files.stat(file) == (-1, 0)
+    file.write_bytes(b"abc")
+    os.utime(file, ns=(5, 7_000_000_000))
+    assert files.stat(file) == (3, 7_000_000_000)
