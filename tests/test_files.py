@@ -27,9 +27,11 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(target.parent) == []
     with building(target) as new:
         (new / "a").write_text("whole")
+        (new / "a").chmod(0o600)  # as safetensors writes
         (new / "inner").mkdir()
         assert not target.exists()
     assert sorted(os.listdir(target)) == ["a", "inner"]
+    assert (target / "a").stat().st_mode & 0o777 == 0o644
     for name, left in (("a", ["a", "inner"]), ("b", ["b"])):  # another process was first
         with building(target) as new:
             (new / name).write_text("again")

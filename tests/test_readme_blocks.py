@@ -54,13 +54,12 @@ def world(tmp_path_factory) -> Path:
         ("audio", "sounds", "sounds", "dog.wav"),
         ("audio", "esc10", "sounds", "x.wav"),
     ):
-        done = shell(f"tinyvl draw drawn --modality {kind} --train 8 --held-out 4", root)
+        drawn = root / f"drawn-{name}"
+        done = shell(f"tinyvl draw {drawn} --modality {kind} --train 8 --held-out 4", root)
         assert done.returncode == 0, done.stderr
-        (root / "drawn/drawn.jsonl").rename(root / "drawn" / f"{name}.jsonl")
-        (root / f"{name}.jsonl").write_text(
-            (root / f"drawn/{name}.jsonl").read_text().replace(f'"{own}/', f'"drawn/{own}/')
-        )
-        shutil.copy(min((root / "drawn" / own).iterdir()), root / file)
+        text = (drawn / "drawn.jsonl").read_text().replace(f'"{own}/', f'"{drawn.name}/{own}/')
+        (root / f"{name}.jsonl").write_text(text)
+        shutil.copy(min((drawn / own).iterdir()), root / file)
     photos = sorted((root / "photos").glob("*.*g"))
     said = ["a cat looks up", "a cup of coffee on a table", "a man with a camera", "a rocket"]
     captions = [
