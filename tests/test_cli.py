@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import shell
 
-from tinyvl import __version__, cli, hub
+from tinyvl import UserError, __version__, cli, hub
 
 COMMANDS = ["caption", "models", "inspect", "pull", "samples", "draw", "features", "train itune"]
 COMMANDS += [f"eval {task}" for task in ("caption", "vqa", "retrieval", "zeroshot")]
@@ -137,7 +138,7 @@ def test_a_backbone_out_of_reach_is_said_at_once_and_names_what_can_be_had(tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at its import
     monkeypatch.setattr(hub, "hub_reachable", hub.hub_reachable.__wrapped__)  # asked anew
     monkeypatch.setenv("TINYVL_CACHE", str(tmp_path))
-    done = shell.run("train", "itune", "--lm", "gpt2", "--out", tmp_path / "out")
+    done = shell.run("train", "itune", "--lm", "gpt2", "--out", tmp_path / "out", "--quiet")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     for word in ("gpt2", "cache", "hub", "SmolLM2-135M"):
@@ -172,3 +173,46 @@ def test_draw_writes_the_drawn_set(tmp_path):
     lines = (tmp_path / "d/drawn.jsonl").read_text().splitlines()
     assert len(lines) == 12  # two languages
     assert result.output.strip() == str(tmp_path / "d/drawn.jsonl")
+
+
+@pytest.mark.parametrize("words", [["caption"], ["classify", "--labels", "a,b"], ["retrieve"]])
+def test_no_input_at_all_is_said(words, tmp_path):
+    command = [sys.executable, "-m", "tinyvl.cli", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert re.search("pipe their paths in|Say what to look for", done.stderr)
+
+
+def test_a_misspelt_language_model_has_a_nearest_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYVL_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    with pytest.raises(UserError, match="is gpt2-medium meant"):
+        hub.fetch("gtp2-medium", "decoder")
+
+
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path):
+    done = shell.run("train", "itune", "--out", tmp_path / "typo", "--resume", "--quiet")
+    assert (done.returncode, done.stderr) == (
+        2, f"tinyvl: {tmp_path / 'typo'}: there is no run to resume.\n"
+    )  # fmt: skip
+    assert not (tmp_path / "typo").exists()
+
+
+def test_words_behind_a_folder_are_a_query_that_lacks_its_option(tmp_path):
+    done = shell.run("retrieve", tmp_path, "a dog")
+    assert done.returncode == 2
+    assert 'words to look for are named by --query: --query "a dog"' in done.stderr
+
+
+def test_a_model_without_data_is_told_so():
+    done = shell.run("eval", "caption", "default")
+    assert (done.returncode, "name the data behind it" in done.stderr) == (2, True)
+
+
+def test_a_table_of_models_folds_no_name(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    shown = shell.invoke("models", "--role", "vision").stdout
+    assert "vit_base_patch16_clip_quickgelu_224.openai" in shown

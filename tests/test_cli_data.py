@@ -461,7 +461,8 @@ def test_real_data_is_read(path, tmp_path):
     assert found["data"][0]["format"] == format
     assert found["records"] == records
     assert files is None or sum(found["files"].values()) == files
-    assert found["problems"] == ({"missing": files} if absent else {})
+    wordless = {"no words": 2} if path == "xtd10" else {}  # "." and the like
+    assert found["problems"] == ({"missing": files} if absent else {}) | wordless
     if not absent:
         run("convert", real(path), "-o", tmp_path / "set.jsonl")
         assert data.read(tmp_path / "set.jsonl") == data.read(real(path))

@@ -124,8 +124,10 @@ def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[
     if not 1 <= len(arguments) <= (2 if model else 1):
         wants = "[MODEL] DATA" if model else "DATA alone, as the predictions are there"
         raise UserError(f"This command takes {wants}; {len(arguments)} arguments were given.", 2)
-    if len(arguments) == 1 and (Path(arguments[0]) / "model.safetensors").is_file():
-        raise UserError(f"{arguments[0]} is a model; name the data behind it.", 2)
+    if len(arguments) == 1 and not Path(only := arguments[0]).is_file():
+        named = only == "default" and not Path(only).exists()
+        if named or only.startswith("hf://") or (Path(only) / "model.safetensors").is_file():
+            raise UserError(f"{only} is a model; name the data behind it.", 2)
     return ("default", *arguments)[-2:]
 
 

@@ -60,7 +60,9 @@ def list_models(
     for title, entries in (("Presets", rows), ("Backbones", backbones)):
         if not entries:
             continue
-        columns = (Column(n, overflow="fold", no_wrap=n == "name") for n in entries[0])
+        whole = max(len(entry["name"]) for entry in entries)  # a folded name cannot be copied
+        columns = [Column(n, overflow="fold") for n in entries[0]]
+        columns[0].min_width = whole
         table = Table(*columns, title=title, title_justify="left")
         for entry in entries:
             table.add_row(*(cell(value) for value in entry.values()))

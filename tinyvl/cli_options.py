@@ -1,6 +1,8 @@
 """How the command line is made of dataclasses, and the options that several commands share."""
 
 import inspect
+import os
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, is_dataclass
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin
 import typer
 import typer.core
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 from tinyvl.presets import small_defaults
 from tinyvl.presets_options import Job, Run, check_choice, declared, flag, option, options_of
 from tinyvl.text import ANSWERS
@@ -253,10 +255,22 @@ class Teller(Reader):
 
 
 def piped(inputs: list[str] | None, what: str = "pictures or folders") -> list[str]:
-    """The inputs, or - for a pipe. UserError: there is neither."""
-    if not inputs and sys.stdin.isatty():
+    """The inputs, or - for a pipe. UserError: there is neither, or nothing comes."""
+    if not inputs and nothing_piped():
         raise UserError(f"Name {what}, or pipe their paths in.", 2)
     return inputs or ["-"]
+
+
+def nothing_piped() -> bool:
+    """Whether standard input is a terminal, or is nothing (as that of a timed job is)."""
+    if sys.stdin.isatty():
+        return True
+    try:
+        about = os.fstat(sys.stdin.fileno())
+    except OSError:  # it is no file
+        return False
+    empty = stat.S_ISREG(about.st_mode) and about.st_size == 0
+    return ranks.first() and (empty or stat.S_ISCHR(about.st_mode))
 
 
 DRAWN = ("temperature", "top_k", "top_p", "seed")  # options of sampling

@@ -18,6 +18,7 @@ from tinyvl.cli_options import (
     command,
     group,
     load_model,
+    nothing_piped,
     piped,
     same,
 )
@@ -97,10 +98,10 @@ def export_index(folder: Path, out: Path | None, kind: str, quiet: bool) -> None
 
 @command(app, "retrieve")
 def retrieve(
-    folder: Annotated[
-        str | None,
-        typer.Argument(help="A folder to search: by its own index, which is made and kept up to "
-            "date, or that of a folder around it. (default: this one)"),
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FOLDER]", help="A folder to search: by its own index, which is "
+            "made and kept up to date, or that of a folder around it. (default: this one)"),
     ] = None,
     *,
     query: list[str] | None = option("Data", None, "What to look for; repeatable; - or a pipe: a "
@@ -132,6 +133,10 @@ def retrieve(
 
     Where there are several queries, query<TAB>path.
     """
+    folder, *others = folders or [None]
+    if others:
+        advice = f'words to look for are named by --query: --query "{others[0]}"'
+        raise UserError(f"One folder is searched; {advice}.", 2)
     if index and folder:
         raise UserError("Name a folder or an --index, not both.", 2)
     if null and (as_json or scores):
@@ -175,7 +180,7 @@ def asked_for(texts: list[str], images: list[str], folder: str | None) -> tuple[
             advice = f'words to look for are named by --query: --query "{folder}"'
         raise UserError(f"{folder}: not a folder; {advice}.", 2)
     if not texts and not images:
-        if sys.stdin.isatty():
+        if nothing_piped():
             raise UserError("Say what to look for: --query TEXT or --image FILE.", 2)
         texts = ["-"]
     if images and not texts and not any(map(os.path.exists, images)):

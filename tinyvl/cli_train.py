@@ -79,9 +79,14 @@ def train(method: str, asked: dict[str, Any]) -> None:
     from tinyvl import models, presets, train_run
     from tinyvl import train as training
     from tinyvl.device import choose_device, choose_precision, precision_name
+    from tinyvl.progress import say
 
     if asked.get("resume"):
-        asked = train_run.remembered(asked.get("out", presets.out_of(method)), method) | asked
+        out = asked.get("out", presets.out_of(method))
+        before = train_run.remembered(out, method)
+        if not before and not asked.keys() - {"out", "resume", *presets.ANEW}:
+            raise UserError(f"{out}: there is no run to resume.", 2)
+        asked = before | asked
     asked = with_encoder(asked)
     start = models.start_of(asked["init"], method) if "init" in asked else None
     job = presets.job_of(method, asked, start)
@@ -92,6 +97,7 @@ def train(method: str, asked: dict[str, Any]) -> None:
         from tinyvl import draw_av
 
         job.data = str(draw_av.default_folder(job.modality))
+        say("no --data: training on the set that tinyvl draws", asked.get("quiet", False))
     run = presets.run_of(job, asked, device)
     if run.dry_run:
         from tinyvl import train_dry

@@ -215,6 +215,10 @@ def parsed(text: str, where: object) -> Any:
     """A text's JSON."""
     try:
         return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        place = str(error).removeprefix(error.msg) if "\n" in text.strip() else ""
+        found = place or f" at character {error.pos + 1}"
+        raise UserError(f"{where} is not JSON: {error.msg}{found}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
 

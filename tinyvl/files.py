@@ -128,8 +128,8 @@ def dump(value: Any, **layout: Any) -> str:
 
 
 def quoted(name: str) -> str:
-    """A name as it stands in a line: with line breaks, or behind a quote, it is JSON's text."""
-    return json.dumps(name, ensure_ascii=False) if re.search(r'[\n\r]|^"', name) else name
+    """A name as it stands in a line: with tabs or line breaks, or a quote first, JSON's text."""
+    return json.dumps(name, ensure_ascii=False) if re.search(r'[\t\n\r]|^"', name) else name
 
 
 def unquoted(name: str) -> str:

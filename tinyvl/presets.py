@@ -19,6 +19,9 @@ __all__ = ["AST", "CONFIGS", "PRESETS", "RECIPES", "SMALL", "TIMESFORMER", "Job"
 __all__ += ["Recipe", "Run", "architecture", "encoder_of", "job_of", "preset", "run_of"]
 
 
+ANEW = ("device", "workers", "quiet")  # options that a resumed run does not take over
+
+
 def preset(name: str | None, method: str, modality: str | None = None) -> Preset:
     """A preset of a method by name; None is the small recipe that runs everywhere."""
     if name in (None, "small"):
@@ -284,7 +287,7 @@ def kept(job: Job, asked: dict[str, Any]) -> dict[str, Any]:
 
     Not what each run says anew, such as its device; files and folders by their whole paths.
     """
-    anew = ("out", "resume", "device", "workers", "quiet", "config", "dry_run")
+    anew = ("out", "resume", "config", "dry_run", *ANEW)
     whole = {name: getattr(job, name) for name in declared(Job) if isinstance(asked.get(name), str)}
     if "features" in asked:
         whole["features"] = str(Path(asked["features"]).absolute())

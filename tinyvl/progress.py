@@ -85,9 +85,11 @@ class Told:
     quiet: bool = True
 
     def end(self, count: int, failed: int, seconds: float) -> None:
+        """``count``: with those that ``failed``."""
         if count > 1:
             many = f", {failed:,} failed" if failed else ""
-            say(f"tinyvl: {count:,} {self.what} in {duration(seconds)}{many}", self.quiet)
+            done = f"{count - failed:,} {self.what}"
+            say(f"tinyvl: {done} in {duration(seconds)}{many}", self.quiet)
 
     def stopped(self, count: int) -> UserError:
         """On Control-C."""

@@ -103,8 +103,10 @@ def refreshed(
     """
     try:
         source, index = read_source(root, quiet=True), Index(home)
-        failed = {} if how.get("retry") else index.about.get("failed", {})
+        failed = index.about.get("failed", {})
         changes = behind(source, index.images.rows(), index.captions.rows(), failed)
+        if how.get("retry") and failed and not changes:
+            changes = f"{len(failed):,} to try again"
         if changes:
             advice = "bringing its index up to date (--no-update leaves it as it is)"
             named = root.removeprefix(os.path.join(os.getcwd(), ""))
