@@ -20,7 +20,7 @@ def world(one_thread, tmp_path_factory) -> dict[str, str]:
     return worlds.tones(tmp_path_factory.mktemp("tones"), train=640, held_out=HELD_OUT)
 
 
-@pytest.mark.parametrize("task", ["caption", "vqa"])
+@pytest.mark.parametrize("task", [pytest.param("caption", marks=pytest.mark.slow), "vqa"])
 def test_new_renders_are_captioned_and_answered_exactly(task, world, tmp_path):
     out = tmp_path / "out"
     more = ["--answer-only"] if task == "vqa" else []

@@ -11,6 +11,7 @@ shows are among these; their own recall is printed apart.
 
 import json
 
+import pytest
 import shell
 import worlds
 from tiny import fit_bilingual_bert
@@ -22,6 +23,7 @@ def tinyvl(*args: str) -> str:
     return shell.apart(*args, "--device", "cpu", "--workers", "0")
 
 
+@pytest.mark.slow
 def test_new_renders_are_found_in_both_languages_after_training_on_one(drawn, one_thread, tmp_path):
     shown = dict.fromkeys(scene for scene, part in draw.scenes(6000, 300, 0) if part == "train")
     translations = [(scene.caption("en"), scene.caption("de")) for scene in shown]
