@@ -124,10 +124,10 @@ def model_and_data(arguments: list[str] | None, *, model: bool = True) -> tuple[
     if not 1 <= len(arguments) <= (2 if model else 1):
         wants = "[MODEL] DATA" if model else "DATA alone, as the predictions are there"
         raise UserError(f"This command takes {wants}; {len(arguments)} arguments were given.", 2)
-    if len(arguments) == 1 and not Path(only := arguments[0]).is_file():
-        named = only == "default" and not Path(only).exists()
-        if named or only.startswith("hf://") or (Path(only) / "model.safetensors").is_file():
-            raise UserError(f"{only} is a model; name the data behind it.", 2)
+    only = arguments[0] if len(arguments) == 1 else ""
+    named = only.startswith("hf://") or (only == "default" and not Path(only).exists())
+    if named or (only and (Path(only) / "model.safetensors").is_file()):
+        raise UserError(f"{only} is a model; name the data behind it.", 2)
     return ("default", *arguments)[-2:]
 
 

@@ -344,8 +344,6 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., d) to float32 logits (..., vocab_size)."""
         hidden, weight = self._read_out(hidden)
-        if weight.requires_grad:
-            return F.linear(hidden, weight).float()
         return scores(hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1]).float()
 
     def losses(self, hidden: Tensor, wanted: Tensor) -> Tensor:
