@@ -513,3 +513,14 @@ def test_a_model_does_what_it_was_trained_for():
         ours(peer("opt")).answer(torch.randn(1, 80), ["3"])
     with pytest.raises(UserError, match="makes captions"):
         ours(peer("opt")).choose(torch.randn(1, 80), ["3"], [["4", "5"]])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("options", [{}, {"mlp": False}, {"deep": True, "mlp": False}])
+def test_its_loss_in_bf16_is_that_in_fp32(family, options):
+    """On a CPU, too, whose LayerNorms want one type."""
+    model = ours(peer(family), **options)
+    batch = model.collate([[3, 4], [5]], [0, 1], torch.randn(2, sum(WIDTHS)), [0, 1])
+    expected = float(model.accumulate([batch])["loss"])
+    models.place(model, torch.device("cpu"), torch.bfloat16)
+    assert float(model.accumulate([batch])["loss"]) == pytest.approx(expected, rel=0.03)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyvl import UserError, decode, ranks
 from tinyvl.decode import Hypothesis, Style
 from tinyvl.decoder import Cache, Decoder
+from tinyvl.decoder_static import StaticCache, Steps, shapes
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import Method, MicroBatch, pad
 from tinyvl.text import ANSWERS, Questions, Text, cut, tidy
@@ -49,6 +50,7 @@ class Captioner(Method):
         """``length``: of a prefix that takes positions before the sequence."""
         super().__init__()
         self.encoder, self.decoder, self.text, self.length = encoder, decoder, text, length
+        self.steps: dict[Any, Steps] = {}  # of the last shape that was decoded
         self.prompt = text.encode([prompt])[0] if prompt else []
 
     # ------------------------------------------------------------------------ what a method says
@@ -100,6 +102,11 @@ class Captioner(Method):
     def attention(self) -> AbstractContextManager:
         """On a CPU the plain kernel: the fused one is slow backward over short texts."""
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+
+    @property
+    def static(self) -> bool:
+        """Whether a step of decoding works in tensors that keep their shapes and places."""
+        return self.device.type == "cuda"
 
     # ------------------------------------------------------------------------- text and pictures
 
@@ -172,34 +179,38 @@ class Captioner(Method):
 
     # -------------------------------------------------------------------------------------- loss
 
-    def loss(self, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
         """Summed cross-entropy of the target tokens, in nats, and their number.
 
-        ``weights`` (B,) multiply the captions' sums.
+        The batch is on the host, but for pictures that are on their way already. ``weights`` (B,)
+        multiply the captions' sums.
         """
         images, number = len(batch.pictures), len(batch.rows)
         alike = torch.arange(images).repeat_interleave(number // images)  # so many rows for each
-        even = torch.equal(batch.rows.cpu(), alike)
-        batch = batch.to(self.device)
+        even = torch.equal(batch.rows, alike)
+        read = batch.targets[:, 1:]  # on the host, so that a GPU need not be waited for
+        real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
+        row, place = read.nonzero(as_tuple=True)
+        batch, rows, at = batch.to(self.device), row, row * read.shape[1] + place
+        rows, at = (i.to(self.device, non_blocking=True) for i in (rows, at))
         with self.autocast():
             visual = self.see(self.percept(batch.pictures))
             if not even:
                 visual = self.pick(visual, batch.rows)
-            read = batch.targets[:, 1:]
-            real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
             if batch.states is None:
                 hidden = self.run(batch.ids[:, :-1], visual, mask=real)
             else:
                 hidden = self.run(batch.states, visual, mask=real, first=self.text_layers)
             # Only where a token is predicted.
-            losses = self.decoder.losses(hidden[read], batch.ids[:, 1:][read])
+            wanted = batch.ids[:, 1:].flatten()[at]
+            losses = self.decoder.losses(hidden.flatten(0, 1)[at], wanted)
         if weights is not None:
-            losses = losses * weights[read.nonzero()[:, 0]]
-        return losses.sum(), read.sum()
+            losses = losses * weights[rows]
+        return losses.sum(), len(row)
 
     def accumulate(
         self, batches: list[Batch], scaler: torch.amp.GradScaler | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """As `Method.accumulate`: the loss is the mean over the step's tokens, in nats."""
         self.train()
         if ranks.rank():  # each process drops out other numbers
@@ -213,7 +224,8 @@ class Captioner(Method):
                 (scaler.scale(share) if scaler else share).backward()
                 total += share.detach()
         captions = ranks.total(sum(len(batch.ids) for batch in batches))
-        return {"loss": ranks.total(total.item()), "tokens": tokens, "captions": captions}
+        mean: Any = ranks.total(total.item()) if ranks.size() > 1 else total
+        return {"loss": mean, "tokens": tokens, "captions": captions}
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
@@ -223,7 +235,7 @@ class Captioner(Method):
         with self.attention():
             for batch in batches:
                 loss, count = self.loss(batch)
-                total, tokens = total + loss.item(), tokens + int(count)
+                total, tokens = total + loss.item(), tokens + count
         return total / tokens if tokens else float("nan")
 
     # ---------------------------------------------------------------------- captions and answers
@@ -318,12 +330,14 @@ class Captioner(Method):
         with self.autocast():
             visual = self.see(self.percept(pictures))
         prompt, mask = (t.to(self.device) for t in pad(lines, self.text.eos, left=True))
-        step = self.stepper(visual, len(lines), mask)
         room = self.room + 1 + len(self.prompt) - prompt.shape[1]
+        longest = max(1, min(style.max_tokens, room))
+        step, stay = self.stepper(visual, len(lines), longest, mask)
         common: dict[str, Any] = {
             "eos": self.text.eos,
-            "max_new_tokens": max(1, min(style.max_tokens, room)),
+            "max_new_tokens": longest,
             "forbid": self.text.spare(self.decoder.config.vocab_size),
+            "stay": stay,
         }
         if style.sampling is not None:
             return decode.sample(step, prompt, **common, **style.sampling)
@@ -332,12 +346,17 @@ class Captioner(Method):
         how: Any = {n: getattr(style, n) for n in ("beams", "length_penalty", "early_stopping")}
         return [best[0] for best in decode.beam(step, prompt, **common, **how)]
 
-    def stepper(self, visual: Any, images: int, mask: Tensor | None = None) -> decode.Step:
-        """`decode`'s step function for a batch of pictures, with a cache of its own.
+    def stepper(
+        self, visual: Any, images: int, longest: int, mask: Tensor | None = None
+    ) -> tuple[decode.Step, int]:
+        """`decode`'s step function for a batch of pictures, and ``stay`` that goes with it.
 
-        ``mask`` (I, T) says which tokens of the prompts are real.
+        ``longest``: how many tokens follow the prompts; ``mask`` (I, T) says which tokens of the
+        prompts are real. On a GPU all batches of a shape but the first are replays of one step.
         """
         cache = Cache()
+        if self.static:
+            return self.fixed_step(visual, images, longest, mask, cache), 4
         state = {"visual": visual, "image": torch.arange(images, device=self.device)}
 
         def step(ids: Tensor, rows: Tensor | None) -> Tensor:
@@ -350,8 +369,37 @@ class Captioner(Method):
                     keep = torch.searchsorted(left, alive)
                     state["visual"] = self.pick(state["visual"], keep)
                 state["image"] = image
-            with self.autocast():
-                hidden = self.run(ids, state["visual"], cache, mask if rows is None else None)
-                return self.decoder.logits(hidden[:, -1])
+            return self.next_logits(ids, state["visual"], cache, mask if rows is None else None)
+
+        return step, 0
+
+    def next_logits(
+        self, ids: Tensor, visual: Any, cache: Cache, mask: Tensor | None = None
+    ) -> Tensor:
+        """ids (N, T) -> logits (N, V) of what follows the last of them."""
+        with self.autocast():
+            hidden = self.run(ids, visual, cache, mask)
+            return self.decoder.logits(hidden[:, -1])
+
+    def fixed_step(
+        self, visual: Any, images: int, longest: int, mask: Tensor | None, cache: Cache
+    ) -> decode.Step:
+        """A step function whose tensors keep their shapes and places: see ``decoder_static``."""
+        steps: list[Steps] = []
+
+        def step(ids: Tensor, rows: Tensor | None) -> Tensor:
+            if rows is None:
+                return self.next_logits(ids, visual, cache, mask)
+            if not steps:
+                trained = tuple(p.data_ptr() for p in self.parameters() if p.requires_grad)
+                shape = shapes((visual, cache.layers)), len(rows), longest, trained
+                if shape not in self.steps:
+                    fixed = StaticCache(cache, rows, longest)
+                    self.steps = {shape: Steps(self.next_logits, visual, fixed)}  # the last one
+                else:
+                    self.steps[shape].fill(visual, cache, rows)
+                steps.append(self.steps[shape])
+                rows = torch.arange(len(rows), device=rows.device)
+            return steps[0](ids, rows)
 
         return step

@@ -116,7 +116,7 @@ class ClipCap(Captioner):
     ) -> Tensor:  # fmt: skip
         if self.bare and not (cache and cache.length):
             begin = torch.zeros_like(x[:, 0]) if mask is None else mask.int().argmax(1)  # (B,)
-            here = torch.arange(x.shape[1], device=x.device) == begin[:, None]
+            here = torch.arange(x.shape[1], device=x.device) == begin[:, None].to(x.device)
             last = visual[1].repeat_interleave(len(x) // len(visual[1]), 0)  # (B, 1, d)
             x = self.decoder.embed_tokens(x)
             x = torch.where(here[..., None], last.to(x.dtype), x)

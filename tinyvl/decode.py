@@ -15,6 +15,8 @@ prompt, beam search has one in the first call and then ``beams``. So an image's 
 be kept once and read by all its beams.
 
 A prompt's result depends on nothing else in the batch. A step synchronises with the device once.
+With ``stay`` finished prompts stay in the batch, to no effect, and only every so many steps it is
+asked whether all have ended: a GPU goes on meanwhile, in tensors of the same shapes.
 
 Beam search is that of transformers 5 (``GenerationMixin._beam_search``), to the sequence and the
 score. Top-k: https://arxiv.org/abs/1805.04833; top-p: https://arxiv.org/abs/1904.09751.
@@ -70,7 +72,7 @@ def chances(choices: Sequence[Hypothesis]) -> list[float]:
 
 def greedy(
     step: Step, prompt: Tensor, *, eos: int | Collection[int], max_new_tokens: int,
-    forbid: Sequence[int] = (),
+    forbid: Sequence[int] = (), stay: int = 0,
 ) -> list[Hypothesis]:  # fmt: skip
     """Takes the likeliest token at every step.
 
@@ -80,23 +82,24 @@ def greedy(
         eos: the token that ends a text, or several.
         max_new_tokens: the length of a text at most, its end token included.
         forbid: tokens that are never produced: their logits become -inf before the softmax.
+        stay: see the module; 0: prompts leave the batch when they have ended.
 
     -> one hypothesis per prompt. ValueError here and in the other searches: an option is out of its
     range.
     """
     best = lambda logits, live, t: logits.argmax(-1)  # noqa: E731
-    return _single(step, prompt, best, eos, max_new_tokens, forbid)
+    return _single(step, prompt, best, eos, max_new_tokens, forbid, stay)
 
 
 def sample(
     step: Step, prompt: Tensor, *, eos: int | Collection[int], max_new_tokens: int,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int,
-    indices: Sequence[int] | None = None, forbid: Sequence[int] = (),
+    indices: Sequence[int] | None = None, forbid: Sequence[int] = (), stay: int = 0,
 ) -> list[Hypothesis]:  # fmt: skip
     """Draws every token from the model's distribution, after temperature, top-k and top-p.
 
     Args:
-        step, prompt, eos, max_new_tokens, forbid: see `greedy`.
+        step, prompt, eos, max_new_tokens, forbid, stay: see `greedy`.
         temperature: the logits are divided by it; above 0.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest tokens that together have this probability; 1 keeps all.
@@ -136,7 +139,7 @@ def sample(
         at = torch.minimum(at, last)
         return (at if order is None else order.gather(-1, at))[:, 0]
 
-    return _single(step, prompt, pick, eos, max_new_tokens, forbid)
+    return _single(step, prompt, pick, eos, max_new_tokens, forbid, stay)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
@@ -161,7 +164,7 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
 def beam(
     step: Step, prompt: Tensor, *, beams: int, eos: int | Collection[int], max_new_tokens: int,
     length_penalty: float = 1.0, early_stopping: bool | Literal["never"] = False, returned: int = 1,
-    forbid: Sequence[int] = (),
+    forbid: Sequence[int] = (), stay: int = 0,
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """Beam search with the rules of transformers' ``generate``.
 
@@ -171,7 +174,7 @@ def beam(
     search, whatever ``early_stopping`` says.
 
     Args:
-        step, prompt, eos, max_new_tokens, forbid: as for `greedy`. The tokens that are not
+        step, prompt, eos, max_new_tokens, forbid, stay: as for `greedy`. The tokens that are not
             forbidden add up to 1, as with transformers' ``renormalize_logits``.
         beams: texts kept per prompt.
         length_penalty: as in `Hypothesis.score`; more than 0 favours long texts.
@@ -198,6 +201,8 @@ def beam(
     texts = prompt.new_full((len(live), 1, max_new_tokens), -1)  # their tokens, -1: none yet
     done = running.new_full((len(live), beams), -math.inf)  # scores of finished texts, best first
     done_texts = texts.expand(-1, beams, -1)
+    closed = done[:, 0] > 0  # prompts that have ended: none yet
+    row_of = torch.arange(len(live), device=prompt.device)
     for t in range(max_new_tokens):
         logits, r = _logits(step, ids, rows, banned), running.shape[1]  # r: 1, then beams
         score, parent, token = _extended(running, logits, width)
@@ -205,6 +210,7 @@ def beam(
         texts[:, :, t] = token
         ends = torch.isin(token, stop) | (t + 1 == max_new_tokens)
         ended = (score / (t + 1) ** length_penalty).masked_fill(~ends, -math.inf)[:, :beams]
+        ended = ended.masked_fill(closed[:, None], -math.inf)
         done, best = torch.cat((done, ended), 1).topk(beams)
         done_texts = _take(torch.cat((done_texts, texts[:, :beams]), 1), best)
         running, best = score.masked_fill(ends, -math.inf).topk(beams)
@@ -214,7 +220,15 @@ def beam(
         worst = done[:, -1]  # -inf where fewer than `beams` are done
         over = ~(running[:, 0] / length**length_penalty > worst)
         over |= (worst > -math.inf) & (early_stopping is True)
-        leaves = over.tolist()  # the one synchronisation
+        closed = closed | over
+        if stay:
+            rows = (row_of[:, None] * r + parent).flatten()
+            ids = token.view(-1, 1)
+            if (t + 1) % stay and t + 1 < max_new_tokens:
+                continue
+        leaves = closed.tolist()  # the one synchronisation
+        if stay and not all(leaves):
+            continue
         for i in (i for i, is_over in enumerate(leaves) if is_over):
             scored = zip(
                 done_texts[i, :returned].tolist(), done[i, :returned].tolist(), strict=True
@@ -229,7 +243,8 @@ def beam(
         keep = torch.tensor(stays, device=prompt.device)
         rows = (keep[:, None] * r + parent[keep]).flatten()
         ids = token[keep].view(-1, 1)
-        running, texts, done, done_texts = (x[keep] for x in (running, texts, done, done_texts))
+        each = running, texts, done, done_texts, closed
+        running, texts, done, done_texts, closed = (x[keep] for x in each)
     return found
 
 
@@ -249,19 +264,29 @@ def _extended(running: Tensor, logits: Tensor, width: int) -> tuple[Tensor, Tens
 @torch.no_grad()
 def _single(
     step: Step, prompt: Tensor, pick: Callable[[Tensor, Tensor, int], Tensor],
-    eos: int | Collection[int], max_new_tokens: int, forbid: Sequence[int],
+    eos: int | Collection[int], max_new_tokens: int, forbid: Sequence[int], stay: int,
 ) -> list[Hypothesis]:  # fmt: skip
     """One text per prompt; ``pick(logits (n, V), prompts (n,), position)`` chooses (n,) tokens."""
     stop, banned = _ids(prompt, eos, max_new_tokens, forbid)
     texts = prompt.new_full((len(prompt), max_new_tokens), -1)
     total = prompt.new_zeros(len(prompt), dtype=torch.float32)
     live = torch.arange(len(prompt), device=prompt.device)  # (n,) the prompts still in the batch
+    closed = live < 0  # with `stay`: which have ended
     ids, rows = prompt, None
     for t in range(max_new_tokens):
         logits = _logits(step, ids, rows, banned)  # (n, V)
         token = pick(logits, live, t)
+        chance = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        if stay:
+            texts[:, t] = token.masked_fill(closed, -1)
+            total += chance.masked_fill(closed, 0.0)
+            closed = closed | torch.isin(token, stop)
+            rows, ids = live, token[:, None]
+            if (t + 1) % stay == 0 and bool(closed.all()):  # the synchronisation
+                break
+            continue
         texts[live, t] = token
-        total[live] += logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        total[live] += chance
         rows = (~torch.isin(token, stop)).nonzero()[:, 0]  # the one synchronisation
         if not len(rows):
             break

@@ -76,6 +76,7 @@ class Cache:
         self.layers: Prefix = {}
         self.mask: Tensor | None = None  # (B, length) True where a token is real
         self.length = 0
+        self.positions: Tensor | None = None  # (B, 1) of the next tokens, where a cache knows them
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self.layers:
@@ -83,6 +84,10 @@ class Cache:
             k, v = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
         self.layers[layer] = k, v
         return k, v
+
+    def seen(self, layer: int, mask: Tensor | None) -> Tensor | None:
+        """The mask of what a layer's queries look at; ``mask``: that of the text."""
+        return mask
 
     def reorder(self, rows: Tensor) -> None:
         """Row j goes on from the former row rows[j]."""
@@ -154,6 +159,7 @@ class Attention(nn.Module):
             )
         if context.cache is not None:
             k, v = context.cache.append(layer, k, v)
+            mask = context.cache.seen(layer, mask)
         if mask is not None and (extra := k.shape[2] - mask.shape[-1]):
             mask = F.pad(mask, (extra, 0), value=True)
         causal = mask is None and q.shape[2] > 1
@@ -268,7 +274,8 @@ class Decoder(nn.Module):
             x: token ids (B, T), embeddings (B, T, d) as `embed_tokens` gives them, or, with
                 first > 0, the hidden states that layer reads.
             mask: (B, T) True where a token is real. Padding may stand on either side; None: all
-                are real. Padded positions return numbers without meaning.
+                are real. Padded positions return numbers without meaning. A GPU need not be waited
+                for where the mask is on the host.
             cache: read and extended. The mask is for the new tokens.
             branches: {layer: function of the feed-forward's input, added to its output}.
             adapters: {layer: functions of the attention's and of the feed-forward's output}.
@@ -283,8 +290,11 @@ class Decoder(nn.Module):
         batch, length = x.shape[:2]
         if mask is not None and bool(mask.all()) and (cache is None or cache.mask is None):
             mask = None  # no padding: the fast causal path
+        real = None
+        if mask is not None:
+            real = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+            mask = mask.to(x.device, non_blocking=True)
         positions, attend = self._positions(x, mask, cache)
-        real = None if mask is None else mask.flatten().nonzero()[:, 0]
         rope = None
         if start is not None and self.positions is None:
             places = positions if real is None else positions.flatten()[real]
@@ -311,6 +321,8 @@ class Decoder(nn.Module):
         self, x: Tensor, mask: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         """Positions (B or 1, T) and the attention mask (B or 1, 1, T, S), None where causal."""
+        if cache is not None and cache.positions is not None:
+            return cache.positions, None
         past, (batch, length) = cache.length if cache else 0, x.shape[:2]
         ones = partial(torch.ones, dtype=torch.bool, device=x.device)
         if cache and (mask is not None or cache.mask is not None):

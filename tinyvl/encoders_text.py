@@ -115,21 +115,27 @@ class Residual(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(h)) + x)
 
 
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """The same tensor on a device, which is not waited for."""
+    return x.to(device, non_blocking=True)
+
+
 class Piece:
     """Some texts of a batch, padded to the longest of these: attention costs its square."""
 
     TEXTS = 32  # on a CPU; elsewhere a batch is one piece
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, mask: Tensor, device: torch.device):
         """mask (B, T) True where there is a token."""
         longest = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 1
-        self.mask = mask[:, :longest]
-        self.real = self.mask.flatten().nonzero()[:, 0]  # (n,)
+        mask = mask[:, :longest]
+        self.real = placed(mask.flatten().nonzero()[:, 0], device)  # (n,)
+        self.mask = placed(mask, device)
 
     @staticmethod
-    def of(mask: Tensor) -> "list[Piece]":
-        size = Piece.TEXTS if mask.device.type == "cpu" else len(mask)
-        return [Piece(part) for part in mask.split(max(1, size))]
+    def of(mask: Tensor, device: torch.device) -> "list[Piece]":
+        size = Piece.TEXTS if device.type == "cpu" else len(mask)
+        return [Piece(part, device) for part in mask.split(max(1, size))]
 
     def spread(self, x: Tensor, heads: int) -> Tensor:
         """This piece's tokens (n, D) -> (B, heads, T, D / heads), 0 at padding."""
@@ -170,7 +176,10 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """ids and mask (B, T) -> ``last_hidden_state`` (B, T, D), 0 at padding; no pooler."""
+    """ids and mask (B, T) -> ``last_hidden_state`` (B, T, D), 0 at padding; no pooler.
+
+    A GPU need not be waited for where the mask is on the host.
+    """
 
     def __init__(self, config: SimpleNamespace):
         super().__init__()
@@ -193,12 +202,13 @@ class Bert(nn.Module):
         self.recompute = True
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        table, mask = self.embeddings, attention_mask.bool()
-        real = mask.flatten().nonzero()[:, 0]  # padding costs the token-wise layers nothing
+        table, mask, device = self.embeddings, attention_mask.bool(), input_ids.device
+        # Padding costs the token-wise layers nothing.
+        real = placed(mask.flatten().nonzero()[:, 0], device)
         ids, at = input_ids.flatten()[real], real % mask.shape[1]
         x = table["word_embeddings"](ids).float() + table["token_type_embeddings"].weight[0]
         x = table["dropout"](table["LayerNorm"](x + table["position_embeddings"](at)))
-        pieces = Piece.of(mask)
+        pieces = Piece.of(mask, device)
         for layer in self.encoder["layer"]:
             if self.recompute and self.training:
                 x = checkpoint(layer, x, pieces, use_reentrant=False)

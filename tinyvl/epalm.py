@@ -146,9 +146,9 @@ class EPalm(Captioner):
         """Keys and values of slot and prompts in every layer; (1, ...) where all images share."""
         decoder, start = self.decoder, self.inject.start
         prefix = self.slot(percept)
-        images = len(percept.tokens)
+        images, dtype = len(percept.tokens), decoder.embed.weight.dtype
         if self.soft is not None:
-            prompt = decoder.widen(self.soft())[None]  # (1, P, d)
+            prompt = decoder.widen(self.soft().to(dtype))[None]  # (1, P, d)
             below: Prefix = {}
             if start:  # the same for all images
                 prompt, below = decoder.read(prompt, adapters=self.pairs, last=start)
@@ -156,7 +156,7 @@ class EPalm(Captioner):
             prefix = decoder.read(prompt, adapters=self.pairs, prefix=prefix, first=start)[1]
             prefix |= below
         if self.deep is not None:
-            prompts = self.deep().unflatten(0, (decoder.config.layers, 1, -1))
+            prompts = self.deep().to(dtype).unflatten(0, (decoder.config.layers, 1, -1))
             for layer, tokens in enumerate(prompts):  # (1, P, d)
                 k, v = decoder.prefix(layer, tokens)
                 if layer in prefix:

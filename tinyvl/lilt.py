@@ -27,6 +27,7 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -226,7 +227,10 @@ class LilT(DualEncoder):
         return F.normalize(out.float(), dim=-1)
 
     def text_vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids and mask (B, T), or a locked tower's vectors (B, D) -> unit vectors (B, d)."""
+        """ids and mask (B, T), or a locked tower's vectors (B, D) -> unit vectors (B, d).
+
+        A GPU is not waited for where the mask is on the host.
+        """
         with self.autocast():
             read = ids if ids.is_floating_point() else self.text(ids, mask)
             read = F.dropout(read, self.dropout[1], self.training)
@@ -245,7 +249,7 @@ class LilT(DualEncoder):
 
     def accumulate(
         self, batches: list[Pairs], scaler: torch.amp.GradScaler | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Adds the gradients of one optimizer step, whose negatives are all of its pairs.
 
         Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983): a pass without graph gives
@@ -256,7 +260,7 @@ class LilT(DualEncoder):
         gradients of its own.
         """
         self.train()
-        batches = [batch.to(self.device) for batch in batches]
+        batches = [replace(batch.to(self.device), mask=batch.mask) for batch in batches]
         counts = ranks.everyone(len(batches))
         seeds = torch.randint(2**62, (sum(counts),)).tolist()[sum(counts[: ranks.rank()]) :]
 
@@ -290,7 +294,7 @@ class LilT(DualEncoder):
                 for found, gradient in zip(vectors(i), gradients, strict=True):
                     if found.requires_grad:
                         found.backward(gradient)
-        return {"loss": loss.item(), "captions": len(texts)}
+        return {"loss": loss.detach(), "captions": len(texts)}
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Pairs]) -> float:

@@ -22,7 +22,7 @@ from tinyvl.encoders import (
     normal,
     refuse_missing,
 )
-from tinyvl.encoders_text import pool_tokens
+from tinyvl.encoders_text import Bert, pool_tokens
 from tinyvl.method import Method, MicroBatch, pad
 from tinyvl.text import WORDS, clean_caption, cut, tidy
 
@@ -161,8 +161,10 @@ class TextTower(nn.Module):
         return out, real.long()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return pool_tokens(states, mask, self.pool)
+        here = mask.to(ids.device, non_blocking=True)
+        seen = mask if isinstance(self.model, Bert) else here  # ours packs by a mask on the host
+        states = self.model(input_ids=ids, attention_mask=seen).last_hidden_state
+        return pool_tokens(states, here, self.pool)
 
     def checkpoint(self) -> None:
         """Recompute the layers in the backward pass."""

@@ -146,8 +146,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def accumulate(
         self, batches: list[Any], scaler: torch.amp.GradScaler | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Adds the gradients of one optimizer step; -> {"loss", "captions": how many}.
+
+        The loss may be a number that a GPU has yet to compute: float() waits for it.
 
         Of several processes each has some of the step's ``batches``, or none, and the gradients of
         these; what is returned is of the whole step.

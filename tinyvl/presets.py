@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyvl import UserError
+from tinyvl import UserError, ranks
 from tinyvl.files import local
 from tinyvl.hub_table import AST, CONFIGS, TIMESFORMER, architecture, prefix_of
 from tinyvl.presets_options import EPalm, Job, Recipe, Run, declared, flag, flat, options_of
@@ -279,6 +279,8 @@ def run_of(job: Job, asked: dict[str, Any], device: Any) -> Run:
         learns = [side.get(what, "none") for side in sides for what in ("unlock", "adapter")]
         if set(learns) == {"none"}:  # what is learnt reads what is kept of the towers
             run.micro = 2500
+    elif "micro" not in asked and str(device).startswith("cuda"):  # what does not fit is cut up
+        run.micro = max(1, job.recipe.batch // ranks.size())
     return run
 
 

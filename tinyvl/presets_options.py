@@ -159,8 +159,9 @@ class Run:
         "weights (.safetensors, .pth) that --vision names.")
     random_vision: bool = option("Model", False, "--vision is a name of timm's; random weights, as "
         "a control.", name="--random-init", of=("itune", "epalm", "clipcap"))
-    micro: int = option("Run", 64, "Captions in memory at once. (default: 64; 2500 in LilT with "
-        "frozen, cached towers)", name="--micro-batch", shown="", min=1)
+    micro: int = option("Run", 64, "Captions in memory at once; what does not fit is cut up. "
+        "(default: 64; on a GPU the whole batch; 2500 in LilT with frozen, cached towers)",
+        name="--micro-batch", shown="", min=1)
     checkpointing: bool = option("Run", False, "Recompute layers: less memory, slower.")
     # Of what the encoder says of each picture, on disk.
     cache: bool = option("Advanced", True, "Encode pictures anew in each epoch.",

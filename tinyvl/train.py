@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,9 @@ def carry_out(
         plan, steps = feed.plan, feed.plan.steps(job.recipe.epochs)
         plan.check(ranks.size())
         validate_every = run.validate_every or plan.steps_per_epoch
-        optimizer = torch.optim.AdamW(parameter_groups(model, parameters, job.recipe))
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, parameters, job.recipe), fused=run.device.type == "cuda"
+        )
         scaler = torch.amp.GradScaler(run.device.type, enabled=precision == torch.float16)
         clip = math.inf if job.recipe.clip is None else job.recipe.clip
         average = Average(parameters, job.recipe.average)
@@ -137,24 +139,24 @@ def carry_out(
         watch = train_run.Watch(run.out, dict(zip(seen.keys, seen.paths, strict=True)))
         started, done, speed, shown = time.monotonic(), 0.0, 0.0, ""
         with log, bar("training", steps, run.quiet, start=step) as advance:
-            epoch: int | None = None
+            batches = ahead(feed.run(step, steps), run.device)
+            upcoming: list[Any] = next(batches, [])
             while step < steps:
-                if epoch != step // plan.steps_per_epoch:  # a new epoch, or a resumed one
-                    epoch, behind = divmod(step, plan.steps_per_epoch)
-                    batches = feed.steps(epoch, behind)  # the rest of the epoch
                 rate = lr_at(step, steps, job.recipe)
                 for group in optimizer.param_groups:
                     group["lr"] = rate if group["fixed"] is None else group["fixed"]
                 torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, if a method has any
-                taken = next(batches)
+                taken, upcoming = upcoming, []
                 step += 1
                 if ranks.agreed(taken):  # else every picture of the step was unreadable
                     metrics = accumulate(model, objective, taken, scaler, pieces, run.quiet)
                     ranks.add_gradients(parameters.values())
                     scaler.unscale_(optimizer)
-                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip).item()
+                    norms = torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
+                    upcoming = next(batches, [])  # read while a GPU is still at work on this one
+                    loss, norm = float(metrics["loss"]), norms.item()
                     find = partial(culprits, model, objective, taken)
-                    if watch.passes(step, metrics["loss"], norm, scaler.is_enabled(), find):
+                    if watch.passes(step, loss, norm, scaler.is_enabled(), find):
                         scaler.step(optimizer)
                         scaler.update()
                         average.update(step)
@@ -166,16 +168,18 @@ def carry_out(
                     memory = peak_memory(run.device)
                     train_run.write(
                         log, step=step, epoch=round(step / plan.steps_per_epoch, 4),
-                        loss=round(metrics["loss"], 5), rate=rate,
+                        loss=round(loss, 5), rate=rate,
                         gradient_norm=round(norm, 4),
                         captions_per_second=round(speed, 2), peak_memory=memory,
                     )  # fmt: skip
                     # A contrast of few pairs has a small loss: a ragged last step's is not shown.
                     whole = not model.whole_steps or metrics["captions"] >= 0.9 * plan.captions
                     if whole or not shown:
-                        shown = f"loss {metrics['loss']:.3f}"
+                        shown = f"loss {loss:.3f}"
                     report = f"{shown}  {speed:.1f} {plan.kind}/s"
                     advance(1, f"{report}  {memory / 2**30:.1f} GiB")
+                else:
+                    upcoming = next(batches, [])
                 ends = step == steps
                 if feed.val_order and (step % validate_every == 0 or ends) and ranks.first():
                     with average.applied():
@@ -235,7 +239,7 @@ def starting_config(job: Job, source: models.Checkpoint | None) -> dict[str, Any
 def accumulate(
     model: models.Method, objective: Any, taken: list[Any], scaler: torch.amp.GradScaler,
     pieces: Pieces, quiet: bool = False,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """One step's gradients, -> the metrics of the objective: the model or a `SelfCritical`.
 
     ``taken``: the step's micro-batches, cut up where they do not fit; not with several processes,
@@ -247,12 +251,27 @@ def accumulate(
     else:
         most = max(len(batch.ids) for batch in taken)
 
-    def attempt(number: int) -> dict[str, float]:
+    def attempt(number: int) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)  # an attempt that failed may have left some
         parts = [part for batch in taken for part in batch.split(number)]
         return objective.accumulate(parts, scaler if scaler.is_enabled() else None)
 
     return pieces.run(attempt, most, quiet)
+
+
+def ahead(steps: Iterator[list[Any]], device: torch.device) -> Iterator[list[Any]]:
+    """The micro-batches of each step; their pictures are copied to a GPU beside its other work."""
+    if device.type != "cuda":
+        yield from steps
+        return
+    beside, own = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for step in steps:
+        with torch.cuda.stream(beside):
+            there = [part.pictures.pin_memory().to(device, non_blocking=True) for part in step]
+        own.wait_stream(beside)  # what is asked of the GPU from here on, not what it is at now
+        for pictures in there:
+            pictures.record_stream(own)
+        yield [replace(part, pictures=own) for part, own in zip(step, there, strict=True)]
 
 
 def culprits(model: models.Method, objective: Any, taken: list[Any]) -> list[int]:
@@ -262,7 +281,7 @@ def culprits(model: models.Method, objective: Any, taken: list[Any]) -> list[int
         for batch in taken:
             for part in batch.split(len(batch.ids)):
                 model.zero_grad(set_to_none=True)
-                numbers = [torch.tensor(objective.accumulate([part])["loss"])]
+                numbers = [torch.as_tensor(objective.accumulate([part])["loss"])]
                 numbers += [p.grad for p in model.parameters() if p.grad is not None]
                 if not all(number.isfinite().all() for number in numbers):
                     found |= dict.fromkeys(part.keys.tolist())

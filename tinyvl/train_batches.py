@@ -295,6 +295,14 @@ class Feed:
         for step in steps:
             yield [batch for batch in islice(found, len(step)) if batch is not None]
 
+    def run(self, step: int, steps: int) -> Iterator[list[Batch | Pairs]]:
+        """The micro-batches of each step from ``step`` on, epoch after epoch."""
+        while step < steps:
+            epoch, behind = divmod(step, self.plan.steps_per_epoch)
+            for taken in islice(self.steps(epoch, behind), steps - step):
+                yield taken
+                step += 1
+
     def validation(self) -> Iterator[Batch | Pairs]:
         """The micro-batches to validate on."""
         parts = self.val_groups, self.val_order, self.val_pictures, self.val_states

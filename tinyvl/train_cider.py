@@ -88,10 +88,12 @@ class SelfCritical:
             visual = model.pick(model.see(model.percept(batch.pictures.to(model.device))), rows)
         line = [model.text.bos, *model.prompt]
         prompt = torch.tensor([line] * len(rows), device=model.device)
-        step = model.stepper(visual, len(rows))
+        longest = min(self.max_tokens, model.room)
+        step, stay = model.stepper(visual, len(rows), longest)
         common: dict[str, Any] = {
             "eos": model.text.eos,
-            "max_new_tokens": min(self.max_tokens, model.room),
+            "max_new_tokens": longest,
+            "stay": stay,
             "forbid": model.text.spare(model.decoder.config.vocab_size),
         }
         if sampling is None:

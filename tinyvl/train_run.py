@@ -78,7 +78,8 @@ def remembered(out: Path, method: str) -> dict[str, Any]:
     config = read_config(out)
     if config["method"] != method:
         raise UserError(f"{out}: this is a run of {config['method']}, not of {method}.", 2)
-    asked = config.get("training", {}).get("asked", {})
+    started = config.get("training", {})
+    asked = {n: started[n] for n in ("micro",) if n in started} | started.get("asked", {})
     return asked | ({"features": Path(asked["features"])} if "features" in asked else {})
 
 
@@ -256,7 +257,8 @@ class State:
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     if f"{key}/{name}" in kept:
                         value = file.get_tensor(f"{key}/{name}")
-                        value = value if key == "step" else value.to(parameter.device)
+                        if key != "step" or self.optimizer.defaults["fused"]:
+                            value = value.to(parameter.device)
                         self.optimizer.state[parameter][key] = value
         self.scaler.load_state_dict(meta["scaler"])
         return int(meta["step"]), float(meta["best"])
