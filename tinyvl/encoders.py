@@ -200,9 +200,9 @@ class ImageEncoder(Encoder):
             return SmallJpeg(own)
         return Thin(own) if config["crop_mode"] == "center" else own
 
-    def view(self, view: int = 0, seed: int = 0) -> Callable:
-        """A file to an input: as it is, or in one of its varied views."""
-        own = View(self.transform(), view, seed) if view else self.transform()
+    def view(self, view: int = 0, seed: int = 0, coarsest: int | None = None) -> Callable:
+        """A file to an input: as it is, or in one of its varied views (`media_augment.View`)."""
+        own = View(self.transform(), view, seed, coarsest) if view else self.transform()
         return self.clips(own, f"{seed}/{view}" if view else None)
 
     def crop(self, epoch: int, seed: int, area: float) -> Callable:

@@ -274,17 +274,33 @@ def matched(model: LilT, path: str, picture: Tensor, text: str) -> Line:
     tower = model.encoder
     if tower.pool == "mean" and model.map_adapter is None:
         with model.autocast():
-            tokens = tower.tokens(pictures)
-            parts = model.image_projection(tokens if model.amp else tokens.float())[0].float()
-        side = math.isqrt(len(parts))
-        if side * side != len(parts):
+            tokens = tower.tokens(pictures)[0]
+        cells = in_cells(model, tokens.float(), wanted)
+        side = math.isqrt(len(cells))
+        if side * side != len(cells):
             raise UserError("The regions of this image encoder are not known.")
-        cells = (parts @ wanted / (len(parts) * parts.mean(0).norm())).view(side, side).cpu()
+        cells = cells.view(side, side).cpu()
     else:
         cells = covered(lambda batch: model.embed_images(batch) @ wanted, pictures[0], score)
     word = {"word": text, "note": note_of(cells), "map": rounded(cells)}
     about = {"path": path, "text": text, "score": round(score, 4), "box": box_of(tower, path)}
     return about | {"words": [word]}
+
+
+def in_cells(model: LilT, tokens: Tensor, wanted: Tensor) -> Tensor:
+    """The score of a picture's mean token in the parts of its cells: (S, D), (d,) -> (S,).
+
+    An MLP is followed to the first order around the mean, so that the parts add up to the score.
+    """
+    mean = tokens.mean(0)
+    parts = model.image_projection(tokens) @ wanted  # (S,)
+    if model.image_mlp is not None:
+        with torch.enable_grad():
+            at = mean.clone().requires_grad_()
+            value = model.image_mlp(at) @ wanted
+            (slope,) = torch.autograd.grad(value, at)
+        parts = parts + value.detach() + (tokens - mean) @ slope
+    return parts / (len(parts) * model.projected(mean).norm())
 
 
 def covered(score: Callable[[Tensor], Tensor], picture: Tensor, whole: float) -> Tensor:

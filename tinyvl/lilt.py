@@ -20,7 +20,8 @@ tower has none: with random weights its text vectors differ from ours by up to 0
 once ours is left out (``token_types``).
 
 A CNN has no [CLS] and no layers to put adapters in. It is read by the mean of its last feature
-map, or by a `MapAdapter`.
+map, or by a `MapAdapter`. What its picture says then goes through the projection alone, or also
+through an MLP beside it, which starts at zero (neither is in the paper).
 """
 
 import itertools
@@ -175,7 +176,7 @@ class LilT(DualEncoder):
     def __init__(
         self, encoder: ImageTower | None, text: TextTower | None, *, embed: int = 256,
         projections: bool = True, map_width: int = 384, dropout: tuple[float, float] = (0.0, 0.0),
-        temperature: float = 0.07, learn_temperature: bool = True,
+        mlp: int = 0, temperature: float = 0.07, learn_temperature: bool = True,
     ):  # fmt: skip
         """Args:
         encoder, text: None where only the other is wanted, as by `tinyvl retrieve`.
@@ -183,13 +184,14 @@ class LilT(DualEncoder):
         projections: whether the projections are trained (Table 1, θ).
         map_width: of a `MapAdapter`, if the image tower has one.
         dropout: before the image's and the text's projection.
+        mlp: width of an MLP beside the image's projection; 0: none.
         temperature: at the start, or, if it is not learned, throughout.
         """
         super().__init__(encoder, text)
         self.width = embed
         self.projections, self.dropout = projections, dropout
         self.learn_temperature = learn_temperature
-        self.map_adapter = None
+        self.map_adapter = self.image_mlp = None
         if encoder:
             wide = encoder.width
             if encoder.map_adapter:
@@ -197,6 +199,11 @@ class LilT(DualEncoder):
                 cells = encoder(probe).tokens.shape[1]
                 self.map_adapter, wide = MapAdapter(cells, wide, map_width), map_width
             self.image_projection = nn.Linear(wide, embed)
+            if mlp:
+                layers = nn.Linear(wide, mlp), nn.GELU(), nn.Linear(mlp, embed)
+                self.image_mlp = nn.Sequential(*layers)
+                nn.init.zeros_(layers[2].weight)
+                nn.init.zeros_(layers[2].bias)
         if text:
             self.text_projection = nn.Linear(text.width, embed)
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
@@ -223,8 +230,13 @@ class LilT(DualEncoder):
             pool = self.map_adapter or self.encoder.pooled
             seen = pool(seen if self.amp else seen.float())
             seen = F.dropout(seen, self.dropout[0], self.training)
-            out = self.image_projection(seen)
+            out = self.projected(seen)
         return F.normalize(out.float(), dim=-1)
+
+    def projected(self, seen: Tensor) -> Tensor:
+        """What the image tower gives (I, D) to the common space (I, d)."""
+        out = self.image_projection(seen)
+        return out if self.image_mlp is None else out + self.image_mlp(seen)
 
     def text_vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids and mask (B, T), or a locked tower's vectors (B, D) -> unit vectors (B, d).

@@ -82,15 +82,20 @@ class View(Varied):
 
     View 0 is the picture itself. The others keep most of it, as a caption speaks of all of it: a
     crop of 60 to 100 % of the area, perhaps mirrored, with other light, and with other sharpness
-    and compression, which matter for the reason that `SmallJpeg` gives.
+    and compression, which matter for the reason that `SmallJpeg` gives. The longer side has 128 to
+    256 pixels; with ``coarsest`` pixels, that many to 256, most of them few.
     """
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor], view: int, seed: int = 0):
-        self.transform, self.view, self.seed = transform, view, seed
+    def __init__(
+        self, transform: Callable[[Image.Image], Tensor], view: int, seed: int = 0,
+        coarsest: int | None = None,
+    ):  # fmt: skip
+        self.transform, self.view, self.seed, self.coarsest = transform, view, seed, coarsest
 
     def vary(self, picture: Image.Image, content: int) -> Tensor:
         if self.view:
-            picture = vary(picture, random.Random(f"{self.seed}/{self.view}/{content}"))
+            rng = random.Random(f"{self.seed}/{self.view}/{content}")
+            picture = vary(picture, rng, self.coarsest)
         return self.transform(picture)
 
 
@@ -118,7 +123,7 @@ class RandomCrop(Varied):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
+def vary(picture: Image.Image, rng: random.Random, coarsest: int | None = None) -> Image.Image:
     """A random view of the same picture; its size may change."""
     area, aspect = rng.uniform(0.6, 1.0), rng.uniform(0.85, 1.18)
     width = min(1.0, (area * aspect) ** 0.5)
@@ -127,6 +132,9 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
     box = (left, top, left + width, top + height)
     box = tuple(share * side for share, side in zip(box, picture.size * 2, strict=True))
     longest = rng.uniform(128, 256)  # finer detail is lost in some views
+    if coarsest is not None:
+        share = rng.random()
+        longest = coarsest ** (1 - share) * 256**share
     scale = min(1.0, longest / max(box[2] - box[0], box[3] - box[1]))
     size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
     picture = picture.resize(size, Resampling.BICUBIC, box)

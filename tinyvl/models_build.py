@@ -284,7 +284,8 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
         plain = random or (whole and image is not None)  # transformers' model, not our own
         text = text_tower(config["text"], read, folder, clean, random, plain, types)
     dropout = (tuned.dropout, read.dropout)
-    return LilT(image, text, map_width=tuned.width, dropout=dropout, **options)
+    own = {"map_width": tuned.width, "mlp": tuned.mlp}
+    return LilT(image, text, dropout=dropout, **own, **options)
 
 
 def check_lilt(tunings: tuple[Tuning, Tuning], random: bool) -> None:

@@ -132,6 +132,9 @@ class Job:
     samples: int = option("Recipe", 5, "With --objective cider: captions drawn of each picture.",
         min=2, of=("itune",))
     views: int = option("Recipe", 1, "Varied views of each picture, one an epoch in turn.", min=1)
+    coarsest: int | None = option("Advanced", None, "Of --views: the longer side of the coarsest "
+        "ones, in pixels, most of them coarse; 32 for thumbnails.", shown="128, as likely as 256",
+        min=8, max=256)
     crops: bool = False  # a random crop of each picture, augmented, new in every epoch
     media: dict[str, Any] = field(default_factory=dict)  # extra encoder options
     precision: str = option("Run", "fp32", "fp32, bf16 or fp16.",
@@ -311,6 +314,8 @@ class TextTuning(Tuning):
 @dataclass
 class ImageTuning(Tuning):
     width: int = option("Advanced", 384, "Width of a deep adapter on a CNN's feature map.", min=64)
+    mlp: int = option("Model", 0, "Width of an MLP beside the image's projection (not the paper). "
+        "0: none.", min=0, free=True)
 
 
 @dataclass(kw_only=True)

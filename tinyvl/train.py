@@ -94,8 +94,9 @@ def carry_out(
     torch.manual_seed(job.seed)
     model = models.build(config, device=run.device, precision=precision)
     if source:
-        towers = ("encoder.", "text.") if job.method == "lilt" else ()  # may have more to train
-        models.load_weights(model, source.folder, more=towers)
+        # A start may lack what is trained beside what it has.
+        more = ("encoder.", "text.", "image_mlp.") if job.method == "lilt" else ()
+        models.load_weights(model, source.folder, more=more)
     model.checkpoint(run.checkpointing)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)

@@ -155,12 +155,14 @@ class Pictures:
     def __init__(
         self, records: list[data.Record], model: Any, run: Run, name: str, views: int = 1,
         seed: int = 0, store: FeatureStore | None = None, crops: bool = False, dtype: str = "fp16",
+        coarsest: int | None = None,
     ):  # fmt: skip
         self.paths = [r.path for r in records]
         number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
         self.keys = [number[path] for path in self.paths]  # equal where pictures are the same
         self.model, self.run, self.seed, self.crops = model, run, seed, crops
-        self.transforms = [model.encoder.view(view, seed) for view in range(views)]
+        how = {"coarsest": coarsest} if coarsest else {}
+        self.transforms = [model.encoder.view(view, seed, **how) for view in range(views)]
         pictures = [(r.path, r.id) for r in records]
         self.stores = [] if store is None else [store]
         if store is None and run.cache and not crops and model.fixed_pictures:
@@ -241,7 +243,7 @@ class Feed:
         """As `Pictures`. UserError: none of the pictures can be read."""
         self.model, self.job = model, job
         self.pictures = Pictures(
-            train, model, run, "train", job.views, job.seed, store, job.crops, dtype
+            train, model, run, "train", job.views, job.seed, store, job.crops, dtype, job.coarsest
         )
         self.val_pictures = Pictures(val, model, run, "val", store=store, dtype=dtype)
         tokens = prepare(train, model, job)
