@@ -34,6 +34,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "epalm": untrained(root / "epalm", "epalm", lm, vision, **asks),
         "cls": untrained(root / "cls", "lilt", bert, vision),
         "map": untrained(root / "map", "lilt", bert, cnn, **mean),
+        "mlp": untrained(root / "mlp", "lilt", bert, cnn, image={"pool": "mean", "mlp": 12}),
     }
 
 
@@ -131,8 +132,11 @@ def test_words_lean_on_slot_and_prompt_as_a_softmax_says(folders, photo):
     np.testing.assert_allclose(word["prompt"], prompt, atol=2e-5)
 
 
-def test_regions_add_up_to_the_score(folders, photo):
-    model, picture = opened(folders["map"], photo, "retrieve")
+@pytest.mark.parametrize("kind", ["map", "mlp"])
+def test_regions_add_up_to_the_score(folders, photo, kind):
+    model, picture = opened(folders[kind], photo, "retrieve")
+    for parameter in model.image_mlp.parameters() if kind == "mlp" else ():
+        parameter.data = 0.3 * torch.randn_like(parameter)
     line = explain.matched(model, photo, picture, "a red dog")
     score = float(model.embed_images(picture[None])[0] @ model.embed_texts(["a red dog"])[0])
     assert line["score"] == pytest.approx(score, abs=1e-4)

@@ -460,6 +460,30 @@ def test_the_temperature_is_clamped_and_divides(folders):
         assert model.temperature.item() == pytest.approx(tame)
 
 
+def test_an_mlp_stands_beside_the_projection_and_starts_at_zero(folders):
+    """Against the two written out; where only texts are read it is not asked for."""
+    plain, model = build(folders), build(folders, image={"mlp": 20})
+    count = sum(p.numel() for n, p in model.named_parameters() if n.startswith("image_mlp."))
+    assert count == 32 * 20 + 20 + 20 * 256 + 256
+    assert all(
+        model.trainable(n) and p.requires_grad for n, p in model.image_mlp.named_parameters()
+    )
+    model.load_state_dict(plain.state_dict(), strict=False)
+    seen = pictures(3)
+    assert torch.equal(model.embed_images(seen), plain.embed_images(seen))
+    for parameter in model.image_mlp.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    with torch.no_grad():
+        vector = model.encoder(seen).tokens[:, 0]
+        (w1, b1), (w2, b2) = ((model.image_mlp[i].weight, model.image_mlp[i].bias) for i in (0, 2))
+        hidden = vector @ w1.T + b1
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        linear = vector @ model.image_projection.weight.T + model.image_projection.bias
+        expected = F.normalize(linear + hidden @ w2.T + b2, dim=-1)
+    torch.testing.assert_close(model.embed_images(seen), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(model.embed_images(seen), plain.embed_images(seen))
+
+
 def test_dropout_before_the_projections_is_trainings_only_and_repeats(folders):
     """Half of what a projection reads is gone in training; both passes drop the same."""
     options = {"image": {"dropout": 0.5, "pool": "mean"}, "text": {"dropout": 0.5}}

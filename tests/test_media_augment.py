@@ -61,3 +61,22 @@ def test_the_operations_are_randaugments():
     assert abs(shear_x[-8] - x[-8]).mean() > 10
     assert (turned[0, 0] == 128).all()
     assert abs(turned[32, 32] - x[32, 32]).max() < 40
+
+
+def test_coarse_views_lose_detail_and_others_stay_as_they_were():
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (300, 200, 3), dtype=np.uint8))
+    sizes = {}
+    for coarsest in (None, 32):
+        views = [media_augment.vary(noise, random.Random(f"{i}"), coarsest) for i in range(200)]
+        sizes[coarsest] = [max(view.size) for view in views]
+    assert 127 <= min(sizes[None]) <= max(sizes[None]) <= 256
+    assert 31 <= min(sizes[32]) < 40
+    assert 200 < max(sizes[32]) <= 256
+    assert np.median(sizes[32]) < 110  # as many below 91 as above
+    one, same, coarse = (
+        media_augment.View(lambda p: torch.tensor(p.size), 1, 0, c)(noise) for c in (None, None, 32)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, coarse)
+    assert media_augment.View(lambda p: p, 0, 0, 32)(noise) is noise  # the picture itself

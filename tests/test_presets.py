@@ -115,6 +115,8 @@ def test_init_may_train_more_of_lilts_towers():
     assert named.options["text"] == job.options["text"]
     more = {"init": "x", "preset": "lilt-default", "text_unlock": "bitfit"}
     assert presets.job_of("lilt", more, start).options["text"]["unlock"] == "bitfit"
+    beside = presets.job_of("lilt", {"init": "x", "image_mlp": 64}, start)
+    assert beside.options["image"] == {"mlp": 64}
     start["options"]["text"]["adapter"] = "deep"  # what it has trained stays
     kept = presets.job_of("lilt", {"init": "x", "preset": "lilt-default"}, start)
     assert kept.options["text"]["adapter"] == "deep"

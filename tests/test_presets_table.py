@@ -209,6 +209,8 @@ def test_the_help_gives_the_range_of_every_row():
         ("epalm --task vqa --per-image 2", "--per-image goes with --task caption"),
         ("epalm --answer-only", "go with --task vqa"),
         ("epalm --crops --views 2", "give one of them"),
+        ("itune --coarsest 32", "--coarsest is about the --views"),
+        ("epalm --modality audio --coarsest 32", "--coarsest is about the --views"),
         ("epalm --modality audio --views 1 --time-mask 9", "laid in --crops and --views"),
         ("epalm --inject 3", "FIRST:END"),
         ("epalm --limit 200%", "--limit is a number"),

@@ -215,3 +215,22 @@ def test_a_run_from_a_checkpoint_may_have_more_to_train(world, tmp_path):
     assert all(".adapter." in n or "LayerNorm" in n for n in then.keys() - first.keys())
     with pytest.raises(UserError, match="these weights do not fit the model"):
         train.train(job(world, options={}, init=str(out), epochs=1), run(tmp_path / "less"))
+
+
+def test_an_mlp_joins_a_model_that_has_none_and_views_may_be_coarse(world, tmp_path):
+    """Its last layer starts at zero: before a step both give the same loss."""
+    train.train(job(world, epochs=1, options={}), run(tmp_path / "a"))
+    start = {"init": str(tmp_path / "a"), "views": 2, "coarsest": 16, "epochs": 2}
+    more = job(world, options={"image": {"mlp": 8}}, rate=1e-9, **start)
+    train.train(more, run(tmp_path / "b"))
+    same = job(world, options={}, rate=1e-9, **start)
+    train.train(same, run(tmp_path / "c"))
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "c"), abs=1e-4)
+    saved = load_file(tmp_path / "b/model.safetensors")
+    assert {n for n in saved if n.startswith("image_mlp.")} == {
+        f"image_mlp.{i}.{what}" for i in (0, 2) for what in ("weight", "bias")
+    }
+    texts = models.load(
+        str(tmp_path / "b"), task="retrieve", device=torch.device("cpu"), sides=["text"]
+    )
+    assert texts.embed_texts(["a red square"]).shape == (1, 256)

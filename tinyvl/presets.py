@@ -221,7 +221,7 @@ def check_method(
     idle = [
         (not varied, ["time_mask", "frequency_mask"],
          "--time-mask and --frequency-mask are laid in --crops and --views."),
-        (changes.get("views", 1) == 1 or changes.get("media", {}).get("modality") == "audio",
+        (changes.get("views", 1) == 1 or parts["media"].get("modality") == "audio",
          ["coarsest"], "--coarsest is about the --views of pictures and videos."),
         (not vqa, ["answer_only", "separator"],
          "--answer-only and --separator go with --task vqa."),
