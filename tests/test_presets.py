@@ -115,6 +115,13 @@ def test_init_may_train_more_of_lilts_towers():
     assert named.options["text"] == job.options["text"]
     more = {"init": "x", "preset": "lilt-default", "text_unlock": "bitfit"}
     assert presets.job_of("lilt", more, start).options["text"]["unlock"] == "bitfit"
+    with pytest.raises(UserError, match="--locked is about a tower"):
+        presets.job_of("lilt", {"locked": "text"})
+    lock = {"init": "x", "preset": "lilt-default", "locked": "text"}
+    assert presets.run_of(presets.job_of("lilt", lock, start), lock, "cpu").micro == 2500
+    lock["locked"] = "image"
+    assert presets.run_of(presets.job_of("lilt", lock, start), lock, "cpu").micro == 64
+    assert presets.run_of(presets.job_of("lilt", lock, start), lock, "cuda").micro == 320
     beside = presets.job_of("lilt", {"init": "x", "image_mlp": 64}, start)
     assert beside.options["image"] == {"mlp": 64}
     start["options"]["text"]["adapter"] = "deep"  # what it has trained stays

@@ -234,3 +234,22 @@ def test_an_mlp_joins_a_model_that_has_none_and_views_may_be_coarse(world, tmp_p
         str(tmp_path / "b"), task="retrieve", device=torch.device("cpu"), sides=["text"]
     )
     assert texts.embed_texts(["a red square"]).shape == (1, 256)
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_a_tower_that_was_trained_may_be_locked(world, tmp_path, side):
+    """It stays as it was to the bit, is in the checkpoint, and its vectors are read from disk."""
+    train.train(job(world, epochs=2, rate=1e-2), run(tmp_path / "a"))
+    start = {"init": str(tmp_path / "a"), "locked": side, "epochs": 2, "rate": 1e-2}
+    stopped(job(world, **start), run(tmp_path / "b", save_every=1), 3)
+    train.train(job(world, **start), run(tmp_path / "b", resume=True))
+    train.train(job(world, **start), run(tmp_path / "c"))
+    before, after, whole = (load_file(tmp_path / f"{n}/last.safetensors") for n in "abc")
+    tower = "text." if side == "text" else "encoder."
+    assert before.keys() == after.keys()
+    assert any(name.startswith(tower) for name in before)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, whole[name]), name
+        assert torch.equal(tensor, before[name]) == name.startswith(tower), name
+    kept = models.load(str(tmp_path / "b"), task="retrieve", device=torch.device("cpu"))
+    assert kept.embed_texts(["a red square"]).isfinite().all()

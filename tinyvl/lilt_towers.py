@@ -81,6 +81,7 @@ class ImageTower(ImageEncoder):
         """
         super().__init__(model, fit=fit)
         self.pool, self.tuned, self.map_adapter = pool, tuned, map_adapter
+        self.learns = bool(tuned)
 
     def forward(self, images: Tensor) -> Percept:
         """-> tokens (B, S, D): all that a map adapter reads, else one pooled vector (S = 1)."""
@@ -105,7 +106,7 @@ class ImageTower(ImageEncoder):
 
     def train(self, mode: bool = True) -> "ImageTower":
         """A locked tower stays in eval mode, and so do all BatchNorms."""
-        nn.Module.train(self, mode and bool(self.tuned))
+        nn.Module.train(self, mode and self.learns)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
@@ -128,7 +129,7 @@ class TextTower(nn.Module):
         """
         super().__init__()
         self.model, self.tokenizer, self.clean, self.prefix = model, tokenizer, clean, prefix
-        self.pool, self.tuned = pool, tuned
+        self.pool, self.tuned, self.learns = pool, tuned, bool(tuned)
         self.width: int = model.config.hidden_size
 
     def encode(self, texts: list[str], max_tokens: int | None) -> list[list[int]]:
@@ -173,7 +174,7 @@ class TextTower(nn.Module):
 
     def train(self, mode: bool = True) -> "TextTower":
         """A locked tower stays in eval mode: no dropout."""
-        return super().train(mode and bool(self.tuned))
+        return super().train(mode and self.learns)
 
 
 @dataclass
@@ -204,13 +205,19 @@ class DualEncoder(Method):
         side = self.text if name.startswith("text") else self.encoder
         return side is not None or name == "temperature"
 
+    def lock(self, side: str) -> None:
+        """What was trained in the "text" or "image" tower stays as it is, and is still kept."""
+        tower: Any = self.text if side == "text" else self.encoder
+        tower.learns = False
+        tower.requires_grad_(False)
+
     @property
     def fixed_pictures(self) -> bool:
-        return not self.encoder.tuned
+        return not self.encoder.learns
 
     @property
     def fixed_text(self) -> bool:
-        return not self.text.tuned
+        return not self.text.learns
 
     def decays(self, parameter: nn.Parameter) -> bool:
         """Matrices only, as in theirs."""
@@ -218,7 +225,7 @@ class DualEncoder(Method):
 
     def checkpoint(self, on: bool) -> None:
         for tower in (self.encoder, self.text):
-            if on and tower.tuned:
+            if on and tower.learns:
                 tower.checkpoint()
 
     def halve(self, dtype: torch.dtype) -> None:

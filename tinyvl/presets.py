@@ -223,6 +223,8 @@ def check_method(
          "--time-mask and --frequency-mask are laid in --crops and --views."),
         (changes.get("views", 1) == 1 or parts["media"].get("modality") == "audio",
          ["coarsest"], "--coarsest is about the --views of pictures and videos."),
+        ("init" not in asked, ["locked"],
+         "--locked is about a tower of the model that --init names."),
         (not vqa, ["answer_only", "separator"],
          "--answer-only and --separator go with --task vqa."),
         (vqa, ["per_image"],
@@ -276,13 +278,15 @@ def run_of(job: Job, asked: dict[str, Any], device: Any) -> Run:
     row = preset(asked.get("preset"), job.method, asked.get("modality"))
     own = {"out": out_of(job.method), "cache": row.cache or "features" in asked}
     run = Run(**own | chosen(asked, *declared(Run)) | {"device": device, "asked": kept(job, asked)})
-    if job.method == "lilt" and "micro" not in asked and run.cache and not job.crops:
-        sides = [job.options.get(side, {}) for side in ("text", "image")]
-        learns = [side.get(what, "none") for side in sides for what in ("unlock", "adapter")]
-        if set(learns) == {"none"}:  # what is learnt reads what is kept of the towers
-            run.micro = 2500
-    elif "micro" not in asked and str(device).startswith("cuda"):  # what does not fit is cut up
+    if "micro" in asked:
+        return run
+    if str(device).startswith("cuda"):  # what does not fit is cut up
         run.micro = max(1, job.recipe.batch // ranks.size())
+    if job.method == "lilt" and run.cache and not job.crops:
+        sides = [job.options.get(side, {}) for side in {"text", "image"} - {job.locked}]
+        learns = {side.get(what, "none") for side in sides for what in ("unlock", "adapter")}
+        if learns == {"none"}:  # what is learnt reads what is kept of the towers
+            run.micro = 2500
     return run
 
 

@@ -121,6 +121,9 @@ class Job:
     format: str | None = option("Advanced", None, "Read the data as this format.",
         shown="recognised")
     init: str | None = option("Model", None, "Checkpoint to start from.")
+    locked: str | None = option("Model", None, "text or image: what --init has trained in this "
+        "tower stays as it is; its vectors are kept, so that large batches cost little.",
+        choices=("text", "image"), of=("lilt",))
     limit: int | str | None = option("Data", None, "Train on this many records (LilT: pairs), "
         "drawn by the seed: 512, 1% or 10%.", parse=amount)
     seed: int = option("Run", 0, "Decides initialisation and order.")

@@ -18,7 +18,7 @@ import torch
 
 from tinyvl import UserError, __version__, models, ranks, train_cider, train_run
 from tinyvl.captioner import Captioner
-from tinyvl.device import Pieces, choose_precision, keep_memory, peak_memory
+from tinyvl.device import Pieces, choose_precision, keep_memory, peak_memory, precision_name
 from tinyvl.features import open_store
 from tinyvl.presets import Job, Recipe, Run
 from tinyvl.progress import bar, say
@@ -97,6 +97,9 @@ def carry_out(
         # A start may lack what is trained beside what it has.
         more = ("encoder.", "text.", "image_mlp.") if job.method == "lilt" else ()
         models.load_weights(model, source.folder, more=more)
+    if job.locked:
+        towers: Any = model
+        towers.lock(job.locked)
     model.checkpoint(run.checkpointing)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.trainable(n) for n in parameters)
@@ -131,7 +134,8 @@ def carry_out(
         log = train_run.open_log(run, step)
         say(
             f"{sum(p.numel() for p in parameters.values()):,} trainable parameters; "
-            f"{feed}; {plan.told(job.recipe.epochs)}",
+            f"{feed}; {plan.told(job.recipe.epochs)}; {precision_name(precision)} on {run.device}, "
+            f"{min(run.micro, plan.captions):,} at once",
             run.quiet,
         )
         advice = "use --checkpointing, a smaller language model or --device cpu"

@@ -90,7 +90,7 @@ def itune_steps(options: argparse.Namespace, report: Report, precision: torch.dt
     ]
 
     def step(batch: Batch) -> float:
-        loss = model.accumulate([batch])["loss"]
+        loss = float(model.accumulate([batch])["loss"])
         optimizers[0].step()
         optimizers[0].zero_grad()
         return loss
@@ -106,7 +106,7 @@ def itune_steps(options: argparse.Namespace, report: Report, precision: torch.dt
     batch = itune_batch(model, 2, 2)
     loss = hooked_loss(peer, batch)
     loss.backward()
-    found = model.accumulate([batch])["loss"]
+    found = float(model.accumulate([batch])["loss"])
     if low:
         assert abs(found - loss.item()) < 0.02 * loss.item(), (found, loss.item())
         model.zero_grad()
@@ -180,7 +180,7 @@ def pairs(options: argparse.Namespace, count: int) -> Pairs:
 
 
 def cached_step(model: LilT, batch: Pairs, micro: int) -> float:
-    return model.accumulate(batch.split(-(-len(batch.ids) // micro)))["loss"]
+    return float(model.accumulate(batch.split(-(-len(batch.ids) // micro)))["loss"])
 
 
 def plain_step(peer: TwoTowers, batch: Pairs) -> float:
