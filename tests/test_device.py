@@ -86,13 +86,12 @@ def bf16(monkeypatch):
         each.cache_clear()
 
 
-def test_training_takes_bf16_where_the_processor_is_fast_at_it(bf16, capsys):
+def test_bf16_is_taken_where_the_processor_is_fast_at_it(bf16, capsys):
     bf16(2.1)
-    assert device.choose_precision(None, CPU, training=True) == torch.bfloat16
-    assert device.choose_precision(None, CPU) == torch.float32
-    assert device.choose_precision("fp32", CPU, training=True) == torch.float32
+    assert device.choose_precision(None, CPU) == torch.bfloat16
+    assert device.choose_precision("fp32", CPU) == torch.float32
     bf16(1.2)
-    assert device.choose_precision(None, CPU, training=True) == torch.float32
+    assert device.choose_precision(None, CPU) == torch.float32
     assert device.choose_precision("bf16", CPU) == torch.bfloat16
     assert capsys.readouterr().err == ""
 
@@ -100,7 +99,7 @@ def test_training_takes_bf16_where_the_processor_is_fast_at_it(bf16, capsys):
 def test_a_precision_that_is_slow_here_is_said_once(bf16, capsys):
     bf16(0.05)
     for _ in range(2):
-        assert device.choose_precision("bf16", CPU, training=True) == torch.bfloat16
+        assert device.choose_precision("bf16", CPU) == torch.bfloat16
     (said,) = capsys.readouterr().err.splitlines()
     assert said.endswith("multiplies bf16 20 times slower than fp32: --precision fp32")
 

@@ -91,7 +91,7 @@ def train(method: str, asked: dict[str, Any]) -> None:
     start = models.start_of(asked["init"], method) if "init" in asked else None
     job = presets.job_of(method, asked, start)
     device = choose_device(asked.get("device"))
-    precision = choose_precision(asked.get("precision"), device, training=True)
+    precision = choose_precision(asked.get("precision"), device)
     job.precision = precision_name(precision)
     if not job.data:
         from tinyvl import draw_av

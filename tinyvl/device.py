@@ -38,13 +38,11 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
-def choose_precision(
-    name: str | None, device: torch.device, *, training: bool = False
-) -> torch.dtype:
+def choose_precision(name: str | None, device: torch.device) -> torch.dtype:
     """On a GPU bf16 where it has it, else fp16; on a CPU fp32.
 
-    To train, bf16 on a CPU that multiplies it half as fast again as fp32, or faster. ``name``
-    forces one, and where it is slow here, that is said. UserError: it is no name of a precision.
+    But bf16 on a CPU that multiplies it half as fast again as fp32, or faster. ``name`` forces
+    one, and where it is slow here, that is said. UserError: it is no name of a precision.
     """
     if name is not None:
         if name not in PRECISIONS:
@@ -54,7 +52,7 @@ def choose_precision(
             slow_here(name)
         return chosen
     if device.type != "cuda":
-        fast = training and device.type == "cpu" and cpu_speed(torch.bfloat16) >= 1.5
+        fast = device.type == "cpu" and cpu_speed(torch.bfloat16) >= 1.5
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
