@@ -48,6 +48,7 @@ def model(request, tmp_path_factory) -> ITune:
         prompt="",
         options={"drop": 1, "scale": 1.5},
     )
+    torch.manual_seed(0)
     built = models.build(config, device=torch.device("cpu"), precision=torch.float32)
     shake(built)
     return built.eval()
