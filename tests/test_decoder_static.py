@@ -96,8 +96,12 @@ class Graph:
         self.owner.logits.copy_(self.owner.work())
 
 
-def test_a_captured_step_is_the_step(folders, monkeypatch):
-    """With torch's stream and graph replaced: what capturing leaves behind, and who replays."""
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_captured_step_is_the_step(folders, monkeypatch, capsys, broken):
+    """With torch's stream and graph replaced: what capturing leaves behind, and who replays.
+
+    Where it cannot be captured, that is said once and the steps run one by one.
+    """
     model = built(folders, "itune", "gpt2", {})
     style = STYLES["beams"]
     batches = [pictures(1), pictures(2), pictures(5)]
@@ -114,7 +118,9 @@ def test_a_captured_step_is_the_step(folders, monkeypatch):
             pass
 
     @contextmanager
-    def nothing(_):
+    def nothing(*_, **__):
+        if broken:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
         yield
 
     for name, stand_in in (
@@ -124,6 +130,14 @@ def test_a_captured_step_is_the_step(folders, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     for seen, own in zip(batches[1:], expected[1:], strict=True):
         same(written(model, seen, style), own)
+    said = capsys.readouterr().err.splitlines()
+    if broken:
+        assert said == [
+            "no CUDA graph of a decoding step, going on without: operation not permitted"
+        ]
+        assert (steps.captures, steps.graph) == (False, None)
+        return
+    assert said == []
     assert Graph.made > 10
     assert list(model.steps.values()) == [steps]
     assert isinstance(steps, Steps)

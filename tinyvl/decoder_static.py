@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tinyvl.decoder import Cache
+from tinyvl.progress import say
 
 
 def shapes(tree: Any) -> Any:
@@ -120,7 +121,12 @@ class Steps:
         if not (self.captures and self.again):
             return self.work()
         if self.graph is None:
-            self.capture()
+            try:
+                self.capture()
+            except RuntimeError as error:  # of a driver, or an operation that no graph can hold
+                self.graph, self.captures = None, False
+                say(f"no CUDA graph of a decoding step, going on without: {error}".split("\n")[0])
+                return self.work()
         self.graph.replay()
         assert self.logits is not None
         return self.logits
@@ -136,15 +142,17 @@ class Steps:
         """Runs the step aside, as torch asks for, and records it; the cache is as it was then."""
         rows, here = self.rows.clone(), torch.cuda.current_stream()
         self.rows.copy_(torch.arange(len(rows), device=rows.device))
-        aside = torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self.work()
-                self.cache.step.zero_()
-        here.wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.work()
-        self.cache.step.zero_()
-        self.rows.copy_(rows)
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    self.work()
+                    self.cache.step.zero_()
+            here.wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = self.work()
+        finally:
+            self.cache.step.zero_()
+            self.rows.copy_(rows)
