@@ -191,8 +191,9 @@ class Captioner(Method):
         read = batch.targets[:, 1:]  # on the host, so that a GPU need not be waited for
         real = read.long().flip(1).cummax(1).values.flip(1).bool()  # up to the last target
         row, place = read.nonzero(as_tuple=True)
-        batch, rows, at = batch.to(self.device), row, row * read.shape[1] + place
-        rows, at = (i.to(self.device, non_blocking=True) for i in (rows, at))
+        at = row * read.shape[1] + place
+        rows, at = (i.to(self.device, non_blocking=True) for i in (row, at))
+        batch = batch.to(self.device)
         with self.autocast():
             visual = self.see(self.percept(batch.pictures))
             if not even:

@@ -276,7 +276,7 @@ def ahead(steps: Iterator[list[Any]], device: torch.device) -> Iterator[list[Any
         own.wait_stream(beside)  # what is asked of the GPU from here on, not what it is at now
         for pictures in there:
             pictures.record_stream(own)
-        yield [replace(part, pictures=own) for part, own in zip(step, there, strict=True)]
+        yield [replace(part, pictures=seen) for part, seen in zip(step, there, strict=True)]
 
 
 def culprits(model: models.Method, objective: Any, taken: list[Any]) -> list[int]:

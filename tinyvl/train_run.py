@@ -79,7 +79,8 @@ def remembered(out: Path, method: str) -> dict[str, Any]:
     if config["method"] != method:
         raise UserError(f"{out}: this is a run of {config['method']}, not of {method}.", 2)
     started = config.get("training", {})
-    asked = {n: started[n] for n in ("micro",) if n in started} | started.get("asked", {})
+    own = {"micro": started["micro"]} if "micro" in started else {}  # its default is the device's
+    asked = own | started.get("asked", {})
     return asked | ({"features": Path(asked["features"])} if "features" in asked else {})
 
 

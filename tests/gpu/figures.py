@@ -269,7 +269,6 @@ def epalm(preset: str, gib: int | None) -> None:
         else:
             continue
         break
-    del model
 
 
 def answers(preset: str) -> None:
