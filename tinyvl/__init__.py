@@ -26,7 +26,7 @@ class UserError(Exception):
 
 def load(
     name: "Path" = "default", *, task: Literal["caption", "vqa", "retrieve"] | None = None,
-    device: Any = None, precision: str | None = None,
+    device: Any = None, precision: str | None = None, rerank: str | None = None,
 ) -> "Model":  # fmt: skip
     """A trained model, ready to caption, answer or embed.
 
@@ -36,10 +36,11 @@ def load(
             itself. UserError: this model is for another task.
         device: "cpu", "cuda", ...; None: a GPU where there is one.
         precision: "fp32", "bf16" or "fp16"; None: what suits the device.
+        rerank: a search model that chooses among a captioner's beams, or "none"; None: its own.
     """
     from tinyvl.api import Model
 
-    return Model(name, task, device, precision)
+    return Model(name, task, device, precision, rerank)
 
 
 def open_index(folder: "Path", *, model: "Path | None" = None, device: Any = None) -> "Searcher":

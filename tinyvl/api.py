@@ -49,12 +49,17 @@ class Model:
     decode files ahead (0: this one). A picture that cannot be read raises a UserError.
     """
 
-    def __init__(self, name: Path, task: str | None, device: Any, precision: str | None):
+    def __init__(
+        self, name: Path, task: str | None, device: Any, precision: str | None,
+        rerank: str | None = None,
+    ):  # fmt: skip
         checkpoint = models.open_checkpoint(os.fspath(name), task or "caption")
         self.task = task or checkpoint.task
         place = choose_device(None if device is None else str(device))
         dtype = choose_precision(precision, place)
-        self.model = models.load(checkpoint, task=self.task, device=place, precision=dtype)
+        self.model = models.load(
+            checkpoint, task=self.task, device=place, precision=dtype, rerank=rerank
+        )
         self.pieces = Pieces(advice=write.ADVICE)
 
     def caption(

@@ -21,6 +21,7 @@ from tinyvl.decoder import Cache, Decoder
 from tinyvl.decoder_static import StaticCache, Steps, shapes
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import Method, MicroBatch, pad
+from tinyvl.rerank import Reranker
 from tinyvl.text import ANSWERS, Questions, Text, cut, tidy
 
 
@@ -43,6 +44,7 @@ class Captioner(Method):
     text_layers: int = 0  # how many of the first layers the picture does not reach
     crop_area = 0.5
     questions: Questions | None = None  # set where the model answers questions
+    reranker: Reranker | None = None  # set where a search model chooses among the beams
 
     def __init__(
         self, encoder: ImageEncoder, decoder: Decoder, text: Text, prompt: str, length: int = 0
@@ -329,7 +331,8 @@ class Captioner(Method):
     ) -> list[Hypothesis]:
         """As `continued`, in tokens."""
         with self.autocast():
-            visual = self.see(self.percept(pictures))
+            seen = self.percept(pictures)
+            visual = self.see(seen)
         prompt, mask = (t.to(self.device) for t in pad(lines, self.text.eos, left=True))
         room = self.room + 1 + len(self.prompt) - prompt.shape[1]
         longest = max(1, min(style.max_tokens, room))
@@ -345,7 +348,11 @@ class Captioner(Method):
         if style.beams == 1:
             return decode.greedy(step, prompt, **common)
         how: Any = {n: getattr(style, n) for n in ("beams", "length_penalty", "early_stopping")}
-        return [best[0] for best in decode.beam(step, prompt, **common, **how)]
+        if self.reranker is None:
+            return [best[0] for best in decode.beam(step, prompt, **common, **how)]
+        found = decode.beam(step, prompt, returned=style.beams, **common, **how)
+        texts = [[self.text.decode(text.tokens) for text in own] for own in found]
+        return self.reranker.best(seen.tokens, found, texts)
 
     def stepper(
         self, visual: Any, images: int, longest: int, mask: Tensor | None = None

@@ -21,6 +21,7 @@ from tinyvl import UserError, __version__, ranks
 from tinyvl.cli_options import (
     ANSWER,
     AS_JSON,
+    RERANK,
     Lines,
     Search,
     Teller,
@@ -107,6 +108,7 @@ def caption(
         "trained on them.")] = None,
     *,
     search: Search,
+    rerank: str | None = RERANK,
     how: Teller,
 ) -> None:  # fmt: skip
     """Caption pictures, videos or sounds: a line each, path<TAB>caption where there are several.
@@ -114,7 +116,7 @@ def caption(
     With --features DIR pictures are read there, neither decoded nor encoded; without inputs, all
     that are there.
     """
-    texts((inputs or []) if how.features else piped(inputs), None, search, how)
+    texts((inputs or []) if how.features else piped(inputs), None, search, how, rerank=rerank)
 
 
 @command(app, "ask")
@@ -153,16 +155,19 @@ def ask(
 
 def texts(
     files: list[str], question: str | None, search: Search, how: Teller,
-    choices: list[str] | None = None,
+    choices: list[str] | None = None, rerank: str | None = None,
 ) -> NoReturn:  # fmt: skip
     """Writes a caption of each file, or the answer to a question, and leaves with the status."""
     style = search.style()
     from tinyvl import media, models, write
     from tinyvl.progress import Told
+    from tinyvl.rerank import reranker
 
     task, field = ("caption", "caption") if question is None else ("vqa", "answer")
     bare = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file() and how.out is None
     checkpoint = models.open_checkpoint(how.model, task)
+    if question is None:
+        style.rerank = reranker(checkpoint.config, rerank, style)
     others = media.Others(checkpoint.modality, how.quiet)
     paths = media.expand(files, Unmarked(sys.stdin), null=how.null, others=others)
     stream, done, store = None, set(), None
@@ -181,7 +186,7 @@ def texts(
             raise typer.Exit(
                 write.write(none, None, as_json=how.as_json, bare=False, question=question)
             )
-    loaded = load_model(checkpoint, how, task)
+    loaded = load_model(checkpoint, how, task, rerank=style.rerank)
     models.take_frames(loaded, how.frames)
     if store is not None:
         store.check(loaded)

@@ -12,6 +12,7 @@ from tinyvl.cli_options import (
     ANSWER,
     FRAMES,
     PROMPTS,
+    RERANK,
     Place,
     Search,
     batch_of,
@@ -142,6 +143,7 @@ def caption(
     spice_jars: Path | None = option("Advanced", None, "Folder of Stanford CoreNLP 3.6.0's jars: "
         "SPICE, too."),
     search: Search,
+    rerank: str | None = RERANK,
 ) -> None:  # fmt: skip
     """Caption a data set's pictures; score: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
@@ -152,7 +154,7 @@ def caption(
     | image_id | path | image, caption}, or COCO results.
     """
     scoring = {"metrics": metrics, "java": java, "spice_jars": spice_jars}
-    of_texts("caption", arguments, asked, search, scoring=scoring)
+    of_texts("caption", arguments, asked, search, scoring=scoring, rerank=rerank)
 
 
 @command(tasks, "vqa")
@@ -182,10 +184,11 @@ def vqa(
 
 def of_texts(
     kind: str, arguments: list[str] | None, asked: Texts, search: Search, *,
-    scoring: dict[str, Any] | None = None, top: int | None = None,
+    scoring: dict[str, Any] | None = None, top: int | None = None, rerank: str | None = None,
 ) -> None:  # fmt: skip
     """Scores a model's captions or answers, or those made elsewhere."""
     style = search.style()
+    style.rerank = rerank
     from tinyvl import evaluate, evaluate_compare
 
     elsewhere = asked.predictions or asked.compare

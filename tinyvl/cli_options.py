@@ -318,6 +318,8 @@ class Search:
         )
 
 
+RERANK = option("Decoding", None, "A search model that chooses among the beams what fits the "
+    "picture; none: the likeliest.", shown="the model's own")  # fmt: skip
 ANSWER = Search(**ANSWERS)  # how `ask` and `eval vqa` search, unless told otherwise
 
 

@@ -44,6 +44,7 @@ class Style:
     length_penalty: float = 1.0  # a beam's score is divided by its length to this power
     early_stopping: bool | Literal["never"] = True  # as soon as all beams have an end
     sampling: dict[str, Any] | None = None  # options of `decode.sample`; None: a search
+    rerank: str | None = None  # the search model that chooses among the beams: `rerank.reranker`
 
 
 @dataclass

@@ -26,6 +26,7 @@ from tinyvl.features import FeatureStore, open_store
 from tinyvl.media import READABLE
 from tinyvl.metrics import Scores
 from tinyvl.metrics_captions import CaptionScores, caption_scores, plan_captions
+from tinyvl.rerank import reranker
 
 T = TypeVar("T")
 Lines = dict[str, dict[str, Any]]
@@ -262,12 +263,18 @@ class Checkpoint:
         how |= {"checkpoint": about, "features": features, "precision": precision}
         return described(task, self.found.name, source, split, **how)
 
-    def load(self, task: str, pictures: dict[str, str]) -> tuple[Any, FeatureStore | None]:
-        """The model for a task, and the store of features of all pictures {absolute path: id}."""
+    def load(
+        self, task: str, pictures: dict[str, str], **more: Any
+    ) -> tuple[Any, FeatureStore | None]:
+        """The model for a task, and the store of features of all pictures {absolute path: id}.
+
+        ``more`` goes to `models.load`.
+        """
         place, store = self.place, None
         if place.features is not None:  # before the model, which may take a while
             store = open_store(place.features, self.found.image, self.found.reads, pictures.items())
-        model = models.load(self.found, task=task, device=place.device, precision=place.precision)
+        where = {"device": place.device, "precision": place.precision}
+        model = models.load(self.found, task=task, **where, **more)
         if store is not None:
             store.check(model)
         return model, store
@@ -307,6 +314,8 @@ def run(
         data.say_left_out(source.path, records, scored, f"no {task.truth} to score against")
     records = scored or records
     checkpoint = Checkpoint(models.open_checkpoint(name, kind), place)
+    if not asks:
+        style.rerank = reranker(checkpoint.found.config, style.rerank, style)
     modality = checkpoint.found.modality
     readable(
         records, READABLE[modality], "sounds" if modality == "audio" else "pictures and videos"
@@ -321,7 +330,8 @@ def run(
     how |= {} if frames is None else {"frames": frames}
     head = checkpoint.head(kind, source, split, **how)
     ids = {record.path: record.id for record in everything}
-    model, store = checkpoint.load(kind, {path: ids[path] for path in shown.values()})
+    pictures = {path: ids[path] for path in shown.values()}
+    model, store = checkpoint.load(kind, pictures, rerank=style.rerank)
     models.take_frames(model, frames)
     log = predictions.Log(place.out, head, resume=place.resume)
     chooses = asks and any(record.choices for record in records)

@@ -32,6 +32,7 @@ from tinyvl.models_build import (
 )
 from tinyvl.models_config import ROLES, backbones, read_config, role_of, towers
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, architecture
+from tinyvl.rerank import NONE, Reranker, check_encoders
 
 __all__ = [
     "CONFIGS", "Method", "architecture", "build", "check_options", "new_config", "place",
@@ -215,7 +216,7 @@ def fingerprint(folder: Path, config: dict) -> str:
 def load(
     name: str | Checkpoint = "default", *, task: str = "caption",
     device: torch.device | None = None, precision: torch.dtype | None = None,
-    sides: Iterable[str] = tuple(ROLES),
+    sides: Iterable[str] = tuple(ROLES), rerank: str | None = None,
 ) -> Any:  # fmt: skip
     """A trained model, ready to run.
 
@@ -225,8 +226,10 @@ def load(
         name: as in `checkpoint_folder`, or a checkpoint that is already open.
         sides: of a LilT's towers, "text" and "image", those to load. A text alone needs no timm,
             a picture alone no transformers, and each takes seconds to import.
+        rerank: a search model that chooses among a captioner's beams, or "none"; None: the one that
+            its config names.
 
-    UserError: the model is for another task, or cannot be loaded.
+    UserError: the model is for another task, or cannot be loaded, or the search model cannot.
     """
     found = name if isinstance(name, Checkpoint) else open_checkpoint(name, task)
     config = found.config
@@ -241,6 +244,16 @@ def load(
     model.requires_grad_(False).eval()
     if model.amp:  # no gradients to keep exact: cast once, not in every step
         model.halve(model.amp)
+    rerank = rerank or config.get("rerank") or NONE
+    if task == "caption" and rerank != NONE:
+        other = open_checkpoint(rerank, "retrieve")
+        check_encoders(config, other.config, rerank)
+        try:
+            search = load(other, task="retrieve", device=device, precision=precision)
+        except UserError as error:
+            advice = f"It is to choose among the captions; --rerank {NONE} does without."
+            raise UserError(f"{error} {advice}", error.status) from error
+        model.reranker = Reranker(search, rerank, model.encoder.size)
     return model
 
 
