@@ -358,3 +358,28 @@ def test_a_cnn_that_learns_keeps_its_batch_norms():
     encoder.model.conv1.weight.requires_grad_(True)
     encoder.fold()
     assert isinstance(encoder.model.bn1, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(16, 16), (17, 17), (16, 17), (5, 4), (1, 1), (2, 2)])
+def test_tensorflows_padding_without_a_copy_is_timms(kernel, size):
+    from timm.layers import Conv2dSame
+
+    from tinyvl.encoders_fold import Same
+
+    torch.manual_seed(0)
+    for stride in (1, 2, 3):
+        conv = Conv2dSame(6, 6, kernel, stride, groups=6).requires_grad_(False)
+        x = torch.randn(2, 6, *size).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(Same(conv)(x), conv(x), rtol=0, atol=1e-6)
+
+
+def test_a_frozen_cnns_depthwise_convolutions_pad_within():
+    encoder, plain = (encoder_of("tf_efficientnet_lite0") for _ in range(2))
+    plain.model.load_state_dict(encoder.model.state_dict())
+    encoder.fold()
+    kinds = [type(m).__name__ for m in encoder.model.modules()]
+    assert kinds.count("Same") == 4  # those of stride 2; the stem stays
+    for side in (224, 195):
+        x = pixels(side)
+        torch.testing.assert_close(encoder(x).tokens, plain(x).tokens, rtol=0, atol=1e-4)

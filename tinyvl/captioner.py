@@ -21,7 +21,7 @@ from tinyvl.decoder import Cache, Decoder
 from tinyvl.decoder_static import StaticCache, Steps, shapes
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import Method, MicroBatch, pad
-from tinyvl.rerank import Reranker
+from tinyvl.rerank import NONE, Reranker
 from tinyvl.text import ANSWERS, Questions, Text, cut, tidy
 
 
@@ -348,7 +348,7 @@ class Captioner(Method):
         if style.beams == 1:
             return decode.greedy(step, prompt, **common)
         how: Any = {n: getattr(style, n) for n in ("beams", "length_penalty", "early_stopping")}
-        if self.reranker is None:
+        if self.reranker is None or style.rerank == NONE:
             return [best[0] for best in decode.beam(step, prompt, **common, **how)]
         found = decode.beam(step, prompt, returned=style.beams, **common, **how)
         texts = [[self.text.decode(text.tokens) for text in own] for own in found]

@@ -167,7 +167,8 @@ def texts(
     bare = len(files) == 1 and files[0] != "-" and Path(files[0]).is_file() and how.out is None
     checkpoint = models.open_checkpoint(how.model, task)
     if question is None:
-        style.rerank = reranker(checkpoint.config, rerank, style)
+        stored = how.features is not None
+        style.rerank = reranker(checkpoint, rerank, style, stored=stored)
     others = media.Others(checkpoint.modality, how.quiet)
     paths = media.expand(files, Unmarked(sys.stdin), null=how.null, others=others)
     stream, done, store = None, set(), None
@@ -191,9 +192,12 @@ def texts(
     if store is not None:
         store.check(loaded)
     if how.out is not None and ranks.first():
+        made_by = dict(vars(style))
+        if style.rerank is None:  # of answers
+            del made_by["rerank"]
         stream, done = write.open_output(
             how.out, how.resume, field=field, question=question, choices=choices,
-            made_by={"model": local(how.model)} | ({} if choices else vars(style)),
+            made_by={"model": local(how.model)} | ({} if choices else made_by),
         )  # fmt: skip
         paths = (path for path in paths if path not in done)
     work = partial(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tinyvl import UserError
-from tinyvl.cli_options import MODEL, Lines, Place, command, group, load_model, piped, same
+from tinyvl.cli_options import MODEL, RERANK, Lines, Place, command, group, load_model, piped, same
 from tinyvl.files import Unmarked, dump, quoted
 from tinyvl.presets_options import Run, option
 
@@ -72,6 +72,7 @@ def explain(
     as_json: bool = same(Lines, "as_json", False),
     null: bool = same(Lines, "null", False),
     model: str = MODEL,
+    rerank: str | None = RERANK,
     place: Place,
 ) -> None:  # fmt: skip
     """Show what each word of a caption looked at.
@@ -91,7 +92,7 @@ def explain(
     task = "retrieve" if text is not None else "vqa" if question is not None else "caption"
     checkpoint = models.open_checkpoint(model, task)
     paths = list(media.expand(names, Unmarked(sys.stdin), null=null))
-    loaded = load_model(checkpoint, place, task)
+    loaded = load_model(checkpoint, place, task, rerank=rerank)
     encoder, status, lines = loaded.encoder, 0, []
     pictures = decode_images(paths, encoder.transform(), target=encoder.size, workers=place.workers)
     for path, picture in pictures:

@@ -10,7 +10,6 @@ without parameters; for the last stage that is the mean of its final features, a
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tinyvl import UserError
+from tinyvl.encoders_fold import fold_norms, pad_within
 from tinyvl.files import numbers_in
 from tinyvl.media_augment import RandomCrop, SmallJpeg, Thin, View
 
@@ -150,44 +149,11 @@ class ImageEncoder(Encoder):
         self.register_buffer("std", std, persistent=False)
 
     def fold(self) -> None:
-        """Folds a wholly frozen CNN's batch norms into its convolutions: the same maps, sooner.
-
-        A black picture's way through the model shows which norm reads what a convolution made.
-        """
-        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
-        if not norms or any(p.requires_grad for p in self.model.parameters()):
+        """Makes a wholly frozen CNN's layers fewer and faster: the same maps, sooner."""
+        if any(p.requires_grad for p in self.model.parameters()):
             return
-        made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by a tensor's id; it lives on in here
-        read: dict[nn.Module, nn.Conv2d] = {}
-        calls: Counter[nn.Module] = Counter()
-
-        def makes(module: nn.Conv2d, _: Any, result: Tensor) -> None:
-            made[id(result)] = module, result
-            calls[module] += 1
-
-        def reads(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            calls[norm] += 1
-            if id(inputs[0]) in made:
-                read[norm] = made[id(inputs[0])][0]
-
-        # Others of timm's compute their filters anew from the weights.
-        kinds = ("Conv2d", "Conv2dSame")
-        plain: list[Any] = [m for m in self.model.modules() if type(m).__name__ in kinds]
-        hooks = [norm.register_forward_pre_hook(reads) for norm in norms]
-        hooks += [conv.register_forward_hook(makes) for conv in plain]
-        with torch.no_grad():
-            self.look(self.probe().flatten(0, -4))
-        for hook in hooks:
-            hook.remove()
-        users = Counter(read.values())
-        for name, norm in list(self.model.named_modules()):
-            conv = read.get(norm)
-            if conv is None or calls[norm] > 1 or calls[conv] > 1 or users[conv] > 1:
-                continue
-            whole = fuse_conv_bn_eval(conv, norm)
-            conv.weight, conv.bias = whole.weight, whole.bias
-            rest = nn.Sequential(*norm.children())  # timm's norms have an activation
-            self.model.set_submodule(name, rest)
+        fold_norms(self.model, lambda: self.look(self.probe().flatten(0, -4)))
+        pad_within(self.model)
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def transform(self) -> Callable:

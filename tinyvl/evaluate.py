@@ -26,7 +26,7 @@ from tinyvl.features import FeatureStore, open_store
 from tinyvl.media import READABLE
 from tinyvl.metrics import Scores
 from tinyvl.metrics_captions import CaptionScores, caption_scores, plan_captions
-from tinyvl.rerank import reranker
+from tinyvl.rerank import NONE, reranker
 
 T = TypeVar("T")
 Lines = dict[str, dict[str, Any]]
@@ -315,7 +315,9 @@ def run(
     records = scored or records
     checkpoint = Checkpoint(models.open_checkpoint(name, kind), place)
     if not asks:
-        style.rerank = reranker(checkpoint.found.config, style.rerank, style)
+        stored = place.features is not None
+        name = reranker(checkpoint.found, style.rerank, style, stored=stored)
+        style = replace(style, rerank=name)
     modality = checkpoint.found.modality
     readable(
         records, READABLE[modality], "sounds" if modality == "audio" else "pictures and videos"
@@ -326,7 +328,10 @@ def run(
     if shuffle:  # among all of the part, so that a greater --limit swaps them the same
         part = choose(everything, replace(source, limit=None), split)
         shown = {record.id: path for record, path in zip(part, swapped(part), strict=True)}
-    how = {"decoding": vars(style), "shuffled": shuffle, "tinyvl": __version__}
+    decoding = dict(vars(style))
+    if style.rerank in (None, NONE):
+        del decoding["rerank"]
+    how = {"decoding": decoding, "shuffled": shuffle, "tinyvl": __version__}
     how |= {} if frames is None else {"frames": frames}
     head = checkpoint.head(kind, source, split, **how)
     ids = {record.path: record.id for record in everything}

@@ -244,16 +244,18 @@ def load(
     model.requires_grad_(False).eval()
     if model.amp:  # no gradients to keep exact: cast once, not in every step
         model.halve(model.amp)
+    if task != "caption" and rerank not in (None, NONE):
+        raise UserError("Reranking is for captions: leave out rerank.", 2)
     rerank = rerank or config.get("rerank") or NONE
-    if task == "caption" and rerank != NONE:
+    if rerank != NONE:
         other = open_checkpoint(rerank, "retrieve")
-        check_encoders(config, other.config, rerank)
+        check_encoders(config, other, rerank)
         try:
             search = load(other, task="retrieve", device=device, precision=precision)
         except UserError as error:
-            advice = f"It is to choose among the captions; --rerank {NONE} does without."
+            advice = f"It is to choose among the captions; rerank {NONE} does without."
             raise UserError(f"{error} {advice}", error.status) from error
-        model.reranker = Reranker(search, rerank, model.encoder.size)
+        model.reranker = Reranker(search, rerank, model.encoder)
     return model
 
 

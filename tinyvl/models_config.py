@@ -50,6 +50,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             if not isinstance(part, dict) or not isinstance(part.get(name), kind):
                 lacks = f"{side}.{name}".strip(".")
                 raise UserError(f"{folder}: config.json lacks {lacks}, as a checkpoint's has it.")
+    if config.get("rerank", "default") != "default":  # a stranger's names no other model
+        raise UserError(f"{folder}: the rerank of config.json is not default.")
     return config
 
 

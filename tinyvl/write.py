@@ -23,6 +23,7 @@ from tinyvl.decode import Style
 from tinyvl.device import Pieces
 from tinyvl.files import ESCAPED, dump, hold, quoted, read_object, read_text, unquoted, write_text
 from tinyvl.progress import Told, bar
+from tinyvl.rerank import NONE
 
 if TYPE_CHECKING:
     from tinyvl.captioner import Captioner
@@ -356,7 +357,7 @@ def open_output(
         return stream, set()
     append().close()  # nobody else is at it
     if made_by and beside.exists():
-        before = read_object(beside)
+        before = {"rerank": NONE} | read_object(beside)  # which files of older versions do not say
         for name in before.keys() & made_by.keys():  # an answer of given choices has no search
             if before[name] != made_by[name]:
                 was = f"its lines were made with {name} {before[name]}, not {made_by[name]}"
