@@ -3,11 +3,19 @@
 import inspect
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
-from tinyvl import UserError, media_sound, models_build, presets, presets_options
+from tinyvl import (
+    UserError,
+    media_sound,
+    models_build,
+    presets,
+    presets_options,
+    ranks,
+    train,
+)
 from tinyvl.cli_options import PANELS
 from tinyvl.presets_options import METHODS, EPalm, LilT, options_of
 from tinyvl.text import Questions
@@ -123,8 +131,21 @@ def test_init_may_train_more_of_lilts_towers():
     lock["locked"] = "image"
     assert presets.run_of(presets.job_of("lilt", lock, start), lock, "cpu").micro == 64
     assert presets.run_of(presets.job_of("lilt", lock, start), lock, "cuda").micro == 320
+
     beside = presets.job_of("lilt", {"init": "x", "image_mlp": 64}, start)
     assert beside.options["image"] == {"mlp": 64}
     start["options"]["text"]["adapter"] = "deep"  # what it has trained stays
     kept = presets.job_of("lilt", {"init": "x", "preset": "lilt-default"}, start)
     assert kept.options["text"]["adapter"] == "deep"
+
+
+@pytest.mark.parametrize(("processes", "device", "micro"), [(2, "cpu", 160), (4, "cuda", 80)])
+def test_each_of_several_processes_has_a_part_of_every_step(processes, device, micro, monkeypatch):
+    monkeypatch.setattr(ranks, "size", lambda: processes)
+    asked = {"batch": 320}
+    job = presets.job_of("lilt", asked)
+    assert presets.run_of(job, asked, device).micro == micro
+    asked["micro"] = 320
+    job = replace(job, data="nowhere")
+    with pytest.raises(UserError, match="too few for"):  # before anything is read or encoded
+        train.carry_out(job, presets.run_of(job, asked, "cpu"), {}, {})

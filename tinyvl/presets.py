@@ -281,12 +281,14 @@ def run_of(job: Job, asked: dict[str, Any], device: Any) -> Run:
     if "micro" in asked:
         return run
     if str(device).startswith("cuda"):  # what does not fit is cut up
-        run.micro = max(1, job.recipe.batch // ranks.size())
+        run.micro = job.recipe.batch
     if job.method == "lilt" and run.cache and not job.crops:
         sides = [job.options.get(side, {}) for side in {"text", "image"} - {job.locked}]
         learns = {side.get(what, "none") for side in sides for what in ("unlock", "adapter")}
         if learns == {"none"}:  # what is learnt reads what is kept of the towers
             run.micro = 2500
+    if ranks.size() > 1:  # each has a part of every step
+        run.micro = max(1, min(run.micro, job.recipe.batch // ranks.size()))
     return run
 
 

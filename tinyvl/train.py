@@ -23,6 +23,7 @@ from tinyvl.features import open_store
 from tinyvl.presets import Job, Recipe, Run
 from tinyvl.progress import bar, say
 from tinyvl.train_batches import Feed, cache_dtype, load_records
+from tinyvl.train_plan import Plan
 from tinyvl.train_run import Interrupted
 
 
@@ -75,6 +76,7 @@ def carry_out(
 ) -> dict[str, Any]:
     """Trains a new run, or goes on with one that has this ``config``, -> its summary."""
     resumed = bool(config)
+    Plan.of([1], job, run).check(ranks.size())  # before an hour of encoding
     train_records, val_records = load_records(job)
     val_records = val_records[:1000]  # enough to choose by
     source = models.open_checkpoint(job.init, models.task_of(job.method)) if job.init else None
