@@ -66,8 +66,11 @@ def test_threads_wait_asleep_unless_the_user_says_otherwise(monkeypatch, told):
     monkeypatch.setenv("OMP_WAIT_POLICY", told or "")
     if told is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")  # so that it is put back
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     shell.run("--version")
     assert os.environ["OMP_WAIT_POLICY"] == (told or "PASSIVE")
+    assert os.environ.get("GOMP_SPINCOUNT") == (None if told else "20000")
     code = "import sys, tinyvl.cli; print('torch' in sys.modules)"  # it is read when torch loads
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n"
