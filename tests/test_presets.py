@@ -131,7 +131,6 @@ def test_init_may_train_more_of_lilts_towers():
     lock["locked"] = "image"
     assert presets.run_of(presets.job_of("lilt", lock, start), lock, "cpu").micro == 64
     assert presets.run_of(presets.job_of("lilt", lock, start), lock, "cuda").micro == 320
-
     beside = presets.job_of("lilt", {"init": "x", "image_mlp": 64}, start)
     assert beside.options["image"] == {"mlp": 64}
     start["options"]["text"]["adapter"] = "deep"  # what it has trained stays

@@ -68,9 +68,11 @@ class Same(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), of any size -> (B, C, ceil(H / stride), ceil(W / stride))."""
-        conv, sums = self.conv, []
-        for side, stride, kernel in zip(x.shape[2:], conv.stride, conv.kernel_size, strict=True):
-            sums.append(max((-(-side // stride) - 1) * stride + kernel - side, 0))
+        from timm.layers import get_same_padding
+
+        conv = self.conv
+        shape = zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True)
+        sums = [get_same_padding(side, kernel, stride, 1) for side, kernel, stride in shape]
         odd = {total % 2 for total in sums}
         if x.device.type != "cpu" or len(odd) > 1:
             return conv(x)
@@ -84,8 +86,9 @@ def pad_within(model: nn.Module) -> None:
 
     On a CPU the copy takes several times as long as the convolution.
     """
+    from timm.layers import Conv2dSame
+
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Conv2d) or type(module).__name__ != "Conv2dSame":
-            continue
-        if module.groups == module.in_channels and module.dilation == (1, 1):
+        same = isinstance(module, Conv2dSame) and module.dilation == (1, 1)
+        if same and module.groups == module.in_channels:
             model.set_submodule(name, Same(module))
