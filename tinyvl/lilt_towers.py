@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyvl import UserError
 from tinyvl.encoders import (
     ImageEncoder,
     Percept,
@@ -65,6 +67,20 @@ def image_model(
     return model, depth
 
 
+def lacks_detail(images: Tensor) -> Tensor:
+    """Which pictures, uint8 (B, 3, H, W), are blurred: bool (B,). One colour alone is not.
+
+    Reduced to a quarter of their sides, these lose less than a twentieth of their contrast (both as
+    root mean squares). So do pictures that have been enlarged five times or more.
+    """
+    x = images.float().mean(1, keepdim=True)
+    quarter = [side // 4 for side in x.shape[2:]]
+    reduced = F.interpolate(x, quarter, mode="bicubic", antialias=True)
+    lost = F.interpolate(reduced, x.shape[2:], mode="bicubic") - x
+    contrast = x - x.mean((2, 3), keepdim=True)
+    return lost.square().mean((1, 2, 3)) * 20**2 < contrast.square().mean((1, 2, 3))
+
+
 class ImageTower(ImageEncoder):
     """A timm model of which a part may be trained. uint8 (B, 3, H, W) -> tokens (B, S, D)."""
 
@@ -73,13 +89,22 @@ class ImageTower(ImageEncoder):
     std: Tensor
 
     def __init__(
-        self, model: nn.Module, *, fit: str, pool: str, tuned: frozenset[str], map_adapter: bool
-    ):
-        """``pool``: "token" or "mean". ``tuned``: names of the model's trainable parameters.
+        self, model: nn.Module, *, fit: str, pool: str, tuned: frozenset[str], map_adapter: bool,
+        blurred: int = 0,
+    ):  # fmt: skip
+        """Args:
+            pool: "token" or "mean".
+            tuned: names of the model's trainable parameters.
+            map_adapter: all tokens are read, by a `lilt.MapAdapter`.
+            blurred: side in pixels at which a CNN reads pictures without detail as well. 0: none.
 
-        ``map_adapter``: all tokens are read, by a `lilt.MapAdapter`.
+        UserError: the model, or what is made of its tokens, does not go with ``blurred``.
         """
         super().__init__(model, fit=fit)
+        if blurred and (not self.maps or pool != "mean" or map_adapter or blurred >= self.size):
+            need = f"needs a CNN that is read by its mean, and fewer than its {self.size} pixels"
+            raise UserError(f"--image-blurred {blurred} {need}.", 2)
+        self.blurred = blurred
         self.pool, self.tuned, self.map_adapter = pool, tuned, map_adapter
         self.learns = bool(tuned)
 
@@ -89,7 +114,21 @@ class ImageTower(ImageEncoder):
         return Percept(tokens if self.map_adapter else self.pooled(tokens)[:, None], [])
 
     def tokens(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> all tokens (B, S, D), normalised."""
+        """uint8 (B, 3, H, W) -> all tokens (B, S, D), normalised.
+
+        What a small picture shows is larger than anything a CNN has learnt from, once enlarged to
+        the model's size. So of blurred ones the mean is that of two readings, at two sizes.
+        """
+        tokens = self.cells(images)
+        if self.blurred and (rows := lacks_detail(images)).any():
+            side = (self.blurred, self.blurred)
+            small = F.interpolate(images[rows].float(), side, mode="bicubic", antialias=True)
+            mean = self.cells(small.clamp(0, 255)).mean(1, keepdim=True)
+            tokens = tokens.index_put((rows,), (tokens[rows] + mean) / 2)
+        return tokens
+
+    def cells(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), 0 to 255, as they are -> tokens (B, S, D), normalised."""
         x = (images.float() / 255 - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         tokens = channels_last(self.model.forward_features(x), self.width)

@@ -329,7 +329,8 @@ def image_tower(
     over_map = deep and not depth
     own = replace(tuning, adapter="none") if over_map else tuning
     tuned = tuned_names(model, own, depth, where)
-    return ImageTower(model, fit=image["fit"], pool=pool, tuned=tuned, map_adapter=over_map)
+    read = {"fit": image["fit"], "pool": pool, "map_adapter": over_map, "blurred": tuning.blurred}
+    return ImageTower(model, tuned=tuned, **read)
 
 
 def text_tower(
