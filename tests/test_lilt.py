@@ -5,10 +5,12 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import write_text, write_vision
 from torch import Tensor
@@ -17,6 +19,7 @@ from transformers import BertModel
 from tinyvl import UserError, hub, hub_table, lilt, models, presets
 from tinyvl.encoders_text import load_text_model
 from tinyvl.lilt import LilT, Pairs
+from tinyvl.lilt_towers import lacks_detail
 from tinyvl.text import clean_caption
 
 CPU = torch.device("cpu")
@@ -458,6 +461,53 @@ def test_the_temperature_is_clamped_and_divides(folders):
         model.temperature.data.fill_(wild)
         model.accumulate([batch])
         assert model.temperature.item() == pytest.approx(tame)
+
+
+def resized(picture: Tensor, *sides: int) -> Tensor:
+    """uint8 (3, H, W) -> the picture at each of these sides in turn, bicubic, float (3, S, S)."""
+    channels = [Image.fromarray(channel.numpy().astype(np.float32)) for channel in picture]
+    for side in sides:
+        channels = [c.resize((side, side), Image.Resampling.BICUBIC) for c in channels]
+    return torch.stack([torch.from_numpy(np.array(channel)) for channel in channels])
+
+
+def test_a_picture_lacks_detail_if_a_quarter_of_its_size_does_as_well():
+    """Against Pillow's resampling: noise of N pixels enlarged to 260, alone, flat, and faint."""
+    noise = [
+        resized(pictures(1, n)[0], 260).round().clamp(0, 255).byte() for n in (16, 32, 64, 130)
+    ]
+    flat = torch.full((3, 260, 260), 128, dtype=torch.uint8)
+    rows = torch.stack([*noise, pictures(1, 260)[0], flat, flat // 5 + noise[0] // 9])
+    expected = []
+    for row in rows:
+        grey = row.float().mean(0, keepdim=True)
+        lost = (resized(grey, 65, 260) - grey).square().mean().sqrt()
+        expected.append(bool(20 * lost < (grey - grey.mean()).square().mean().sqrt()))
+    assert lacks_detail(rows).tolist() == expected
+    assert expected == [True, False, False, False, False, False, True]
+
+
+def test_blurred_pictures_are_read_at_a_smaller_size_too(folders):
+    """The mean of both readings, each done alone; other pictures are read as they were."""
+    plain, model = build(folders, "cnn"), build(folders, "cnn", image={"blurred": 96})
+    model.load_state_dict(plain.state_dict())
+    small = resized(pictures(1, 24)[0], 224).round().clamp(0, 255).byte()
+    rows = torch.stack([pictures(1, 224)[0], small, pictures(2, 224)[1]])
+    found, before = model.encoder(rows).tokens, plain.encoder(rows).tokens
+    tower = plain.encoder
+    half = tower.cells(resized(small, 96).clamp(0, 255)[None])
+    assert half.shape[1] == 9
+    torch.testing.assert_close(
+        found[1, 0], (tower.pooled(tower.cells(small[None]))[0] + half[0].mean(0)) / 2,
+        atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+    assert not torch.allclose(found[1], before[1], atol=1e-2)
+    torch.testing.assert_close(found[[0, 2]], before[[0, 2]])
+    alone = torch.cat([model.encoder(row[None]).tokens for row in rows])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    for vision, image in (("vision", {}), ("cnn", {"adapter": "deep"}), ("cnn", {"blurred": 224})):
+        with pytest.raises(UserError, match="needs a CNN that is read by its mean"):
+            build(folders, vision, image={"blurred": 16, "pool": "mean"} | image)
 
 
 def test_an_mlp_stands_beside_the_projection_and_starts_at_zero(folders):

@@ -276,7 +276,8 @@ def test_what_cannot_rerank_is_refused_in_a_sentence(root, tmp_path):
     searches = {
         "another encoder": (other, {}, "on the same encoder"),
         "another fit": (vit, {"fit": "crop"}, "on the same encoder"),
-        "another size": (vit, {"size": 64}, "input_size"),
+        "another size": (vit, {"size": 64}, "pictures of 64 pixels"),
+        "a grown one": (vit, {"image": {"adapter": "deep"}}, "was changed in training"),
         "a trained one": (vit, {"image": layernorm}, "was changed in training"),
     }
     for name, (vision, options, why) in searches.items():

@@ -79,6 +79,7 @@ class ImageEncoder(Encoder):
     size: int
     mean: Tensor
     std: Tensor
+    folded = False
 
     def __init__(
         self, model: nn.Module, *, fit: str = "crop", levels: int | None = None, lower: int = 0,
@@ -150,11 +151,12 @@ class ImageEncoder(Encoder):
 
     def fold(self) -> None:
         """Makes a wholly frozen CNN's layers fewer and faster: the same maps, sooner."""
-        if any(p.requires_grad for p in self.model.parameters()):
+        if self.folded or any(p.requires_grad for p in self.model.parameters()):
             return
         fold_norms(self.model, lambda: self.look(self.probe().flatten(0, -4)))
         pad_within(self.model)
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.folded = True
 
     def transform(self) -> Callable:
         """A picklable function: RGB picture -> uint8 tensor (3, H, W)."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from tinyvl.models_build import (
 from tinyvl.models_config import ROLES, backbones, read_config, role_of, towers
 from tinyvl.presets import CONFIGS, PRESETS, SMALL, architecture
 from tinyvl.rerank import NONE, Reranker, check_encoders
+
+if TYPE_CHECKING:
+    from tinyvl.encoders import ImageEncoder
 
 __all__ = [
     "CONFIGS", "Method", "architecture", "build", "check_options", "new_config", "place",
@@ -217,6 +220,7 @@ def load(
     name: str | Checkpoint = "default", *, task: str = "caption",
     device: torch.device | None = None, precision: torch.dtype | None = None,
     sides: Iterable[str] = tuple(ROLES), rerank: str | None = None,
+    encoder: "ImageEncoder | None" = None,
 ) -> Any:  # fmt: skip
     """A trained model, ready to run.
 
@@ -228,6 +232,7 @@ def load(
             a picture alone no transformers, and each takes seconds to import.
         rerank: a search model that chooses among a captioner's beams, or "none"; None: the one that
             its config names.
+        encoder: a LilT's pictures are read by this one's model, which is not loaded again.
 
     UserError: the model is for another task, or cannot be loaded, or the search model cannot.
     """
@@ -237,7 +242,7 @@ def load(
         raise UserError(f"{found.name}: this model does not {DOES[task]}; name one that does.", 2)
     device = device or choose_device()
     precision = precision or choose_precision(None, device)
-    model: Any = build(config, device=device, precision=precision, sides=sides)
+    model: Any = build(config, device=device, precision=precision, sides=sides, encoder=encoder)
     load_weights(model, found.folder)
     if task == "retrieve":
         model.fingerprint = fingerprint(found.folder, config)
@@ -249,13 +254,14 @@ def load(
     rerank = rerank or config.get("rerank") or NONE
     if rerank != NONE:
         other = open_checkpoint(rerank, "retrieve")
-        check_encoders(config, other, rerank)
+        check_encoders(config, model.encoder, other, rerank)
         try:
-            search = load(other, task="retrieve", device=device, precision=precision)
+            how = {"device": device, "precision": precision, "encoder": model.encoder}
+            search = load(other, task="retrieve", **how)
         except UserError as error:
             advice = f"It is to choose among the captions; rerank {NONE} does without."
             raise UserError(f"{error} {advice}", error.status) from error
-        model.reranker = Reranker(search, rerank, model.encoder)
+        model.reranker = Reranker(search)
     return model
 
 

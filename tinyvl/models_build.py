@@ -3,8 +3,9 @@
 A method's module is imported only where a model of this method is built.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -63,22 +64,26 @@ def new_config(
 
 def build(
     config: dict, *, device: torch.device, precision: torch.dtype, weights: bool = True,
-    sides: Iterable[str] = tuple(ROLES),
+    sides: Iterable[str] = tuple(ROLES), encoder: "ImageEncoder | None" = None,
 ) -> "Method":  # fmt: skip
     """The model of a ``config.json``, its trainable modules new.
 
     Without ``weights`` it is on the meta device; ``sides``: of a LilT's "text" and "image" those
-    that are wanted. UserError: an option is refused, or a backbone's weights are not those that the
-    model was trained with.
+    that are wanted; ``encoder``: a LilT's image tower has its model.
+
+    UserError: an option is refused, or a backbone's weights are not those that the model was
+    trained with.
     """
-    assemble = build_lilt if config["method"] == "lilt" else build_captioner
+    assemble: Callable = build_captioner
+    if config["method"] == "lilt":
+        assemble = partial(build_lilt, shared=encoder)
     check_sizes(config)
     if not weights:
         with torch.device("meta"), fitting(config):
             return assemble(config, None, precision)
     folders = {}
     for side, part in backbones(config).items():
-        if side not in sides:
+        if side not in sides or (encoder and side == "image"):
             continue
         folders[side] = hub.fetch(part["name"], role_of(side, part))
         check_sizes({side: {"config": files.read_object(folders[side] / "config.json")}})
@@ -260,10 +265,14 @@ def build_encoder(
 # -------------------------------------------------------------------------------------------- LilT
 
 
-def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.dtype) -> "LilT":
+def build_lilt(
+    config: dict, folders: dict[str, Path] | None, precision: torch.dtype, *,
+    shared: "ImageEncoder | None" = None,
+) -> "LilT":  # fmt: skip
     """LilT over the backbones "image" and "text"; None: parameters only, random.
 
-    The tower of a side that is not in ``folders`` is left out, and its projection.
+    The tower of a side that is not in ``folders`` is left out, and its projection. ``shared``: the
+    image tower has this encoder's model, in which nothing may be trained.
     """
     from tinyvl.lilt import LilT
 
@@ -275,9 +284,9 @@ def build_lilt(config: dict, folders: dict[str, Path] | None, precision: torch.d
     random = options.pop("random_init", False)
     check_lilt((tuned, read), random)
     image = text = None
-    if folders is None or "image" in folders:
-        folder = folders and folders["image"]
-        image = image_tower(config["image"], tuned, folder, size, random)
+    if folders is None or shared or "image" in folders:
+        folder = folders and folders.get("image")
+        image = image_tower(config["image"], tuned, folder, size, random, shared)
     if folders is None or "text" in folders:
         folder = folders and folders["text"]
         whole = read.adapter == "deep" or read.unlock == "all"
@@ -305,15 +314,19 @@ def check_lilt(tunings: tuple[Tuning, Tuning], random: bool) -> None:
 
 
 def image_tower(
-    image: dict, tuning: Tuning, folder: Path | None, size: int | None, random: bool
-) -> "ImageTower":
+    image: dict, tuning: ImageTuning, folder: Path | None, size: int | None, random: bool,
+    shared: "ImageEncoder | None" = None,
+) -> "ImageTower":  # fmt: skip
     """The image tower, tuned; a UserError where it lacks what the tuning asks for."""
     from tinyvl.lilt import add_layerwise_adapters
     from tinyvl.lilt_towers import ImageTower, image_model
 
     where, deep = image["name"], tuning.adapter == "deep"
     weights = None if random else folder
-    model, depth = image_model(image["config"], weights, size=size, grow=deep)
+    if shared:
+        model, depth = shared.model, int(not shared.maps)
+    else:
+        model, depth = image_model(image["config"], weights, size=size, grow=deep)
     if tuning.adapter == "layerwise" and not (depth and add_layerwise_adapters(model)):
         raise UserError(
             f"{where} has no transformer blocks to put layerwise adapters in; use a deep "
@@ -330,7 +343,9 @@ def image_tower(
     own = replace(tuning, adapter="none") if over_map else tuning
     tuned = tuned_names(model, own, depth, where)
     read = {"fit": image["fit"], "pool": pool, "map_adapter": over_map, "blurred": tuning.blurred}
-    return ImageTower(model, tuned=tuned, **read)
+    tower = ImageTower(model, tuned=tuned, **read)
+    tower.folded = bool(shared and shared.folded)
+    return tower
 
 
 def text_tower(

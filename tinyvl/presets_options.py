@@ -319,8 +319,8 @@ class ImageTuning(Tuning):
     width: int = option("Advanced", 384, "Width of a deep adapter on a CNN's feature map.", min=64)
     mlp: int = option("Model", 0, "Width of an MLP beside the image's projection (not the paper). "
         "0: none.", min=0, free=True)
-    blurred: int = option("Model", 0, "Read blurred pictures, as small ones are once enlarged, at N "
-        "pixels, too (not the paper; CNNs). 0: no.", min=0, free=True)
+    blurred: int = option("Model", 0, "Read blurred pictures, as enlarged ones are, at N pixels, "
+        "too (not the paper; CNNs). 0: no.", min=0, free=True)
 
 
 @dataclass(kw_only=True)

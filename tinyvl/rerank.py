@@ -53,8 +53,10 @@ def reranker(found: "Checkpoint", asked: str | None, style: "Style", *, stored: 
     return name
 
 
-def check_encoders(captioner: dict[str, Any], search: "Checkpoint", name: str) -> None:
-    """Raises a UserError where ``search`` embeds no pictures, or reads them by another encoder."""
+def check_encoders(
+    captioner: dict[str, Any], encoder: "Encoder", search: "Checkpoint", name: str
+) -> None:
+    """Raises a UserError where ``search`` embeds no pictures, or not by the captioner's encoder."""
     mine, modality = captioner["vision"], captioner["vision"].get("modality", "image")
     if search.task != "retrieve":
         raise UserError(f"--rerank {name}: this is no search model.", 2)
@@ -68,25 +70,25 @@ def check_encoders(captioner: dict[str, Any], search: "Checkpoint", name: str) -
             f"--rerank {NONE}.",
             2,
         )
+    options = search.config.get("options", {})
+    tuning = options.get("image", {})
+    grown = ("layerwise",) if getattr(encoder, "maps", False) else ("layerwise", "deep")
+    trained = tuning.get("adapter") in grown or tuning.get("unlock", "none") != "none"
+    if trained or encoder.learns:
+        raise UserError(f"--rerank {name}: an image encoder was changed in training.", 2)
+    if options.get("size") not in (None, encoder.size):
+        size = f"{options['size']} pixels, this model {encoder.size}"
+        raise UserError(f"--rerank {name}: it takes pictures of {size}.", 2)
 
 
 class Reranker:
     """A search model that says how well texts fit a picture which a captioner has seen."""
 
-    def __init__(self, model: "LilT", name: str, encoder: "Encoder"):
-        """``encoder``: the captioner's. UserError: it, or the model's, was changed in training, or
-        their pictures are not prepared alike.
-        """
-        own = model.encoder
-        if own.learns or encoder.learns:
-            raise UserError(f"--rerank {name}: an image encoder was changed in training.", 2)
-        for key, value in own.data_config.items():
-            if encoder.data_config.get(key) != value:
-                mine = f"this model with {key} {encoder.data_config.get(key)}"
-                raise UserError(f"--rerank {name}: it takes {key} {value}, {mine}.", 2)
+    def __init__(self, model: "LilT"):
+        """``model``: built on the captioner's encoder."""
         self.model = model
         with torch.no_grad(), model.autocast():
-            self.cells = own.tokens(own.probe().to(model.device)).shape[1]
+            self.cells = model.encoder.cells(model.encoder.probe().to(model.device)).shape[1]
 
     @torch.no_grad()
     def similarities(self, tokens: Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
