@@ -71,7 +71,8 @@ def lacks_detail(images: Tensor) -> Tensor:
     """Which pictures, uint8 (B, 3, H, W), are blurred: bool (B,). One colour alone is not.
 
     Reduced to a quarter of their sides, these lose less than a twentieth of their contrast (both as
-    root mean squares). Most photos do that have been enlarged five times or more, and hardly any others.
+    root mean squares). Most photos do that have been enlarged five times or more, and hardly any
+    others.
     """
     x = images.float().mean(1, keepdim=True)
     quarter = [side // 4 for side in x.shape[2:]]
