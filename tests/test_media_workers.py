@@ -88,8 +88,7 @@ def test_decode_order(pictures, children):
         tensor.add_(1)  # it is ours to write to
 
 
-def test_workers_change_nothing(tmp_path, children, monkeypatch):
-    monkeypatch.setattr(media_workers, "_IN_PROCESS", 0)  # after the first picture
+def test_workers_change_nothing(tmp_path, children):
     paths = [str(tmp_path / name) for name in "abcdefgh"]
     for i, path in enumerate(paths[:5]):
         photo(300 + i, 200, i).save(path, "JPEG")
@@ -205,28 +204,8 @@ def test_few_pictures_start_no_process(pictures, children, monkeypatch):
     assert list(decode_images([], to_tensor, workers=2)) == []
 
 
-def process(image: Image.Image) -> torch.Tensor:
-    """Which process decoded; it takes 40 ms."""
-    time.sleep(0.04)
-    return torch.tensor([os.getpid()])
-
-
-@pytest.mark.parametrize(("each", "whose"), [(0, {False}), (0.4, {True})])
-def test_workers_start_where_decoding_takes_long(pictures, children, monkeypatch, each, whose):
-    """Beside a consumer that takes ``each`` seconds a picture: of two cores' time 1/2 or 1/22."""
-    monkeypatch.setattr(media_workers, "_IN_PROCESS", 0.1)
-    monkeypatch.setattr(media_workers, "cores", lambda: 2)
-    own = []
-    for _, found in decode_images(pictures(*[(0, 0)] * 6), process):
-        own.append(found.item() == os.getpid())
-        time.sleep(each)
-    assert own[:3] == [True] * 3
-    assert set(own[3:]) == whose
-
-
 @pytest.mark.parametrize("workers", [0, 2, None])
-def test_what_the_paths_raise_comes_in_its_turn(pictures, children, workers, monkeypatch):
-    monkeypatch.setattr(media_workers, "_IN_PROCESS", 0)
+def test_what_the_paths_raise_comes_in_its_turn(pictures, children, workers):
     paths = pictures(*[(0, 5)] * 6)
 
     def failing():

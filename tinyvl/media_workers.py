@@ -9,7 +9,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 # that pickles. A forked worker inherits dead OpenMP threads and a CUDA context: it computes in
 # one thread and never touches the device. Outside Linux, system libraries do not survive a fork.
 _CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-_IN_PROCESS = 0.25  # seconds of decoding that cost less than starting workers
+_IN_PROCESS = 4  # the first few pictures cost less than starting workers
 WAKE = 0.5  # seconds: the longest wait, see `_in_workers`
 _START = threading.Lock()  # one start at a time: no child may inherit another's half-made pipe
 
@@ -52,7 +51,8 @@ def decode_images(
             `load_image` (videos, sounds). It must be deterministic, as forked workers share one
             random state, and must pickle except on Linux, where workers are forked.
         workers: 0 decodes in this process. None: a worker per core (those of the machine shared
-            with the other processes of torchrun), at most 8, started only when `dear` says so.
+            with the other processes of torchrun), at most 8, started only after four pictures,
+            which this process decodes itself.
 
     Yields ``(path, tensor)``, or ``(path, MediaError)`` where a picture cannot be decoded, where
     ``transform`` raised, or where a picture killed two workers (they are replaced).
@@ -63,30 +63,15 @@ def decode_images(
     def result(answer: np.ndarray | str) -> Tensor | MediaError:
         return MediaError(answer) if isinstance(answer, str) else torch.from_numpy(answer)
 
-    paths, own = iter(paths), max(1, cores() // ranks.beside())
-    start, spent = time.perf_counter(), 0.0
-    for path in paths if not workers else ():
-        before = time.perf_counter()
-        answer = result(_decode(path, transform, target))
-        spent += time.perf_counter() - before
-        yield path, answer
-        if workers is None and dear(spent, time.perf_counter() - start, own):
-            break
+    paths = iter(paths)
+    alone = _IN_PROCESS if workers is None else 0
+    for path in paths if workers == 0 else itertools.islice(paths, alone):
+        yield path, result(_decode(path, transform, target))
     for first in paths:
-        crew = min(8, own) if workers is None else workers
+        crew = min(8, max(1, cores() // ranks.beside())) if workers is None else workers
         rest = itertools.chain([first], paths)
         for path, answer in _in_workers(rest, transform, target, min(crew, lookahead), lookahead):
             yield path, result(answer)
-
-
-def dear(spent: float, passed: float, cores: int) -> bool:
-    """Whether workers are worth it, where decoding took ``spent`` of the seconds that passed.
-
-    They take cores from what the pictures are decoded for. An encoder's threads on a CPU wait for
-    each other in every layer, so that it loses more than they take: where there are few cores and
-    decoding is quick, it had better wait while this process decodes.
-    """
-    return spent > _IN_PROCESS and spent * cores > passed / 2
 
 
 def _decode(
