@@ -477,14 +477,16 @@ def test_a_picture_lacks_detail_if_a_quarter_of_its_size_does_as_well():
         resized(pictures(1, n)[0], 260).round().clamp(0, 255).byte() for n in (16, 32, 64, 130)
     ]
     flat = torch.full((3, 260, 260), 128, dtype=torch.uint8)
-    rows = torch.stack([*noise, pictures(1, 260)[0], flat, flat // 5 + noise[0] // 9])
+    red = torch.tensor([201, 7, 99], dtype=torch.uint8)[:, None, None].expand(3, 260, 260)
+    rows = torch.stack([*noise, pictures(1, 260)[0], flat, flat // 5 + noise[0] // 9, red])
     expected = []
     for row in rows:
         grey = row.float().mean(0, keepdim=True)
         lost = (resized(grey, 65, 260) - grey).square().mean().sqrt()
-        expected.append(bool(20 * lost < (grey - grey.mean()).square().mean().sqrt()))
+        contrast = (grey - grey.mean()).square().mean().sqrt()
+        expected.append(bool(20 * lost < contrast and contrast > 1))
     assert lacks_detail(rows).tolist() == expected
-    assert expected == [True, False, False, False, False, False, True]
+    assert expected == [True, False, False, False, False, False, True, False]
 
 
 def test_blurred_pictures_are_read_at_a_smaller_size_too(folders):
@@ -505,9 +507,12 @@ def test_blurred_pictures_are_read_at_a_smaller_size_too(folders):
     torch.testing.assert_close(found[[0, 2]], before[[0, 2]])
     alone = torch.cat([model.encoder(row[None]).tokens for row in rows])
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
-    for vision, image in (("vision", {}), ("cnn", {"adapter": "deep"}), ("cnn", {"blurred": 224})):
-        with pytest.raises(UserError, match="needs a CNN that is read by its mean"):
-            build(folders, vision, image={"blurred": 16, "pool": "mean"} | image)
+    others = model.encoder(torch.stack([small, small, small])).tokens
+    assert torch.equal(others[1], found[1])  # whatever is beside it
+    deep, large, tiny = {"adapter": "deep"}, {"blurred": 224}, {"blurred": 16}
+    for vision, image in (("vision", {}), ("cnn", deep), ("cnn", large), ("cnn", tiny)):
+        with pytest.raises(UserError, match="needs a CNN of any size that is read by its mean"):
+            build(folders, vision, image={"blurred": 96, "pool": "mean"} | image)
 
 
 def test_an_mlp_stands_beside_the_projection_and_starts_at_zero(folders):

@@ -121,7 +121,7 @@ def test_init_may_train_more_of_lilts_towers():
         presets.job_of("lilt", {"init": "x", "text_pool": "token"}, start)
     named = presets.job_of("lilt", {"init": "x", "preset": "lilt-default"}, start)
     assert named.options["text"] == job.options["text"]
-    assert named.options["image"] == {"mlp": 1024, "blurred": 128}
+    assert named.options["image"] == {"mlp": 1024}
     more = {"init": "x", "preset": "lilt-default", "text_unlock": "bitfit"}
     assert presets.job_of("lilt", more, start).options["text"]["unlock"] == "bitfit"
     with pytest.raises(UserError, match="--locked is about a tower"):

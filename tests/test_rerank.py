@@ -132,6 +132,7 @@ def test_the_similarity_is_the_search_models_own(world, photos):
     pictures = seen(model, photos)
     with torch.no_grad():
         tokens = model.encoder(pictures).tokens
+    assert model.reranker.model.encoder.model is model.encoder.model  # in memory once
     assert bool(world.media) == (tokens.shape[1:] != search.encoder.tokens(pictures).shape[1:])
     found = model.reranker.similarities(tokens, [TEXTS, TEXTS[:1]] * 4)
     whole = search.embed_images(pictures) @ search.embed_texts(TEXTS).T

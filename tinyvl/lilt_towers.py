@@ -68,7 +68,7 @@ def image_model(
 
 
 def lacks_detail(images: Tensor) -> Tensor:
-    """Which pictures, uint8 (B, 3, H, W), are blurred: bool (B,). One colour alone is not.
+    """Which pictures, uint8 (B, 3, H, W), are blurred: bool (B,). Those of one colour are not.
 
     Reduced to a quarter of their sides, these lose less than a twentieth of their contrast (both as
     root mean squares). Most photos do that have been enlarged five times or more, and hardly any
@@ -79,7 +79,8 @@ def lacks_detail(images: Tensor) -> Tensor:
     reduced = F.interpolate(x, quarter, mode="bicubic", antialias=True)
     lost = F.interpolate(reduced, x.shape[2:], mode="bicubic") - x
     contrast = x - x.mean((2, 3), keepdim=True)
-    return lost.square().mean((1, 2, 3)) * 20**2 < contrast.square().mean((1, 2, 3))
+    most = contrast.square().mean((1, 2, 3))
+    return (lost.square().mean((1, 2, 3)) * 20**2 < most) & (most > 1)
 
 
 class ImageTower(ImageEncoder):
@@ -102,9 +103,12 @@ class ImageTower(ImageEncoder):
         UserError: the model, or what is made of its tokens, does not go with ``blurred``.
         """
         super().__init__(model, fit=fit)
-        if blurred and (not self.maps or pool != "mean" or map_adapter or blurred >= self.size):
-            need = f"needs a CNN that is read by its mean, and fewer than its {self.size} pixels"
-            raise UserError(f"--image-blurred {blurred} {need}.", 2)
+        fixed = not self.maps or self.model.pretrained_cfg.get("fixed_input_size")
+        if blurred and (fixed or pool != "mean" or map_adapter or not 32 <= blurred < self.size):
+            need = (
+                "needs a CNN of any size that is read by its mean, and 32 pixels or more, but fewer"
+            )
+            raise UserError(f"--image-blurred {blurred} {need} than its {self.size}.", 2)
         self.blurred = blurred
         self.pool, self.tuned, self.map_adapter = pool, tuned, map_adapter
         self.learns = bool(tuned)
@@ -123,9 +127,9 @@ class ImageTower(ImageEncoder):
         tokens = self.cells(images)
         if self.blurred and (rows := lacks_detail(images)).any():
             side = (self.blurred, self.blurred)
-            small = F.interpolate(images[rows].float(), side, mode="bicubic", antialias=True)
-            mean = self.cells(small.clamp(0, 255)).mean(1, keepdim=True)
-            tokens = tokens.index_put((rows,), (tokens[rows] + mean) / 2)
+            small = F.interpolate(images.float(), side, mode="bicubic", antialias=True)
+            mean = self.cells(small.clamp(0, 255)).mean(1, keepdim=True)  # of all: to the same bits
+            tokens = torch.where(rows[:, None, None], (tokens + mean) / 2, tokens)
         return tokens
 
     def cells(self, images: Tensor) -> Tensor:

@@ -165,8 +165,7 @@ def kept_parts(row: Preset, start: dict[str, Any], asked: dict[str, Any]) -> dic
     changes = own_options(method, asked)
     if method == "lilt":
         if "preset" in asked:
-            additions = ("adapter", "unlock", "mlp", "blurred")
-            for side, what in itertools.product(("image", "text"), additions):
+            for side, what in itertools.product(("image", "text"), ("adapter", "unlock", "mlp")):
                 added = row.options.get(side, {}).get(what)
                 if added and start["options"].get(side, {}).get(what) in (None, "none", 0):
                     changes.setdefault(f"{side}_{what}", added)

@@ -112,7 +112,7 @@ PRESETS |= {
         "lilt", "multilingual-e5-small", "EfficientNet-Lite2", "ours: the shipped model's shape",
         SEARCH
         | {"text": {"pool": "mean", "dropout": 0.2, "adapter": "layerwise", "unlock": "layernorm"}}
-        | {"image": {"dropout": 0.5, "mlp": 1024, "blurred": 128}},
+        | {"image": {"dropout": 0.5, "mlp": 1024}},
         Recipe(batch=320, epochs=1.5, rate=1e-3, weight_decay=0.02, average=0.99), fit="jpeg",
         job={"per_image": 1},
     ),

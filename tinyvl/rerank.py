@@ -7,7 +7,7 @@ one with the highest
 
 is taken, so that the two models have to agree. It is not in the papers. The picture is not read
 anew: the search model's image encoder has to be the captioner's own, and what its projection reads
-is a part of what the captioner has seen.
+is a part of what the captioner has seen (but for the second reading of a blurred picture).
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def check_encoders(
     if modality != "image":
         raise UserError(f"--rerank is for pictures, and this model perceives {modality}.", 2)
     other = search.image
-    if any(mine.get(key) != other.get(key) for key in ("sha256", "fit")):
+    if any(mine.get(key) != other.get(key) for key in ("sha256", "fit", "config")):
         raise UserError(
             f"--rerank {name}: it reads pictures by {other['name']} ({other['fit']}), this model "
             f"by {mine['name']} ({mine['fit']}); give a search model on the same encoder, or "
@@ -72,8 +72,7 @@ def check_encoders(
         )
     options = search.config.get("options", {})
     tuning = options.get("image", {})
-    grown = ("layerwise",) if getattr(encoder, "maps", False) else ("layerwise", "deep")
-    trained = tuning.get("adapter") in grown or tuning.get("unlock", "none") != "none"
+    trained = any(tuning.get(key, "none") != "none" for key in ("adapter", "unlock"))
     if trained or encoder.learns:
         raise UserError(f"--rerank {name}: an image encoder was changed in training.", 2)
     if options.get("size") not in (None, encoder.size):
