@@ -105,10 +105,9 @@ class ImageTower(ImageEncoder):
         super().__init__(model, fit=fit)
         fixed = not self.maps or self.model.pretrained_cfg.get("fixed_input_size")
         if blurred and (fixed or pool != "mean" or map_adapter or not 32 <= blurred < self.size):
-            need = (
-                "needs a CNN of any size that is read by its mean, and 32 pixels or more, but fewer"
-            )
-            raise UserError(f"--image-blurred {blurred} {need} than its {self.size}.", 2)
+            need = "needs a CNN of any size that is read by its mean"
+            most = self.size - 1
+            raise UserError(f"--image-blurred {blurred} {need}, and 32 to {most} pixels.", 2)
         self.blurred = blurred
         self.pool, self.tuned, self.map_adapter = pool, tuned, map_adapter
         self.learns = bool(tuned)

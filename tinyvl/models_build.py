@@ -74,9 +74,8 @@ def build(
     UserError: an option is refused, or a backbone's weights are not those that the model was
     trained with.
     """
-    assemble: Callable = build_captioner
-    if config["method"] == "lilt":
-        assemble = partial(build_lilt, shared=encoder)
+    lilt = partial(build_lilt, shared=encoder)
+    assemble: Callable = lilt if config["method"] == "lilt" else build_captioner
     check_sizes(config)
     if not weights:
         with torch.device("meta"), fitting(config):
@@ -324,7 +323,7 @@ def image_tower(
     where, deep = image["name"], tuning.adapter == "deep"
     weights = None if random else folder
     if shared:
-        model, depth = shared.model, int(not shared.maps)
+        model, depth = shared.model, 0  # nothing of it is trained
     else:
         model, depth = image_model(image["config"], weights, size=size, grow=deep)
     if tuning.adapter == "layerwise" and not (depth and add_layerwise_adapters(model)):
