@@ -7,7 +7,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tinyvl import UserError
+from tinyvl import UserError, decoder_head
+from tinyvl import decoder as decoder_module
 from tinyvl.decoder import Cache, Decoder, attend
 from tinyvl.decoder_head import HeadLosses
 from tinyvl.decoder_weights import build_decoder, decoder_config, load_decoder
@@ -389,6 +390,52 @@ def test_a_head_that_is_trained_has_torch_s_gradient():
     expected = torch.nn.functional.cross_entropy(decoder.logits(hidden), wanted, reduction="sum")
     (gradient,) = torch.autograd.grad(expected, [decoder.embed.weight])
     torch.testing.assert_close(decoder.embed.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_head_in_blocks_is_one_product_in_float32(monkeypatch, dtype, rows):
+    monkeypatch.setattr(decoder_head, "BLOCK", 40)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 24).to(dtype), torch.randn(97, 24).to(dtype)
+    found = decoder_head.scores(hidden, weight)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (hidden @ weight.T).float(), atol=1e-5, rtol=1e-2)
+    kept = torch.full((rows, 97), 7.0, dtype=dtype)
+    assert decoder_head.scores(hidden, weight, kept) is kept
+    torch.testing.assert_close(kept.float(), found, atol=1e-5, rtol=1e-2)
+    own = hidden.clone().requires_grad_()
+    decoder_head.scores(own, weight).sum().backward()
+    torch.testing.assert_close(own.grad, weight.sum(0).expand(rows, -1), atol=0.1, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_step_of_one_token_attends_in_float32(monkeypatch, dtype, family):
+    """Under autocast too; against torch's own attention on the same numbers, in float64."""
+    decoder = ours(peer(family)).to(dtype)
+    seen, cache = [], Cache()
+    plain = decoder_module.attend
+
+    def spy(q, k, v, mask, causal):
+        out = plain(q, k, v, mask, causal)
+        wide = [x.double() for x in (q, k, v)]
+        assert out.dtype == torch.float32
+        expected = torch.nn.functional.scaled_dot_product_attention(*wide, mask, enable_gqa=True)
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+        seen.append(q.shape)
+        return out
+
+    ids, mask = left_padded()
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        decoder(ids[:, :-1], mask[:, :-1], cache=cache)
+        monkeypatch.setattr(decoder_module, "attend", spy)
+        last = decoder(ids[:, -1:], mask[:, -1:], cache=cache)[:, 0]
+        monkeypatch.setattr(decoder_module, "attend", plain)
+        whole = decoder(ids, mask)[:, -1]
+    assert len(seen) == len(decoder.layers)
+    near = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(last.float(), whole.float(), atol=near, rtol=near)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

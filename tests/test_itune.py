@@ -210,6 +210,15 @@ def test_all_layers_keys_and_values_are_those_of_their_modules(model):
     for i, (k, v) in model.see(percept).items():
         own = model.itune[str(i)].see(percept.tokens)
         torch.testing.assert_close((k, v), own, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():  # laid out for decoding, keys in the precision of the scores
+            for low in (torch.float32, torch.bfloat16):
+                with torch.autocast("cpu", low, enabled=low != torch.float32):
+                    fixed = model.see(percept)[i]
+                assert [x.dtype for x in fixed] == [torch.float32, low]
+                assert all(x.is_contiguous() for x in fixed)
+                near = 1e-5 if low == torch.float32 else 0.05
+                wide = tuple(x.float() for x in fixed)
+                torch.testing.assert_close(wide, (k, v), rtol=near, atol=near)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,10 @@ class Attention(nn.Module):
         if mask is not None and (extra := k.shape[2] - mask.shape[-1]):
             mask = F.pad(mask, (extra, 0), value=True)
         causal = mask is None and q.shape[2] > 1
-        if q.device.type == "cpu" and any(part.requires_grad for part in (q, k, v)):
+        if q.device.type == "cpu" and q.shape[2] == 1:
+            with torch.autocast("cpu", enabled=False):  # to float32 and back is not what takes time
+                out = attend(q.float(), k.float(), v.float(), mask, causal).to(v.dtype)
+        elif q.device.type == "cpu" and any(part.requires_grad for part in (q, k, v)):
             out = attend(q, k, v, mask, causal)
         else:
             out = F.scaled_dot_product_attention(
@@ -174,7 +177,8 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """`F.scaled_dot_product_attention`, of which q (B, h, T, D) has h / g heads for one of k and v
-    (B, g, S, D). Over short texts torch's own kernels are slow backward on a CPU."""
+    (B, g, S, D). Over short texts torch's own kernels are slow on a CPU: backward, and for the one
+    token of a step of decoding, in bf16 six times as slow."""
     shape, (batch, groups, keys, width) = q.shape, k.shape
     q = (q * width**-0.5).reshape(batch * groups, -1, width)  # a group's queries, head by head
     k, v = (x.reshape(batch * groups, keys, width) for x in (k, v))
@@ -356,7 +360,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., d) to float32 logits (..., vocab_size)."""
         hidden, weight = self._read_out(hidden)
-        return scores(hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1]).float()
+        return scores(hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1])
 
     def losses(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Cross-entropy (N,), float32, of the tokens ``wanted`` (N,) behind states (N, d)."""

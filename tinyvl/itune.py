@@ -35,6 +35,11 @@ from tinyvl.text import Text
 KeysValues = tuple[Tensor, Tensor]  # (I, S, r) each
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ITuneModule(nn.Module):
     """Equations 1 to 5 for one layer."""
 
@@ -62,8 +67,7 @@ class ITuneModule(nn.Module):
         """How x (B, T, d), rows grouped by image, attends to keys (I, S, r): (I, B / I * T, S)."""
         q = self.q(x).view(len(k), -1, k.shape[-1])  # (1) an image's rows stand side by side
         with torch.autocast(x.device.type, enabled=False):  # unscaled scores are too large for half
-            exact = torch.promote_types(q.dtype, torch.float32)
-            return (q.to(exact) @ k.to(exact).mT).softmax(-1)  # (4)
+            return (wide(q) @ wide(k).mT).softmax(-1)  # (4)
 
     def forward(self, x: Tensor, visual: KeysValues) -> Tensor:
         """x (B, T, d), rows grouped by image, to Δh (B, T, d)."""
@@ -126,7 +130,11 @@ class ITune(Captioner):
         maps = [linear for module in modules.values() for linear in (module.k, module.v)]
         weight, bias = torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps])
         parts = F.linear(tokens, weight, bias).split([m.out_features for m in maps], -1)
-        return {int(i): (parts[2 * n], parts[2 * n + 1]) for n, i in enumerate(modules)}
+        keys, values = parts[::2], parts[1::2]
+        if not torch.is_grad_enabled():  # as each step of decoding reads them: laid out once
+            keys = [wide(k.contiguous()) for k in keys]
+            values = [v.contiguous() for v in values]
+        return dict(zip(map(int, modules), zip(keys, values, strict=True), strict=True))
 
     def added(self, visual: dict[int, KeysValues]) -> dict[str, Any]:
         branches = {i: lambda x, i=i, kv=kv: self.itune[str(i)](x, kv) for i, kv in visual.items()}

@@ -121,13 +121,16 @@ class ImageTower(ImageEncoder):
         """uint8 (B, 3, H, W) -> all tokens (B, S, D), normalised.
 
         What a small picture shows is larger than anything a CNN has learnt from, once enlarged to
-        the model's size. So of blurred ones the mean is that of two readings, at two sizes.
+        the model's size. So of blurred ones the mean is that of two readings, at two sizes; the one
+        at the smaller, which takes little time, is itself the mean of picture and mirror image.
         """
         tokens = self.cells(images)
         if self.blurred and (rows := lacks_detail(images)).any():
             side = (self.blurred, self.blurred)
             small = F.interpolate(images.float(), side, mode="bicubic", antialias=True)
-            mean = self.cells(small.clamp(0, 255)).mean(1, keepdim=True)  # of all: to the same bits
+            small = small.clamp(0, 255)
+            both = [self.cells(x) for x in (small, small.flip(-1))]  # of all: to the same bits
+            mean = torch.cat(both, 1).mean(1, keepdim=True)
             tokens = torch.where(rows[:, None, None], (tokens + mean) / 2, tokens)
         return tokens
 
