@@ -1,6 +1,6 @@
 """Extraction of features against the bare encoder: what decoding, keeping and writing cost.
 
-    python tests/benchmarks/bench_features.py [--vision NAME] [--fit FIT] [--data FOLDER]
+    python tests/benchmarks/bench_features.py [--vision NAME] [--random] [--data FOLDER]
 
 The bare encoder reads uint8 pictures from memory, in the same blocks and with the same threads;
 `extract` reads files and leaves a cache on disk. They take turns, in one process, so that what
@@ -12,11 +12,13 @@ milliseconds of a core for a picture it is encoder / (encoder + decoder), whatev
 0.9 the encoder has to take nine times as long as the decoder.
 A plain loop opens each picture whole, encodes as many at once and saves the tokens; those of small
 JPEGs are compared with the cache's first.
+With --random the encoder, one of timm's, has random weights, which take as long as trained ones.
 Small JPEGs are those of --data, or noise of 256 x 256 pixels; large ones have 12 megapixels.
 """
 
 import io
 import itertools
+import json
 import os
 import resource
 import statistics
@@ -28,10 +30,12 @@ from pathlib import Path
 import torch
 from bench_decode import photo
 from PIL import Image
+from safetensors.torch import save_file
 from timing import Report, parser, skewed
 
 from tinyvl import features, media, media_workers
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
+from tinyvl.encoders import build_timm
 from tinyvl.presets import Run
 
 
@@ -68,9 +72,18 @@ def sets(folder: Path, data: str | None, count: int) -> Iterator[tuple[str, list
         yield name, [str(folder / name / f"{i}.jpg") for i in range(count)]
 
 
+def untrained(architecture: str, folder: Path) -> str:
+    """A folder with random weights of one of timm's models."""
+    config = {"architecture": architecture}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(build_timm(config).state_dict(), folder / "model.safetensors")
+    return str(folder)
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--vision", default="EfficientNet-Lite2")
+    options.add_argument("--random", action="store_true")
     options.add_argument("--fit", default="crop")
     options.add_argument("--data")
     options.add_argument("--images", type=int, default=256)
@@ -82,9 +95,11 @@ def main() -> None:
     keep_memory()
     device = choose_device(options.device)
     precision = choose_precision(None, device)
-    vision, encoder = features.load_encoder(
-        options.vision, options.fit, device=device, precision=precision
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        name = untrained(options.vision, Path(folder)) if options.random else options.vision
+        vision, encoder = features.load_encoder(
+            name, options.fit, device=device, precision=precision
+        )
     head = features.contents(vision, encoder)
     print(
         f"{options.vision}, {device} {precision_name(precision)}, {media_workers.cores()} cores, "
