@@ -57,14 +57,9 @@ class Hypothesis:
     finished: bool  # an end token was produced within max_new_tokens
 
     @property
-    def length(self) -> int:
-        """How many tokens were generated, the end token included."""
-        return len(self.tokens) + self.finished
-
-    @property
     def mean_logprob(self) -> float:
         """Mean log-probability per generated token, the end token included: a caption's score."""
-        return self.logprob / self.length
+        return self.logprob / (len(self.tokens) + self.finished)
 
 
 CPU_ROWS = 4  # of logits that a CPU looks through at once

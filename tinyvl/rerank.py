@@ -3,10 +3,9 @@
 The likeliest caption is often a safe one, which would fit many pictures. Of the beams' texts the
 one with the highest
 
-    mean log-probability per token + WEIGHT * cosine similarity to the picture - LENGTH * tokens
+    mean log-probability per token + WEIGHT * cosine similarity of text and picture
 
-is taken, so that the two models have to agree; both of them like a longer text better than people
-do. It is not in the papers. The picture is not read
+is taken, so that the two models have to agree. It is not in the papers. The picture is not read
 anew: the search model's image encoder has to be the captioner's own, and what its projection reads
 is a part of what the captioner has seen (but for the second reading of a blurred picture).
 """
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from tinyvl.models import Checkpoint
 
 WEIGHT = 4.0  # of the similarity; of 0.5 to 16 the best on 800 validation photos
-LENGTH = 0.04  # what a token costs; 0 to 0.12 were tried on the same
 NONE = "none"  # the name of no search model
 
 
@@ -108,13 +106,7 @@ class Reranker:
         self, tokens: Tensor, found: list[list[Hypothesis]], texts: Sequence[Sequence[str]]
     ) -> list[Hypothesis]:
         """Of each picture's hypotheses, whose ``texts`` these are, the best by both models."""
-        close = self.similarities(tokens, texts)
         return [
-            max(zip(own, like, strict=True), key=lambda pair: agreed(*pair))[0]
-            for own, like in zip(found, close, strict=True)
+            max(zip(own, close, strict=True), key=lambda p: p[0].mean_logprob + WEIGHT * p[1])[0]
+            for own, close in zip(found, self.similarities(tokens, texts), strict=True)
         ]
-
-
-def agreed(text: Hypothesis, similarity: float) -> float:
-    """What both models make of a text."""
-    return text.mean_logprob + WEIGHT * similarity - LENGTH * text.length
