@@ -1,5 +1,6 @@
 """A search model that chooses among a captioner's beams."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -234,7 +235,10 @@ def test_an_evaluation_says_so_and_goes_on_with_the_same_alone(world, photos, tm
     rest = (world.captioner, data, "--metrics", "CIDEr", "--out", tmp_path / "out", "--json")
     done = shell.run("eval", "caption", "--rerank", world.search, *rest)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["decoding"]["rerank"] == str(world.search)
+    decoding = json.loads(done.stdout)["decoding"]
+    assert decoding["rerank"] == str(world.search)
+    weights = (world.search / "model.safetensors").read_bytes()
+    assert decoding["reranker"] == hashlib.sha256(weights).hexdigest()  # whatever its name is
     other = shell.run("eval", "caption", *rest, "--resume")
     assert other.returncode == 2
     assert "rerank" in other.stderr or "decoding" in other.stderr

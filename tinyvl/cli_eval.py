@@ -104,8 +104,8 @@ class Texts(Evaluation):
             return
         if self.predictions and self.compare:
             raise UserError("--predictions scores each, --compare two: give one of them.", 2)
-        if self.out or self.resume or self.shuffle or self.features:
-            idle = "--out, --resume, --features and --shuffle-images"
+        if self.out or self.resume or self.shuffle or self.features or self.frames:
+            idle = "--out, --resume, --features, --frames and --shuffle-images"
             raise UserError(f"{idle} are for running a model.", 2)
         if self.results and (self.compare or len(self.predictions or ()) > 1):
             raise UserError("--results writes one set of predictions: give one.", 2)
@@ -192,6 +192,9 @@ def of_texts(
     from tinyvl import evaluate, evaluate_compare
 
     elsewhere = asked.predictions or asked.compare
+    idle = [*search.given, *([] if rerank is None else ["rerank"])]
+    if elsewhere and idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} is for running a model.", 2)
     model, path = model_and_data(arguments, model=not elsewhere)
     source = asked.source(path, asked.lang, top)
     more = {"scoring": scoring, "allow_missing": asked.allow_missing}

@@ -62,7 +62,6 @@ class Hypothesis:
         return self.logprob / (len(self.tokens) + self.finished)
 
 
-CPU_ROWS = 4  # of logits that a CPU looks through at once
 PER_TOKEN = False  # a choice scores its log-probability, as Visual7W's do, or the mean per token
 
 
@@ -206,8 +205,8 @@ def beam(
     closed = done[:, 0] > 0  # prompts that have ended: none yet
     row_of = torch.arange(len(live), device=prompt.device)
     for t in range(max_new_tokens):
-        logits, r = step(ids, rows), running.shape[1]  # r: 1, then beams
-        score, parent, token = _extended(running, logits, width, banned)
+        logits, r = _logits(step, ids, rows, banned), running.shape[1]  # r: 1, then beams
+        score, parent, token = _extended(running, logits, width)
         texts = _take(texts, parent)
         texts[:, :, t] = token
         ends = torch.isin(token, stop) | (t + 1 == max_new_tokens)
@@ -250,26 +249,17 @@ def beam(
     return found
 
 
-def _extended(
-    running: Tensor, logits: Tensor, width: int, banned: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _extended(running: Tensor, logits: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best continuations of running texts (n, r) by a token, from logits (n * r, V).
 
     -> their log-probabilities, best first, the text each goes on from, and its token: (n, width).
     """
-    (n, r), k = running.shape, min(width, logits.shape[-1])
-    # Each row's own best first, few rows at a time: a CPU's cache holds them while they are read.
-    parts = []
-    for part in logits.split(CPU_ROWS if logits.device.type == "cpu" else len(logits)):
-        own = _allowed(part, banned)
-        parts.append((*own.topk(k), own.logsumexp(-1, keepdim=True)))
-    best, token, total = map(torch.cat, zip(*parts, strict=True))  # (n * r, k), ..., (n * r, 1)
-    each = (running.flatten()[:, None] + (best - total)).view(n, -1)  # (n, r * k)
-    if each.shape[1] < width:
-        each = F.pad(each, (0, width - each.shape[1]), value=-math.inf)
-    score, index = each.topk(width)
-    index = index.clamp(max=r * k - 1)
-    return score, index // k, token.view(n, -1).gather(1, index)
+    (n, r), vocabulary = running.shape, logits.shape[-1]
+    total = (running.flatten()[:, None] + logits.log_softmax(-1)).view(n, -1)  # (n, r * V)
+    if total.shape[1] < width:
+        total = F.pad(total, (0, width - total.shape[1]), value=-math.inf)
+    score, index = total.topk(width)
+    return score, (index // vocabulary).clamp(max=r - 1), index % vocabulary
 
 
 @torch.no_grad()
@@ -285,7 +275,7 @@ def _single(
     closed = live < 0  # with `stay`: which have ended
     ids, rows = prompt, None
     for t in range(max_new_tokens):
-        logits = _allowed(step(ids, rows), banned)  # (n, V)
+        logits = _logits(step, ids, rows, banned)  # (n, V)
         token = pick(logits, live, t)
         chance = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
         if stay:
@@ -316,8 +306,9 @@ def _ids(
     return prompt.new_tensor(sorted(ends)), prompt.new_tensor(list(forbid))
 
 
-def _allowed(logits: Tensor, banned: Tensor) -> Tensor:
-    return logits.float().index_fill(-1, banned, -math.inf)
+def _logits(step: Step, ids: Tensor, rows: Tensor | None, banned: Tensor) -> Tensor:
+    logits = step(ids, rows).float()
+    return logits.index_fill(-1, banned, -math.inf) if len(banned) else logits
 
 
 def _take(texts: Tensor, index: Tensor) -> Tensor:

@@ -252,12 +252,7 @@ class Checkpoint:
         """The head of a report, which tells this checkpoint from others."""
         about = {"method": self.found.config.get("method")}
         about |= {side: part["name"] for side, part in models.backbones(self.found.config).items()}
-        try:
-            with (self.found.folder / "model.safetensors").open("rb") as file:
-                about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            message = f"{self.found.folder}: model.safetensors cannot be read ({error})."
-            raise UserError(message) from error
+        about["sha256"] = digest(self.found)
         features = self.place.features and str(self.place.features.absolute())
         precision = precision_name(self.place.precision)
         how |= {"checkpoint": about, "features": features, "precision": precision}
@@ -278,6 +273,16 @@ class Checkpoint:
         if store is not None:
             store.check(model)
         return model, store
+
+
+def digest(found: models.Checkpoint) -> str:
+    """The SHA-256 of a checkpoint's weights. UserError: they cannot be read."""
+    try:
+        with (found.folder / "model.safetensors").open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        message = f"{found.folder}: model.safetensors cannot be read ({error})."
+        raise UserError(message) from error
 
 
 def described(
@@ -331,6 +336,8 @@ def run(
     decoding = dict(vars(style))
     if style.rerank in (None, NONE):
         del decoding["rerank"]
+    else:
+        decoding["reranker"] = digest(models.open_checkpoint(style.rerank, "retrieve"))
     how = {"decoding": decoding, "shuffled": shuffle, "tinyvl": __version__}
     how |= {} if frames is None else {"frames": frames}
     head = checkpoint.head(kind, source, split, **how)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All the CPU benchmarks, about ten minutes on two cores: tables, and JSON lines in a file.
+# All the CPU benchmarks, about fifteen minutes on two cores: tables, and JSON lines in a file.
 #
 #     bash tests/benchmarks/run.sh [FILE]
 #
@@ -18,6 +18,8 @@ bench train --repeats 2
 bench captions --batches 1 8 --growth 1 3 5 10 --repeats 2
 bench captions --batches 32 --growth --questions 32 --repeats 1
 bench features --images 96
+bench features --images 1024 --repeats 1 --small
+bench features --images 128 --repeats 1 --small --random --vision vit_base_patch16_clip_quickgelu_224.openai
 bench search --rows 10000 100000 500000
 bench decode --images 8 --repeats 1
 bench metrics --images 2000
