@@ -485,10 +485,16 @@ def test_forbidden_tokens(models, prompts):
 
 def test_half_precision_logits_and_the_steps_own_tensor_is_left_alone():
     logits = torch.randn(1, 9, dtype=torch.float32)
-    before = logits.clone()
+    before, both = logits.clone(), logits.repeat(2, 1)
     prompt = torch.zeros(1, 1, dtype=torch.long)
+    for forbid in ([], [0]):
+        common = {"eos": 8, "max_new_tokens": 3, "forbid": forbid}
+        [h] = greedy(lambda ids, rows: logits, prompt, **common)
+        sample(lambda ids, rows: logits, prompt, seed=1, top_k=3, top_p=0.8, **common)
+        beam(lambda ids, rows: logits if rows is None else both, prompt, beams=2, **common)
+        assert torch.equal(logits, before)
+        assert torch.equal(both, before.repeat(2, 1))
     [h] = greedy(lambda ids, rows: logits, prompt, eos=8, max_new_tokens=2, forbid=[0])
-    assert torch.equal(logits, before)
     [half] = greedy(lambda ids, rows: logits.half(), prompt, eos=8, max_new_tokens=2, forbid=[0])
     assert half.logprob == pytest.approx(h.logprob, abs=1e-2)
     assert not math.isinf(half.logprob)

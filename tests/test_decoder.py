@@ -434,8 +434,15 @@ def test_a_step_of_one_token_attends_in_float32(monkeypatch, dtype, family):
         monkeypatch.setattr(decoder_module, "attend", plain)
         whole = decoder(ids, mask)[:, -1]
     assert len(seen) == len(decoder.layers)
+    monkeypatch.setattr(decoder_module, "MOST", 0)  # longer texts: as torch does it
+    monkeypatch.setattr(decoder_module, "attend", None)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        again = Cache()
+        decoder(ids[:, :-1], mask[:, :-1], cache=again)
+        torchs = decoder(ids[:, -1:], mask[:, -1:], cache=again)[:, 0]
     near = 1e-4 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(last.float(), whole.float(), atol=near, rtol=near)
+    for found in (last, torchs):
+        torch.testing.assert_close(found.float(), whole.float(), atol=near, rtol=near)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

@@ -105,7 +105,7 @@ def test_the_names_of_the_first_checkpoints_are_read(folders, tmp_path):
         ("vision", {"image": {"adapter": "layerwise"}, "text": {"unlock": "bitfit"}}),
     ],
 )
-def test_one_tower_embeds_as_both_do(folders, tmp_path, vision, options):
+def test_one_tower_embeds_as_both_do(folders, tmp_path, vision, options, monkeypatch):
     torch.manual_seed(0)
     config = models.new_config(
         "lilt", folders["text"], folders[vision], fit="squash", prompt="", options=options
@@ -130,6 +130,9 @@ def test_one_tower_embeds_as_both_do(folders, tmp_path, vision, options):
     pictures = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
     expected = both.embed_images(pictures)
     torch.testing.assert_close(image.embed_images(pictures), expected, atol=1e-6, rtol=0)
+    with monkeypatch.context() as patch:  # the same weights, read otherwise
+        patch.setattr(models, "READING", -1)
+        assert models.load(str(tmp_path), **load).fingerprint != both.fingerprint
     model.temperature.data += 0.01
     models.save(model, tmp_path)
     assert models.load(str(tmp_path), **load).fingerprint != both.fingerprint

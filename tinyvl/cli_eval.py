@@ -187,14 +187,14 @@ def of_texts(
     scoring: dict[str, Any] | None = None, top: int | None = None, rerank: str | None = None,
 ) -> None:  # fmt: skip
     """Scores a model's captions or answers, or those made elsewhere."""
-    style = search.style()
-    style.rerank = rerank
-    from tinyvl import evaluate, evaluate_compare
-
     elsewhere = asked.predictions or asked.compare
     idle = [*search.given, *([] if rerank is None else ["rerank"])]
     if elsewhere and idle:
         raise UserError(f"--{idle[0].replace('_', '-')} is for running a model.", 2)
+    style = search.style()
+    style.rerank = rerank
+    from tinyvl import evaluate, evaluate_compare
+
     model, path = model_and_data(arguments, model=not elsewhere)
     source = asked.source(path, asked.lang, top)
     more = {"scoring": scoring, "allow_missing": asked.allow_missing}

@@ -3,7 +3,7 @@
 Nothing here knows a model. A ``Step`` gives the logits of the next token, and its owner keeps the
 caches::
 
-    step(ids, rows) -> (N, V) logits of the last position, float32 or castable
+    step(ids, rows) -> (N, V) logits of the last position, float32 or castable; only read here
 
     first call   ids (B, T) the prompts, LEFT padded (the owner knows the mask); rows None
     later calls  ids (N, 1) the last token of each row; rows (N,) int64: row j continues row

@@ -33,6 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by transformers' names
     "silu": F.silu,
     "swish": F.silu,
 }
+MOST = 2**22  # numbers of keys that a step copies to float32: malloc does not keep far larger ones
 Function = Callable[[Tensor], Tensor]
 Branches = dict[int, Function]
 Adapters = dict[int, tuple[Function, Function]]
@@ -163,9 +164,9 @@ class Attention(nn.Module):
         if mask is not None and (extra := k.shape[2] - mask.shape[-1]):
             mask = F.pad(mask, (extra, 0), value=True)
         causal = mask is None and q.shape[2] > 1
-        if q.device.type == "cpu" and q.shape[2] == 1:
-            with torch.autocast("cpu", enabled=False):  # to float32 and back is not what takes time
-                out = attend(q.float(), k.float(), v.float(), mask, causal).to(v.dtype)
+        if q.device.type == "cpu" and q.shape[2] == 1 and k.numel() <= MOST:
+            with torch.autocast("cpu", enabled=False):  # the copies are not what takes time
+                out = attend(wide(q), wide(k), wide(v), mask, causal).to(v.dtype)
         elif q.device.type == "cpu" and any(part.requires_grad for part in (q, k, v)):
             out = attend(q, k, v, mask, causal)
         else:
@@ -175,10 +176,15 @@ class Attention(nn.Module):
         return self.o(context.pack(out.transpose(1, 2).flatten(2)))
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """`F.scaled_dot_product_attention`, of which q (B, h, T, D) has h / g heads for one of k and v
     (B, g, S, D). Over short texts torch's own kernels are slow on a CPU: backward, and for the one
-    token of a step of decoding, in bf16 six times as slow."""
+    token of a step of decoding, in bf16 up to six times as slow."""
     shape, (batch, groups, keys, width) = q.shape, k.shape
     q = (q * width**-0.5).reshape(batch * groups, -1, width)  # a group's queries, head by head
     k, v = (x.reshape(batch * groups, keys, width) for x in (k, v))

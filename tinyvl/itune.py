@@ -28,16 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvl.captioner import Captioner
-from tinyvl.decoder import Decoder
+from tinyvl.decoder import Decoder, wide
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.text import Text
 
 KeysValues = tuple[Tensor, Tensor]  # (I, S, r) each
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32, or in float64 as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ITuneModule(nn.Module):

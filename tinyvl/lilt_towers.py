@@ -122,7 +122,7 @@ class ImageTower(ImageEncoder):
 
         What a small picture shows is larger than anything a CNN has learnt from, once enlarged to
         the model's size. So of blurred ones the mean is that of two readings, at two sizes; the one
-        at the smaller, which takes little time, is itself the mean of picture and mirror image.
+        at the smaller is itself the mean of picture and mirror image.
         """
         tokens = self.cells(images)
         if self.blurred and (rows := lacks_detail(images)).any():

@@ -46,6 +46,7 @@ SHIPPED = Path(__file__).parent / "checkpoints"
 DEFAULT = {
     "caption": SHIPPED / "caption", "vqa": SHIPPED / "answer", "retrieve": SHIPPED / "search",
 }  # fmt: skip
+READING = 2  # raised when the same checkpoints embed otherwise than before: see `fingerprint`
 DOES = {"caption": "caption", "vqa": "answer questions", "retrieve": "embed"}  # tasks
 
 
@@ -209,7 +210,7 @@ def fingerprint(folder: Path, config: dict) -> str:
         side: {k: v for k, v in part.items() if k != "name"}
         for side, part in backbones(config).items()
     }
-    about = json.dumps([config["method"], parts, config["options"]], sort_keys=True)
+    about = json.dumps([config["method"], parts, config["options"], READING], sort_keys=True)
     with (folder / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(about.encode())
