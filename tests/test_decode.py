@@ -489,7 +489,7 @@ def test_half_precision_logits_and_the_steps_own_tensor_is_left_alone():
     prompt = torch.zeros(1, 1, dtype=torch.long)
     for forbid in ([], [0]):
         common = {"eos": 8, "max_new_tokens": 3, "forbid": forbid}
-        [h] = greedy(lambda ids, rows: logits, prompt, **common)
+        greedy(lambda ids, rows: logits, prompt, **common)
         sample(lambda ids, rows: logits, prompt, seed=1, top_k=3, top_p=0.8, **common)
         beam(lambda ids, rows: logits if rows is None else both, prompt, beams=2, **common)
         assert torch.equal(logits, before)

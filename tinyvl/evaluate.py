@@ -6,7 +6,6 @@
 fractions; CIDEr's and SPIDEr's 1.0 is the papers' 100.
 """
 
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -23,6 +22,7 @@ from tinyvl import evaluate_predictions as predictions
 from tinyvl.data import Record
 from tinyvl.device import choose_device, choose_precision, keep_memory, precision_name
 from tinyvl.features import FeatureStore, open_store
+from tinyvl.hub_table import file_sha256
 from tinyvl.media import READABLE
 from tinyvl.metrics import Scores
 from tinyvl.metrics_captions import CaptionScores, caption_scores, plan_captions
@@ -278,8 +278,7 @@ class Checkpoint:
 def digest(found: models.Checkpoint) -> str:
     """The SHA-256 of a checkpoint's weights. UserError: they cannot be read."""
     try:
-        with (found.folder / "model.safetensors").open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(found.folder / "model.safetensors")
     except OSError as error:
         message = f"{found.folder}: model.safetensors cannot be read ({error})."
         raise UserError(message) from error

@@ -18,7 +18,7 @@ import argparse
 
 import torch
 from shapes import BOS, Cached, Hooked, Ids, gpt2, itune, ours
-from timing import Report, alternate, parser
+from timing import Report, alternate, parser, precisions
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -193,12 +193,8 @@ def main() -> None:
     torch.manual_seed(0)
     device.keep_memory()
     report = Report("captions", options)
-    captions(options, report, torch.float32)
-    fast = device.cpu_speed(torch.bfloat16)
-    if fast >= 1.5:
-        captions(options, report, torch.bfloat16)
-    else:
-        report.add("captions in bf16", note=f"{fast:.2f} times fp32's speed here: not measured")
+    for precision in precisions(report, "captions"):
+        captions(options, report, precision)
     answers(options, report)
     report.show()
 

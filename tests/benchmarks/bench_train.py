@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from shapes import BOS, Cached, Hooked, captions, gpt2, itune
-from timing import Report, alternate, parser, skewed
+from timing import Report, alternate, parser, precisions, skewed
 from torch import Tensor, nn
 
 from tinyvl import device, models
@@ -291,12 +291,8 @@ def main() -> None:
     # First, because a process starts with the peak of the one that started it.
     peaks = [memory_of(way) for way in ("tinyvl", "plain")]
     report = Report("training", options)
-    itune_steps(options, report, torch.float32)
-    fast = device.cpu_speed(torch.bfloat16)
-    if fast >= 1.5:
-        itune_steps(options, report, torch.bfloat16)
-    else:
-        report.add("I-Tuning bf16", note=f"{fast:.2f} times fp32's speed here: not measured")
+    for precision in precisions(report, "I-Tuning"):
+        itune_steps(options, report, precision)
     lilt_steps(options, report, peaks)
     losses(options, report)
     report.show()

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tinyvl.device import choose_precision, cpu_speed
+
 Ways = dict[str, Callable[[], object]]
 
 
@@ -101,6 +103,15 @@ class Report:
             cells += [f"{row['ratio']:.2f}" if "ratio" in row else "", bound(row.get("target"))]
             table.add_row(*cells)
         Console(width=max(120, Console().width)).print(table)
+
+
+def precisions(report: Report, what: str) -> list[torch.dtype]:
+    """fp32, and bf16 where it is a CPU's default; else a row says why not."""
+    if choose_precision(None, torch.device("cpu")) == torch.bfloat16:
+        return [torch.float32, torch.bfloat16]
+    note = f"{cpu_speed(torch.bfloat16):.2f} times fp32's speed here: not measured"
+    report.add(f"{what} in bf16", note=note)
+    return [torch.float32]
 
 
 def number(value: float | None, unit: str) -> str:
