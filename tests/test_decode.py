@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
+from tinyvl import decode
 from tinyvl.decode import Hypothesis, beam, greedy, sample, truncate
 
 EOS, PAD, VOCABULARY, NEW = 1, 0, 40, 10
@@ -518,3 +519,29 @@ def test_options_out_of_range(method, options, message):
     options = {"eos": EOS, "max_new_tokens": 3} | options
     with pytest.raises(ValueError, match=message):
         method(None, torch.zeros(1, 1, dtype=torch.long), **options)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 640, 1000])
+@pytest.mark.parametrize("k", [1, 6, 10])
+def test_the_largest_of_a_row_are_in_the_blocks_with_the_largest_maxima(size, k):
+    torch.manual_seed(size)
+    for x in (torch.randn(5, size), torch.randn(5, size).sort().values, -torch.ones(5, size)):
+        x[:, ::3] = -math.inf
+        k = min(k, size)
+        found, index = decode._top(x, k)
+        assert torch.equal(found, x.topk(k).values)
+        assert torch.equal(x.gather(1, index), found)
+        assert all(len(set(row)) == k for row in index.tolist())
+
+
+def test_beams_do_not_depend_on_the_blocks(monkeypatch):
+    torch.manual_seed(0)
+    table = torch.randn(VOCABULARY, VOCABULARY)
+    prompt = torch.tensor([[3], [7]])
+    run = lambda: beam(  # noqa: E731
+        lambda ids, rows: table[ids[:, -1]], prompt, beams=3, eos=EOS, max_new_tokens=6, returned=3
+    )
+    whole = run()
+    monkeypatch.setattr(decode, "BLOCK", 4)
+    for plain, blocks in zip(whole, run(), strict=True):
+        assert blocks == plain

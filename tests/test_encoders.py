@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import VIT, write_vision
 from torch import nn
 
-from tinyvl import UserError
+from tinyvl import UserError, encoders_fold
 from tinyvl.encoders import ImageEncoder, build_image_encoder
 
 
@@ -383,3 +383,43 @@ def test_a_frozen_cnns_depthwise_convolutions_pad_within():
     for side in (224, 195):
         x = pixels(side)
         torch.testing.assert_close(encoder(x).tokens, plain(x).tokens, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fused"),
+    [
+        ("tf_efficientnet_lite0", 32),  # ReLU6; the stem pads on its own
+        ("efficientnet_b0", 33),  # SiLU
+        ("mobilenetv3_small_050", 23),  # ReLU and Hardswish
+        ("regnety_002", 27),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_within_convolutions_change_nothing(monkeypatch, architecture, fused, dtype):
+    if not encoders_fold.fuses(dtype):
+        pytest.skip("this processor has no such function")
+    encoder = encoder_of(architecture).to(dtype)
+    encoder.fold()
+    asked = []
+    for side in (encoder.size, 195):
+        asked.clear()
+        monkeypatch.setattr(encoders_fold, "fuses", lambda dtype: asked.append(dtype) or True)
+        found = encoder(pixels(side)).tokens
+        assert asked == [dtype] * fused
+        monkeypatch.setattr(encoders_fold, "fuses", lambda dtype: False)
+        near = 1e-4 if dtype == torch.float32 else 0.3
+        torch.testing.assert_close(found, encoder(pixels(side)).tokens, rtol=0, atol=near)
+
+
+def test_without_torchs_function_convolution_and_activation_are_two_steps(monkeypatch):
+    monkeypatch.setattr(encoders_fold.torch.ops, "mkldnn", object())
+    encoders_fold.fuses.cache_clear()
+    try:
+        assert not encoders_fold.fuses(torch.float32)
+        encoder = encoder_of("tf_efficientnet_lite0")
+        before = encoder(pixels(encoder.size, 1)).tokens
+        encoder.fold()
+        after = encoder(pixels(encoder.size, 1)).tokens
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+    finally:
+        encoders_fold.fuses.cache_clear()

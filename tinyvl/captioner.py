@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyvl import UserError, decode, ranks
 from tinyvl.decode import Hypothesis, Style
 from tinyvl.decoder import Cache, Decoder
+from tinyvl.decoder_packed import pack
 from tinyvl.decoder_static import StaticCache, Steps, shapes
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import Method, MicroBatch, pad
@@ -100,6 +101,9 @@ class Captioner(Method):
         for parameter in self.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+
+    def pack(self) -> None:
+        pack(self.decoder)
 
     def attention(self) -> AbstractContextManager:
         """On a CPU the plain kernel: the fused one is slow backward over short texts."""

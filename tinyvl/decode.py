@@ -62,6 +62,7 @@ class Hypothesis:
         return self.logprob / (len(self.tokens) + self.finished)
 
 
+BLOCK = 64  # logits whose maximum `_top` takes first
 PER_TOKEN = False  # a choice scores its log-probability, as Visual7W's do, or the mean per token
 
 
@@ -255,11 +256,28 @@ def _extended(running: Tensor, logits: Tensor, width: int) -> tuple[Tensor, Tens
     -> their log-probabilities, best first, the text each goes on from, and its token: (n, width).
     """
     (n, r), vocabulary = running.shape, logits.shape[-1]
-    total = (running.flatten()[:, None] + logits.log_softmax(-1)).view(n, -1)  # (n, r * V)
+    best, token = _top(logits, min(width, vocabulary))  # no more of one text's can be among them
+    chance = best - logits.logsumexp(-1, keepdim=True)
+    total = (running.flatten()[:, None] + chance).view(n, -1)  # (n, r * width)
     if total.shape[1] < width:
         total = F.pad(total, (0, width - total.shape[1]), value=-math.inf)
     score, index = total.topk(width)
-    return score, (index // vocabulary).clamp(max=r - 1), index % vocabulary
+    parent = (index // best.shape[1]).clamp(max=r - 1)
+    return score, parent, token.view(n, -1).gather(1, index.clamp(max=r * best.shape[1] - 1))
+
+
+def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk` of rows (N, V), which a CPU takes from the blocks with the largest maxima."""
+    blocks = x.shape[1] // BLOCK
+    if x.device.type != "cpu" or blocks <= k:
+        return x.topk(k)
+    end = blocks * BLOCK  # what is behind it is no whole block, and is always looked at
+    largest = x[:, :end].unflatten(1, (blocks, BLOCK)).amax(-1)
+    chosen = largest.topk(k).indices.sort().values  # (N, k): all of the k best are in these
+    index = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+    index = torch.cat((index, torch.arange(end, x.shape[1]).expand(len(x), -1)), 1)
+    best, place = x.gather(1, index).topk(k)
+    return best, index.gather(1, place)
 
 
 @torch.no_grad()

@@ -270,6 +270,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = norm_layer(c, c.hidden_size) if c.final_norm else None
         self.head = None if c.tied else nn.Linear(c.embed_size, c.vocab_size, False)
+        self.packed_head: nn.Module | None = None  # on a CPU: see ``decoder_packed``
         self.checkpointing = False  # recompute layers that carry gradients in backward
 
     def forward(
@@ -366,6 +367,8 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., d) to float32 logits (..., vocab_size)."""
         hidden, weight = self._read_out(hidden)
+        if self.packed_head is not None:
+            return self.packed_head(hidden).float()
         return scores(hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1])
 
     def losses(self, hidden: Tensor, wanted: Tensor) -> Tensor:

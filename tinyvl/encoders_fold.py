@@ -1,13 +1,21 @@
 """A frozen CNN's layers made fewer and faster, its maps the same."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+FUSED: dict[type[nn.Module], tuple[str, list[float]]] = {  # oneDNN's names, and their numbers
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+    nn.Hardswish: ("hardswish", []),
+}
 
 
 def fold_norms(model: nn.Module, run: Callable[[], Any]) -> None:
@@ -40,14 +48,66 @@ def fold_norms(model: nn.Module, run: Callable[[], Any]) -> None:
     for hook in hooks:
         hook.remove()
     users = Counter(read.values())
+    names = {module: name for name, module in model.named_modules()}
     for name, norm in list(model.named_modules()):
         conv = read.get(norm)
         if conv is None or calls[norm] > 1 or calls[conv] > 1 or users[conv] > 1:
             continue
         whole = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = whole.weight, whole.bias
-        rest = nn.Sequential(*norm.children())  # timm's norms have an activation
-        model.set_submodule(name, rest)
+        rest = [m for m in norm.children() if not isinstance(m, nn.Identity)]
+        model.set_submodule(name, nn.Sequential(*rest))  # timm's norms have an activation
+        if len(rest) == 1 and type(rest[0]) in FUSED:
+            model.set_submodule(names[conv], Activated(conv, rest[0]))
+            model.set_submodule(name, nn.Identity())
+
+
+class Activated(nn.Module):
+    """A frozen convolution and the activation behind it: on a CPU in one pass over the map.
+
+    By the function of torch's own compiler, if there is one: its name is private.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: nn.Module):
+        super().__init__()
+        self.conv, self.activation = conv, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, m, h, w), in the dtype of the filters where that is one pass."""
+        conv = self.conv.conv if isinstance(self.conv, Same) else self.conv
+        shape = self.conv.shape(x) if isinstance(self.conv, Same) else plain_shape(conv)
+        if shape is None or x.device.type != "cpu" or not fuses(conv.weight.dtype):
+            return self.activation(self.conv(x))
+        filters, padding = shape
+        kind, numbers = FUSED[type(self.activation)]
+        return torch.ops.mkldnn._convolution_pointwise(
+            x.to(filters.dtype), filters, conv.bias, list(padding), list(conv.stride),
+            list(conv.dilation), conv.groups, kind, numbers, "",
+        )  # fmt: skip
+
+
+def plain_shape(conv: nn.Conv2d) -> tuple[Tensor, Sequence[int]] | None:
+    """A convolution's filters and padding, if it pads nothing but zeros, on both sides alike."""
+    if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        return None
+    return conv.weight, conv.padding
+
+
+@cache
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor have `Activated`'s one pass in ``dtype``."""
+    x, filters = (torch.linspace(-3, 3, n).to(dtype) for n in (16 * 25, 16 * 9))
+    x = x.view(1, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    filters = filters.view(16, 1, 3, 3)
+    geometry = [1, 1], [1, 1], [1, 1], 16
+    try:
+        found = torch.ops.mkldnn._convolution_pointwise(
+            x, filters, None, *geometry, *FUSED[nn.ReLU6], ""
+        )
+    except (AttributeError, RuntimeError):  # no such function; not on this processor
+        return False
+    expected = F.conv2d(x, filters, padding=1, groups=16).clamp(0, 6)
+    return torch.allclose(found.float(), expected.float(), 1e-2, 1e-2)
 
 
 class Same(nn.Module):
@@ -66,19 +126,25 @@ class Same(nn.Module):
         wide = wide.contiguous(memory_format=torch.channels_last)
         self.register_buffer("wide", wide, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W), of any size -> (B, C, ceil(H / stride), ceil(W / stride))."""
+    def shape(self, x: Tensor) -> tuple[Tensor, Sequence[int]] | None:
+        """The filters and how many zeros go on both sides; None: x has to be padded first."""
         from timm.layers import get_same_padding
 
         conv = self.conv
-        shape = zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True)
-        sums = [get_same_padding(side, kernel, stride, 1) for side, kernel, stride in shape]
+        sides = zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True)
+        sums = [get_same_padding(side, kernel, stride, 1) for side, kernel, stride in sides]
         odd = {total % 2 for total in sums}
         if x.device.type != "cpu" or len(odd) > 1:
+            return None
+        weight = self.wide.to(conv.weight.dtype) if odd == {1} else conv.weight
+        return weight, [(total + 1) // 2 for total in sums]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), of any size -> (B, C, ceil(H / stride), ceil(W / stride))."""
+        shape, conv = self.shape(x), self.conv
+        if shape is None:
             return conv(x)
-        weight = self.wide if odd == {1} else conv.weight
-        before = [(total + 1) // 2 for total in sums]
-        return F.conv2d(x, weight, conv.bias, conv.stride, before, 1, conv.groups)
+        return F.conv2d(x, shape[0], conv.bias, conv.stride, shape[1], 1, conv.groups)
 
 
 def pad_within(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from tinyvl.captioner import Captioner
 from tinyvl.decoder import Decoder, wide
+from tinyvl.decoder_packed import packed
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.text import Text
 
@@ -53,6 +54,8 @@ class ITuneModule(nn.Module):
             self.q.bias.mul_(bottleneck**-0.5)
         nn.init.zeros_(self.o.weight)
         nn.init.zeros_(self.o.bias)
+        self.packed_q: nn.Module | None = None  # in a model that only runs
+        self.packed_o: nn.Module | None = None  # λ W_o and b_o
 
     def see(self, tokens: Tensor) -> KeysValues:
         """Image tokens (I, S, D) to keys and values (I, S, r): once for each image."""
@@ -60,7 +63,9 @@ class ITuneModule(nn.Module):
 
     def weights(self, x: Tensor, k: Tensor) -> Tensor:
         """How x (B, T, d), rows grouped by image, attends to keys (I, S, r): (I, B / I * T, S)."""
-        q = self.q(x).view(len(k), -1, k.shape[-1])  # (1) an image's rows stand side by side
+        q = (self.packed_q or self.q)(x).view(
+            len(k), -1, k.shape[-1]
+        )  # (1) an image's rows stand side by side
         with torch.autocast(x.device.type, enabled=False):  # unscaled scores are too large for half
             return (wide(q) @ wide(k).mT).softmax(-1)  # (4)
 
@@ -69,6 +74,8 @@ class ITuneModule(nn.Module):
         k, v = visual  # (2) (3)
         mixed = (self.weights(x, k).to(v.dtype) @ v).view(*x.shape[:2], -1)
         mixed = F.dropout(mixed, self.dropout, self.training)
+        if self.packed_o is not None:
+            return self.packed_o(mixed)
         return self.scale * F.linear(mixed, self.o.weight) + self.o.bias  # (5)
 
 
@@ -116,6 +123,13 @@ class ITune(Captioner):
         self.itune = nn.ModuleDict(modules)
         below = sum(encoder.below)
         self.lower = Lower(below, encoder.width, rank) if below else None
+
+    def pack(self) -> None:
+        super().pack()
+        for module in self.itune.children():
+            assert isinstance(module, ITuneModule)
+            module.packed_o = packed(module.scale * module.o.weight, module.o.bias)
+            module.packed_q = packed(module.q.weight, module.q.bias)
 
     def see(self, percept: Percept) -> dict[int, KeysValues]:
         tokens = percept.tokens if self.lower is None else self.lower(percept.tokens)

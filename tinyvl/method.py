@@ -115,6 +115,9 @@ class Method(nn.Module, ABC):
     def halve(self, dtype: torch.dtype) -> None:
         """Puts what is frozen into half precision."""
 
+    def pack(self) -> None:
+        """Makes a model that only runs from now on faster, if there is a way."""
+
     def autocast(self) -> AbstractContextManager:
         """Mixed precision where the model was placed with it."""
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()

@@ -247,9 +247,7 @@ def load(
     load_weights(model, found.folder)
     if task == "retrieve":
         model.fingerprint = fingerprint(found.folder, config)
-    model.requires_grad_(False).eval()
-    if model.amp:  # no gradients to keep exact: cast once, not in every step
-        model.halve(model.amp)
+    freeze(model)
     if task != "caption" and rerank not in (None, NONE):
         raise UserError("Reranking is for captions: leave out rerank.", 2)
     rerank = rerank or config.get("rerank") or NONE
@@ -264,6 +262,14 @@ def load(
             raise UserError(f"{error} {advice}", error.status) from error
         model.reranker = Reranker(search)
     return model
+
+
+def freeze(model: Method) -> None:
+    """Makes a placed model ready to run: all of it in its precision, matrices packed."""
+    model.requires_grad_(False).eval()
+    if model.amp:  # no gradients to keep exact: cast once, not in every step
+        model.halve(model.amp)
+    model.pack()
 
 
 def take_frames(model: Method, frames: int | None) -> None:

@@ -88,9 +88,10 @@ def captions(options: argparse.Namespace, report: Report, precision: torch.dtype
     encoder = build_image_encoder({"architecture": options.vision}, levels=1)
     lm, bare = (gpt2(options.layers, options.width) for _ in range(2))
     bare.load_state_dict(lm.state_dict())
-    model = models.place(itune(encoder, lm, NO_END), torch.device("cpu"), precision).eval()
+    model = models.place(itune(encoder, lm, NO_END), torch.device("cpu"), precision)
     bare.to(precision)
     peer = Hooked(lm, model)
+    models.freeze(model)  # as `models.load` makes a model ready to run
     exact, name = precision == torch.float32, device.precision_name(precision)
 
     def written(pictures: Tensor | Percept, beams: int) -> list[Hypothesis]:

@@ -1,0 +1,96 @@
+"""Frozen matrices as oneDNN keeps them: the same numbers as plain layers give."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_decoder import FAMILIES, left_padded, logits, ours, peer
+from test_itune import model, pictures  # noqa: F401
+from torch import nn
+
+from tinyvl import decoder_packed, models
+from tinyvl.decode import Style
+from tinyvl.decoder import ACTIVATIONS, Cache
+from tinyvl.decoder_packed import Packed, pack, packed, packs
+
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+needs_tiles = pytest.mark.skipif(not packs(torch.float32), reason="no oneDNN here")
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
+def test_a_packed_layer_is_a_linear_layer_and_its_activation(dtype, activation):
+    if not packs(dtype):
+        pytest.skip("this processor has no bf16")
+    torch.manual_seed(0)
+    then = ACTIVATIONS.get(activation, lambda x: x)
+    for bias in (torch.randn(70).to(dtype), None):
+        weight = (torch.randn(70, 33) / 6).to(dtype)
+        layer = Packed(weight, bias, activation)
+        for shape in ((1, 33), (7, 33), (200, 33), (3, 5, 33)):
+            x = torch.randn(shape)
+            found = layer(x)  # whatever its dtype
+            assert found.dtype == dtype
+            plain = F.linear(x.to(dtype).double(), weight.double())
+            expected = then(plain if bias is None else plain + bias)
+            torch.testing.assert_close(found.double(), expected, atol=NEAR[dtype], rtol=NEAR[dtype])
+
+
+@needs_tiles
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_decoder_gives_the_logits_it_gave(family):
+    plain = ours(peer(family))
+    decoder = copy.deepcopy(plain)
+    pack(decoder)
+    assert not [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
+    ids, mask = left_padded()
+    torch.testing.assert_close(
+        logits(decoder, ids, mask), logits(plain, ids, mask), atol=1e-4, rtol=0
+    )
+    cache = Cache()
+    with torch.no_grad():
+        decoder(ids[:, :-1], mask[:, :-1], cache=cache)
+        last = decoder.logits(decoder(ids[:, -1:], mask[:, -1:], cache=cache)[:, 0])
+    torch.testing.assert_close(last, logits(plain, ids, mask)[:, -1], atol=1e-4, rtol=0)
+
+
+@needs_tiles
+def test_a_packed_captioner_writes_the_same(model):  # noqa: F811
+    """With λ = 1.5, which is then in the matrix of equation 5."""
+    ready = copy.deepcopy(model)
+    models.freeze(ready)
+    assert all(m.packed_q and m.packed_o for m in ready.itune.values())
+    for style in (Style(beams=3, max_tokens=8), Style(beams=1, max_tokens=8)):
+        lines = [[model.text.bos]] * 5
+        found = [m.written(pictures(5), lines, style) for m in (model, ready)]
+        for plain, quick in zip(*found, strict=True):
+            assert quick.tokens == plain.tokens
+            assert quick.score == pytest.approx(plain.score, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["missing", "refused", "wrong"])
+def test_without_torchs_function_or_a_right_one_all_stays_plain(monkeypatch, how):
+    class Functions:
+        def _reorder_linear_weight(self, weight, rows):
+            if how == "refused":
+                raise RuntimeError("needs another processor")
+            return weight
+
+        def _linear_pointwise(self, x, weight, bias, kind, numbers, name):
+            return torch.zeros(*x.shape[:-1], len(weight))
+
+    functions = object() if how == "missing" else Functions()
+    monkeypatch.setattr(decoder_packed.torch.ops, "mkldnn", functions)
+    packs.cache_clear()
+    try:
+        assert not packs(torch.float32)
+        assert packed(torch.ones(3, 4)) is None
+        decoder = ours(peer("llama"))
+        before = logits(decoder, *left_padded())
+        pack(decoder)
+        assert decoder.packed_head is None
+        assert torch.equal(logits(decoder, *left_padded()), before)
+    finally:
+        packs.cache_clear()
