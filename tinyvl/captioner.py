@@ -315,7 +315,7 @@ class Captioner(Method):
             if wanted.shape[1] > 1:
                 rest = self.run(wanted[:, :-1], self.pick(visual, rows), cache, real[:, 1:])
                 hidden = torch.cat((hidden, rest), 1)
-            logits = self.decoder.logits(hidden[real])
+            logits = self.decoder.logits(hidden[real]).float()
         each = logits.log_softmax(-1).gather(-1, wanted[real][:, None])[:, 0]
         sums = each.new_zeros(len(lines)).index_add(0, real.nonzero()[:, 0], each)
         for row, ids, total in zip(owner, lines, sums.tolist(), strict=True):

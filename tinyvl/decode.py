@@ -62,6 +62,7 @@ class Hypothesis:
         return self.logprob / (len(self.tokens) + self.finished)
 
 
+ROWS = 8  # whose probabilities a CPU computes at once: its cache holds them, and no new memory
 BLOCK = 64  # logits whose maximum `_top` takes first
 PER_TOKEN = False  # a choice scores its log-probability, as Visual7W's do, or the mean per token
 
@@ -256,14 +257,23 @@ def _extended(running: Tensor, logits: Tensor, width: int) -> tuple[Tensor, Tens
     -> their log-probabilities, best first, the text each goes on from, and its token: (n, width).
     """
     (n, r), vocabulary = running.shape, logits.shape[-1]
-    best, token = _top(logits, min(width, vocabulary))  # no more of one text's can be among them
-    chance = best - logits.logsumexp(-1, keepdim=True)
-    total = (running.flatten()[:, None] + chance).view(n, -1)  # (n, r * width)
+    k = min(width, vocabulary)  # no more of one text's continuations can be among them
+    at_once = ROWS if logits.device.type == "cpu" else len(logits)
+    found = [_best(part, k) for part in logits.split(at_once)]
+    chance, token = (torch.cat(parts) for parts in zip(*found, strict=True))
+    total = (running.flatten()[:, None] + chance).view(n, -1)  # (n, r * k)
     if total.shape[1] < width:
         total = F.pad(total, (0, width - total.shape[1]), value=-math.inf)
     score, index = total.topk(width)
-    parent = (index // best.shape[1]).clamp(max=r - 1)
-    return score, parent, token.view(n, -1).gather(1, index.clamp(max=r * best.shape[1] - 1))
+    index = index.clamp(max=r * k - 1)
+    return score, index // k, token.view(n, -1).gather(1, index)
+
+
+def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of rows (N, V): their log-probabilities, float32, and they, (N, k)."""
+    wide = logits.float()
+    best, token = _top(wide, k)
+    return best - wide.logsumexp(-1, keepdim=True), token
 
 
 def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -293,7 +303,7 @@ def _single(
     closed = live < 0  # with `stay`: which have ended
     ids, rows = prompt, None
     for t in range(max_new_tokens):
-        logits = _logits(step, ids, rows, banned)  # (n, V)
+        logits = _logits(step, ids, rows, banned).float()  # (n, V)
         token = pick(logits, live, t)
         chance = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
         if stay:
@@ -325,7 +335,7 @@ def _ids(
 
 
 def _logits(step: Step, ids: Tensor, rows: Tensor | None, banned: Tensor) -> Tensor:
-    logits = step(ids, rows).float()
+    logits = step(ids, rows)
     return logits.index_fill(-1, banned, -math.inf) if len(banned) else logits
 
 

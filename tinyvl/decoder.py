@@ -365,10 +365,10 @@ class Decoder(nn.Module):
         return x if self.project_in is None else self.project_in(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (..., d) to float32 logits (..., vocab_size)."""
+        """Final hidden states (..., d) to logits (..., vocab_size), in float32 or as packed."""
         hidden, weight = self._read_out(hidden)
         if self.packed_head is not None:
-            return self.packed_head(hidden).float()
+            return self.packed_head(hidden)
         return scores(hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1])
 
     def losses(self, hidden: Tensor, wanted: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ ELSEWHERE = {"pretrained", "checkpoint_path", "cache_dir"}  # timm would load ot
 FITS = ("crop", "squash", "jpeg")
 FRAMES = 8  # of a video, where nobody says how many
 # Pictures that a CPU encodes at once. The layers' outputs of more outgrow what malloc keeps (at
-# most 32 MB a block): of EfficientNet-Lite2 on 32, page faults took 35 of 75 ms a picture.
-CPU_PICTURES = 4  # of the model's own size; of larger ones fewer
+# most 32 MB a block): of EfficientNet-Lite2 on 32, in fp32, page faults took 35 of 75 ms a picture.
+# Of fewer, bf16's products are slower: a half with 4.
+CPU_PICTURES = 8  # of the model's own size; of larger ones fewer
 
 
 @dataclass
