@@ -545,3 +545,22 @@ def test_beams_do_not_depend_on_the_blocks(monkeypatch):
     monkeypatch.setattr(decode, "BLOCK", 4)
     for plain, blocks in zip(whole, run(), strict=True):
         assert blocks == plain
+
+
+@pytest.mark.parametrize("size", [3, 40, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_continuations_are_the_best_of_all_probabilities(size, dtype):
+    torch.manual_seed(size)
+    logits = (3 * torch.randn(4 * 5, size)).to(dtype)
+    logits[:, 1] = -math.inf
+    running = -torch.rand(4, 5)
+    running[2, 3:] = -math.inf
+    score, parent, token = decode._extended(running, logits, 10)
+    every = (running.flatten()[:, None] + logits.double().log_softmax(-1)).view(4, -1)
+    expected = every.topk(min(10, every.shape[1])).values
+    torch.testing.assert_close(score.double()[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
+    own = every.gather(1, parent * size + token)
+    assert parent.max() < 5
+    assert token.max() < size
+    finite = score > -math.inf
+    torch.testing.assert_close(own[finite], score.double()[finite], atol=1e-5, rtol=0)

@@ -1,6 +1,8 @@
 """Frozen matrices as oneDNN keeps them: the same numbers as plain layers give."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_a_packed_layer_is_a_linear_layer_and_its_activation(dtype, activation):
     if not packs(dtype):
         pytest.skip("this processor has no bf16")
     torch.manual_seed(0)
-    then = ACTIVATIONS.get(activation, lambda x: x)
+    then = ACTIVATIONS.get(activation, nn.Identity())
     for bias in (torch.randn(70).to(dtype), None):
         weight = (torch.randn(70, 33) / 6).to(dtype)
         layer = Packed(weight, bias, activation)
@@ -68,6 +70,34 @@ def test_a_packed_captioner_writes_the_same(model):  # noqa: F811
         for plain, quick in zip(*found, strict=True):
             assert quick.tokens == plain.tokens
             assert quick.score == pytest.approx(plain.score, abs=1e-4)
+
+
+@needs_tiles
+def test_a_packed_captioner_in_bf16_is_near_what_it_was(model):  # noqa: F811
+    if not packs(torch.bfloat16):
+        pytest.skip("this processor has no bf16")
+    ready = copy.deepcopy(model)
+    ready.halve(torch.bfloat16)
+    ready.amp = torch.bfloat16
+    models.freeze(ready)
+    assert copy.deepcopy(ready).decoder.packed_head is ready.decoder.packed_head
+    hidden = torch.randn(40, ready.decoder.config.hidden_size)
+    found, plain = (m.decoder.logits(hidden) for m in (ready, model))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), plain, atol=0.1, rtol=0.02)
+    lines = [[model.text.bos]] * 3
+    for style in (Style(beams=3), Style(beams=1), Style(sampling={"seed": 1, "top_k": 5})):
+        for h in ready.written(pictures(3), lines, replace(style, max_tokens=6)):
+            assert math.isfinite(h.score)
+
+
+@needs_tiles
+def test_no_gradient_is_lost_in_silence():
+    layer = Packed(torch.ones(3, 4))
+    with pytest.raises(AssertionError, match="no gradient"):
+        layer(torch.ones(2, 4, requires_grad=True))
+    with torch.no_grad():
+        layer(torch.ones(2, 4, requires_grad=True))
 
 
 @pytest.mark.parametrize("how", ["missing", "refused", "wrong"])

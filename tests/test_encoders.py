@@ -423,3 +423,11 @@ def test_without_torchs_function_convolution_and_activation_are_two_steps(monkey
         torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     finally:
         encoders_fold.fuses.cache_clear()
+
+
+def test_a_picture_that_wants_a_gradient_gets_it_through_a_folded_cnn():
+    encoder = encoder_of("tf_efficientnet_lite0")
+    encoder.fold()
+    x = torch.randn(1, 3, 96, 96, requires_grad=True)
+    encoder.model.forward_features(x).sum().backward()
+    assert x.grad.abs().sum() > 0

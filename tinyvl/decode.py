@@ -277,7 +277,10 @@ def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`topk` of rows (N, V), which a CPU takes from the blocks with the largest maxima."""
+    """`topk` of rows (N, V), which a CPU takes from the blocks with the largest maxima.
+
+    Of equal numbers at the k-th place it may be another one.
+    """
     blocks = x.shape[1] // BLOCK
     if x.device.type != "cpu" or blocks <= k:
         return x.topk(k)

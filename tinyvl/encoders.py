@@ -29,7 +29,7 @@ FITS = ("crop", "squash", "jpeg")
 FRAMES = 8  # of a video, where nobody says how many
 # Pictures that a CPU encodes at once. The layers' outputs of more outgrow what malloc keeps (at
 # most 32 MB a block): of EfficientNet-Lite2 on 32, in fp32, page faults took 35 of 75 ms a picture.
-# Of fewer, bf16's products are slower: a half with 4.
+# With 4, bf16 takes half as long again.
 CPU_PICTURES = 8  # of the model's own size; of larger ones fewer
 
 
