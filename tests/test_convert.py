@@ -196,8 +196,9 @@ def test_clipcap_learns_on_from_there(clip_parts, tmp_path):
         shell.run("convert", "clipcap", tmp_path / "w.pt", "-o", tmp_path / "o", *parts).returncode
         == 0
     )
-    model = load(tmp_path / "o")
-    model.mapping.requires_grad_(True)
+    config = models.read_config(tmp_path / "o")
+    model = models.build(config, device=CPU, precision=torch.float32)
+    models.load_weights(model, tmp_path / "o")
     ids = model.encode(["a red square ."], 20)
     assert model.text.eos not in ids[0]
     batch = model.collate([*ids, ids[0][:1]], [0, 1], pictures(2), [0, 1])
