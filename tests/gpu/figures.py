@@ -274,7 +274,8 @@ def epalm(preset: str, gib: int | None) -> None:
 def answers(preset: str) -> None:
     """3-beam answers about cached pictures."""
     fresh()
-    model = paper_model(preset).eval()
+    model = paper_model(preset)
+    models.freeze(model)  # as `models.load` makes a model ready to run
     number = 4 if REHEARSED else 64
     batch = cached_batch(model, number)
     seen = model.look(batch.pictures)
