@@ -222,7 +222,8 @@ def captioning(preset: str, batches: tuple[int, ...]) -> None:
     """5-beam captions, the pictures' encoding included."""
     for number in batches:
         fresh()
-        model = paper_model(preset).eval()
+        model = paper_model(preset)
+        models.freeze(model)
         size = (number, 3, model.encoder.size, model.encoder.size)
         pictures = torch.randint(0, 256, size, dtype=torch.uint8)
         took = seconds(partial(model.caption, pictures, beams=5, max_tokens=16), 3)
