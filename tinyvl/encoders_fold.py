@@ -19,7 +19,7 @@ FUSED: dict[type[nn.Module], tuple[str, list[float]]] = {  # oneDNN's names, and
 
 
 def fold_norms(model: nn.Module, run: Callable[[], Any]) -> None:
-    """Folds batch norms into the convolutions before them.
+    """Folds batch norms, and activations that are a part of them, into the convolutions before.
 
     ``run`` sends a picture through the model, which shows which norm reads what a convolution made.
     """

@@ -63,9 +63,8 @@ class ITuneModule(nn.Module):
 
     def weights(self, x: Tensor, k: Tensor) -> Tensor:
         """How x (B, T, d), rows grouped by image, attends to keys (I, S, r): (I, B / I * T, S)."""
-        q = (self.packed_q or self.q)(x).view(
-            len(k), -1, k.shape[-1]
-        )  # (1) an image's rows stand side by side
+        q = (self.packed_q or self.q)(x)  # (1)
+        q = q.view(len(k), -1, k.shape[-1])  # an image's rows stand side by side
         with torch.autocast(x.device.type, enabled=False):  # unscaled scores are too large for half
             return (wide(q) @ wide(k).mT).softmax(-1)  # (4)
 
