@@ -12,6 +12,7 @@ from tiny import AST, TIMESFORMER, VIT, shaken, write_vision
 
 from tinyvl import UserError
 from tinyvl.models_build import build_encoder
+from tinyvl.packed import packs
 
 WHISPER = {
     "model_type": "whisper", "d_model": 48, "encoder_layers": 3, "encoder_attention_heads": 4,
@@ -64,6 +65,23 @@ def test_timesformer_is_transformers_with_cls_after_the_final_norm(timesformer):
         close(ours(x[i : i + 1]).summaries[1][0], seen.summaries[1][i])
     back = ours(x.flip(1)).summaries[-1]
     assert (back - seen.summaries[-1]).abs().max() > 1e-3  # it tells forwards from backwards
+
+
+@torch.no_grad()
+def test_packed_matrices_change_nothing(timesformer):
+    if not packs(torch.float32):
+        pytest.skip("no oneDNN here")
+    kinds = ({"config": c, "fit": "crop", "modality": "audio"} for c in (AST, WHISPER))
+    ast, whisper = map(build_encoder, kinds)
+    cases = (timesformer[1], clips(2, 8)), (ast, sounds(1024, 128)), (whisper, sounds(3000, 80))
+    for model, x in cases:
+        before = model(x)
+        model.pack()
+        assert not [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        after = model(x)
+        close(after.tokens, before.tokens)
+        for level, plain in zip(after.summaries, before.summaries, strict=True):
+            close(level, plain)
 
 
 def attention(module, x: torch.Tensor) -> torch.Tensor:

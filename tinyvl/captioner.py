@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyvl import UserError, decode, ranks
 from tinyvl.decode import Hypothesis, Style
 from tinyvl.decoder import Cache, Decoder
-from tinyvl.decoder_packed import pack
 from tinyvl.decoder_static import StaticCache, Steps, shapes
 from tinyvl.encoders import ImageEncoder, Percept
 from tinyvl.method import Method, MicroBatch, pad
+from tinyvl.packed import pack_decoder
 from tinyvl.rerank import NONE, Reranker
 from tinyvl.text import ANSWERS, Questions, Text, cut, tidy
 
@@ -103,7 +103,8 @@ class Captioner(Method):
                 parameter.data = parameter.data.to(dtype)
 
     def pack(self) -> None:
-        pack(self.decoder)
+        self.encoder.pack()
+        pack_decoder(self.decoder)
 
     def attention(self) -> AbstractContextManager:
         """On a CPU the plain kernel: the fused one is slow backward over short texts."""

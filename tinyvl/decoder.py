@@ -270,7 +270,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = norm_layer(c, c.hidden_size) if c.final_norm else None
         self.head = None if c.tied else nn.Linear(c.embed_size, c.vocab_size, False)
-        self.packed_head: nn.Module | None = None  # on a CPU: see ``decoder_packed``
+        self.packed_head: nn.Module | None = None  # on a CPU: see ``packed``
         self.checkpointing = False  # recompute layers that carry gradients in backward
 
     def forward(

@@ -23,6 +23,7 @@ from tinyvl import UserError
 from tinyvl.encoders_fold import fold_norms, pad_within
 from tinyvl.files import numbers_in
 from tinyvl.media_augment import RandomCrop, SmallJpeg, Thin, View
+from tinyvl.packed import pack_vit
 
 ELSEWHERE = {"pretrained", "checkpoint_path", "cache_dir"}  # timm would load other files
 FITS = ("crop", "squash", "jpeg")
@@ -69,6 +70,9 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True):
         """A frozen encoder stays in eval mode."""
         return super().train(False)
+
+    def pack(self) -> None:
+        """Makes an encoder that only runs from now on faster, if there is a way."""
 
 
 class ImageEncoder(Encoder):
@@ -158,6 +162,10 @@ class ImageEncoder(Encoder):
         pad_within(self.model)
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
         self.folded = True
+
+    def pack(self) -> None:
+        if type(self.model).__module__.startswith("timm."):
+            pack_vit(self.model)
 
     def transform(self) -> Callable:
         """A picklable function: RGB picture -> uint8 tensor (3, H, W)."""

@@ -21,6 +21,7 @@ from tinyvl.encoders import Encoder, ImageEncoder, Percept, check_weights, refus
 from tinyvl.files import read_object
 from tinyvl.hub import harmless
 from tinyvl.media_sound import MASKS, Sounds
+from tinyvl.packed import pack_linears
 
 KINDS = {  # model_type: the class in transformers, and where its layers and its final norm are
     "timesformer": ("TimesformerModel", "encoder.layer", "layernorm"),
@@ -40,6 +41,9 @@ class Layered(Encoder):
         self.width = self.norm.weight.numel()
         self.first = len(self.layers) - (levels or len(self.layers))
         self.widths = [self.width] * (len(self.layers) - self.first)
+
+    def pack(self) -> None:
+        pack_linears(self.layers)
 
     def run(self, x: Tensor, summary: Callable[[nn.Module, Tensor], Tensor]) -> Percept:
         """The model's last states, and ``summary(norm, states)`` of each layer, lowest first."""

@@ -176,6 +176,7 @@ def load_encoder(
         encoder.fold()
     encoder.to(device)
     encoder.model.to(precision)  # pictures are still normalised in float32
+    encoder.pack()
     return vision, encoder
 
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from tinyvl.captioner import Captioner
 from tinyvl.decoder import Decoder, wide
-from tinyvl.decoder_packed import packed
 from tinyvl.encoders import ImageEncoder, Percept
+from tinyvl.packed import packed
 from tinyvl.text import Text
 
 KeysValues = tuple[Tensor, Tensor]  # (I, S, r) each

@@ -280,6 +280,10 @@ class DualEncoder(Method):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
 
+    def pack(self) -> None:
+        if self.encoder:
+            self.encoder.pack()
+
     def encode(self, captions: list[str], max_tokens: int) -> list[list[int]]:
         """With [CLS] and [SEP]."""
         return self.text.encode(captions, max_tokens)

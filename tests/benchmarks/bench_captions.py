@@ -6,15 +6,19 @@ Captions are of an I-Tuning model: a GPT-2 and a ViT whose 197 tokens each layer
 peers are transformers' `generate` on the bare GPT-2, which sees no picture and so has less to do,
 and on the GPT-2 with the modules in forward hooks, which has a picture's keys and values once for
 each of its beams and must write the same texts. Every text has --tokens tokens: there is no end.
-A run starts with the pictures' pixels, on both sides; "decoder" rows start with their tokens. Where
-the processor multiplies bf16 faster both sides are timed in it, too; texts are compared in fp32
-alone, because in bf16 they may part where two tokens are about as likely.
+A run starts with the pictures' pixels, on both sides, and the peers' encoder is as timm has it;
+"decoder" rows start with the pictures' tokens. Where the processor multiplies bf16 faster both
+sides are timed in it, too; texts are compared in fp32 alone, because in bf16 they may part where
+two tokens are about as likely. What tinyvl's encoder and the frozen matrices take by themselves is
+the bound of the ratio to the bare model.
 
 Answers are eP-ALM's on an OPT of 125m's shape, the encoder's levels from a cache: with the slot's
 and the prompt's keys kept, against running the whole sequence again for each token.
 """
 
 import argparse
+import copy
+import statistics
 
 import torch
 from shapes import BOS, Cached, Hooked, Ids, gpt2, itune, ours
@@ -24,7 +28,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from tinyvl import decode, device, models
 from tinyvl.decode import Hypothesis, Style
-from tinyvl.encoders import Percept, build_image_encoder
+from tinyvl.encoders import ImageEncoder, Percept, build_image_encoder
 from tinyvl.epalm import EPalm
 from tinyvl.itune import ITune
 from tinyvl.presets_table import CLIP_B16
@@ -66,9 +70,9 @@ def generate(
 
 
 @torch.no_grad()
-def seen(model: ITune, pictures: Tensor) -> Tensor:
+def seen(encoder: ImageEncoder, pictures: Tensor) -> Tensor:
     """Tokens of pictures as timm gives them, all at once."""
-    return model.encoder.model.forward_features(model.encoder.normalised(pictures))
+    return encoder.model.forward_features(encoder.normalised(pictures))
 
 
 def hooked(
@@ -84,6 +88,22 @@ def hooked(
     return generate(peer.lm, len(tokens), beams, length, scored)
 
 
+@torch.no_grad()
+def products(model: ITune, texts: int, beams: int, tokens: int) -> None:
+    """The frozen decoder's matrix products in a search, and nothing else of it."""
+    lm, d = model.decoder, model.decoder.config.hidden_size
+    wide = torch.randn(texts * beams, 4 * d).to(lm.embed.weight.dtype)
+    narrow = wide[:, :d].contiguous()
+    for step in range(tokens):
+        rows = texts * (beams if step else 1)
+        for block in lm.layers:
+            for name in ("q", "k", "v", "o"):
+                block.attention.get_submodule(name)(narrow[:rows])
+            block.ffn.up(narrow[:rows])
+            block.ffn.down(wide[:rows])
+        lm.logits(narrow[:rows])
+
+
 def captions(options: argparse.Namespace, report: Report, precision: torch.dtype) -> None:
     encoder = build_image_encoder({"architecture": options.vision}, levels=1)
     lm, bare = (gpt2(options.layers, options.width) for _ in range(2))
@@ -91,6 +111,7 @@ def captions(options: argparse.Namespace, report: Report, precision: torch.dtype
     model = models.place(itune(encoder, lm, NO_END), torch.device("cpu"), precision)
     bare.to(precision)
     peer = Hooked(lm, model)
+    timms = copy.deepcopy(encoder)
     models.freeze(model)  # as `models.load` makes a model ready to run
     exact, name = precision == torch.float32, device.precision_name(precision)
 
@@ -100,13 +121,13 @@ def captions(options: argparse.Namespace, report: Report, precision: torch.dtype
 
     for batch in [b for b in options.batches if exact or b > 1]:
         pictures = torch.randint(0, 256, (batch, 3, encoder.size, encoder.size), dtype=torch.uint8)
-        tokens = seen(model, pictures)
+        tokens = seen(timms, pictures)
         if exact and batch <= 8:
             found = hooked(peer, tokens, options.beams, options.tokens, scored=True)
             check("captions", written(pictures, options.beams), found)
 
         def plain(pictures: Tensor = pictures) -> None:
-            generate(bare, len(seen(model, pictures)), options.beams, options.tokens)
+            generate(bare, len(seen(timms, pictures)), options.beams, options.tokens)
 
         ways = {
             "tinyvl": lambda p=pictures: written(p, options.beams),
@@ -114,12 +135,20 @@ def captions(options: argparse.Namespace, report: Report, precision: torch.dtype
         }
         if exact and batch <= 8:
             ways["hooks"] = lambda p=pictures: hooked(
-                peer, seen(model, p), options.beams, options.tokens
+                peer, seen(timms, p), options.beams, options.tokens
             )
-        taken = alternate(ways, options, warm=False)
+        parts = {
+            "encoder": lambda p=pictures: model.look(p),
+            "products": lambda n=batch: products(model, n, options.beams, options.tokens),
+        }
+        taken = alternate(ways | parts, options, warm=False)
+        least = [statistics.median(taken.pop(part)) for part in parts]
         case = f"{options.beams} beams, {name}, batch {batch}"
         target = {"generate": 1.3} if batch > 1 else {}
         report.speed(case, taken, "tinyvl", batch, "captions", **target)
+        most = statistics.median(taken["generate on the bare model"]) / sum(least)
+        spent = "encoder {:.2f} s, frozen matrices {:.2f} s".format(*least)
+        report.add(f"{case}: {spent}", note=f"at most {most:.2f} by these alone")
         percept = Percept(tokens, [])
         growing = exact and batch == min(8, max(options.batches))
         for beams in options.growth if growing else ():

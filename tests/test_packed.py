@@ -3,18 +3,22 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_decoder import FAMILIES, left_padded, logits, ours, peer
+from test_encoders import encoder_of, pixels
 from test_itune import model, pictures  # noqa: F401
+from tiny import VIT
 from torch import nn
 
-from tinyvl import decoder_packed, models
+import tinyvl.packed
+from tinyvl import models
 from tinyvl.decode import Style
 from tinyvl.decoder import ACTIVATIONS, Cache
-from tinyvl.decoder_packed import Packed, pack, packed, packs
+from tinyvl.packed import Packed, pack_decoder, packed, packs
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 needs_tiles = pytest.mark.skipif(not packs(torch.float32), reason="no oneDNN here")
@@ -45,7 +49,7 @@ def test_a_packed_layer_is_a_linear_layer_and_its_activation(dtype, activation):
 def test_a_packed_decoder_gives_the_logits_it_gave(family):
     plain = ours(peer(family))
     decoder = copy.deepcopy(plain)
-    pack(decoder)
+    pack_decoder(decoder)
     assert not [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
     ids, mask = left_padded()
     torch.testing.assert_close(
@@ -56,6 +60,54 @@ def test_a_packed_decoder_gives_the_logits_it_gave(family):
         decoder(ids[:, :-1], mask[:, :-1], cache=cache)
         last = decoder.logits(decoder(ids[:, -1:], mask[:, -1:], cache=cache)[:, 0])
     torch.testing.assert_close(last, logits(plain, ids, mask)[:, -1], atol=1e-4, rtol=0)
+
+
+SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2),
+        "window_size": 4}  # fmt: skip
+NETS = {  # and how many of its linear layers stay as they are
+    "plain": ("vit_tiny_patch16_224", VIT, 0),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224", VIT | {"pre_norm": True}, 0),
+    "tanh": ("vit_tiny_patch16_224", VIT | {"act_layer": "gelu_tanh"}, 0),
+    "torch's tanh": ("vit_tiny_patch16_224", VIT | {"act_layer": partial(nn.GELU, "tanh")}, 0),
+    "relu": ("vit_tiny_patch16_224", VIT | {"act_layer": "relu"}, 0),
+    "silu": ("vit_tiny_patch16_224", VIT | {"act_layer": "silu"}, 0),
+    "another": ("vit_tiny_patch16_224", VIT | {"act_layer": "mish"}, 0),
+    "a norm within": ("vit_tiny_patch16_224", VIT | {"scale_mlp_norm": True}, 0),
+    "no biases": ("vit_tiny_patch16_224", VIT | {"qkv_bias": False, "proj_bias": False}, 0),
+    "DINOv2": ("vit_small_patch14_reg4_dinov2", VIT | {"reg_tokens": 2, "init_values": 0.1}, 0),
+    "DeiT III": ("deit3_small_patch16_224", VIT, 0),
+    "BEiT": ("beit_base_patch16_224", VIT, 6),  # whose attention reads its weights itself
+    "EVA-02": ("eva02_tiny_patch14_224", VIT, 12),
+    "Swin": ("swin_tiny_patch4_window7_224", SWIN, 5),
+    "ConvNeXt": ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)}, 0),
+}
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("name", NETS)
+def test_a_packed_encoder_sees_what_it_saw(name, dtype):
+    if not packs(dtype):
+        pytest.skip("this processor has no bf16")
+    architecture, args, left = NETS[name]
+    plain = encoder_of(architecture, args)
+    encoder = copy.deepcopy(plain)
+    encoder.model.to(dtype)
+    half = copy.deepcopy(encoder)
+    for _ in range(2):  # packed is packed
+        encoder.pack()
+    assert sum(isinstance(m, nn.Linear) for m in encoder.model.modules()) == left
+    assert any(isinstance(m, Packed) for m in encoder.model.modules()) == (name != "EVA-02")
+    expected, found, rounded = (e(pixels(32)) for e in (plain, encoder, half))
+    for exact, quick, other in zip(
+        (expected.tokens, *expected.summaries), (found.tokens, *found.summaries),
+        (rounded.tokens, *rounded.summaries), strict=True,
+    ):  # fmt: skip
+        assert quick.dtype == other.dtype
+        if dtype == torch.float32:
+            torch.testing.assert_close(quick, exact, rtol=0, atol=1e-5)
+        else:  # no farther off than rounding takes it
+            assert (quick - exact).square().mean() < 1.5 * (other - exact).square().mean()
 
 
 @needs_tiles
@@ -112,15 +164,19 @@ def test_without_torchs_function_or_a_right_one_all_stays_plain(monkeypatch, how
             return torch.zeros(*x.shape[:-1], len(weight))
 
     functions = object() if how == "missing" else Functions()
-    monkeypatch.setattr(decoder_packed.torch.ops, "mkldnn", functions)
+    monkeypatch.setattr(tinyvl.packed.torch.ops, "mkldnn", functions)
     packs.cache_clear()
     try:
         assert not packs(torch.float32)
         assert packed(torch.ones(3, 4)) is None
         decoder = ours(peer("llama"))
         before = logits(decoder, *left_padded())
-        pack(decoder)
+        pack_decoder(decoder)
         assert decoder.packed_head is None
         assert torch.equal(logits(decoder, *left_padded()), before)
+        encoder = encoder_of("vit_tiny_patch16_224", VIT)
+        before = encoder(pixels(32)).tokens
+        encoder.pack()
+        assert torch.equal(encoder(pixels(32)).tokens, before)
     finally:
         packs.cache_clear()
