@@ -95,6 +95,7 @@ def pack_decoder(model: "Decoder") -> None:
     Their weights cannot be read, saved, moved to another device or dtype, or trained from then on.
     """
     c, weight = model.config, model.embed.weight
+    block: Any
     for block in model.layers:
         for name, module in list(block.named_modules()):
             if not isinstance(module, nn.Linear):
@@ -122,17 +123,20 @@ def pack_vit(model: nn.Module) -> None:
         if type(block) is Attention:
             pack_linears(block)
         elif type(block) is Mlp and type(block.fc1) is nn.Linear:
-            kind = activation_of(block.act) if type(block.norm) is nn.Identity else None
-            if kind is None:
-                pack_linears(block)
-                continue
-            # QuickGELU(x) is SiLU(s x) / s, and the matrices take the s
-            s = QUICK if type(block.act).__name__ == "QuickGELU" else 1.0
-            bias = block.fc1.bias
-            first = packed(s * block.fc1.weight, None if bias is None else s * bias, kind)
-            last = packed(block.fc2.weight / s, block.fc2.bias)
-            if first is not None and last is not None:
-                block.fc1, block.act, block.fc2 = first, nn.Identity(), last
+            pack_mlp(block)
+
+
+def pack_mlp(block: Any) -> None:
+    """Packs timm's Mlp: with s = 1.702, QuickGELU(x) is SiLU(s x) / s, and its matrices take s."""
+    kind = activation_of(block.act) if type(block.norm) is nn.Identity else None
+    if kind is None:
+        return pack_linears(block)
+    s = QUICK if type(block.act).__name__ == "QuickGELU" else 1.0
+    bias = block.fc1.bias
+    first = packed(s * block.fc1.weight, None if bias is None else s * bias, kind)
+    last = packed(block.fc2.weight / s, block.fc2.bias)
+    if first is not None and last is not None:
+        block.fc1, block.act, block.fc2 = first, nn.Identity(), last
 
 
 def pack_linears(model: nn.Module) -> None:
