@@ -267,7 +267,7 @@ def load(
 def freeze(model: Method) -> None:
     """Makes a placed model ready to run: all of it in its precision, matrices packed.
 
-    On a CPU a captioner can then be neither saved nor moved: see `packed.pack_decoder`.
+    On a CPU a model can then be neither saved nor moved: see `packed.pack_decoder`.
     """
     model.requires_grad_(False).eval()
     if model.amp:  # no gradients to keep exact: cast once, not in every step

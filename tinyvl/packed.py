@@ -12,33 +12,32 @@ The functions are those that torch's own compiler calls in a model it freezes
 they are there and right.
 """
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from tinyvl.decoder import Decoder
+from tinyvl import decoder
 
 TILED_FOR = 40  # rows, eight pictures' five beams; any number can be multiplied
-QUICK = 1.702  # CLIP's QuickGELU is x * sigmoid(1.702 x)
-TANH: Any = partial(F.gelu, approximate="tanh")
-ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
-    # none, and as a config.json has them: oneDNN's name, how it is computed, and torch's
-    "": ("none", "", lambda x: x),
-    "gelu_new": ("gelu", "tanh", TANH),
-    "gelu_pytorch_tanh": ("gelu", "tanh", TANH),
-    "gelu": ("gelu", "none", F.gelu),
-    "relu": ("relu", "", F.relu),
-    "silu": ("swish", "", F.silu),
-    "swish": ("swish", "", F.silu),
+ACTIVATIONS = {  # none, and oneDNN's name for one of `decoder.ACTIVATIONS`, and how it is computed
+    "": ("none", ""),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "gelu": ("gelu", "none"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "swish": ("swish", ""),
 }
-TIMMS = {  # what the classes in timm's ViTs are called there
-    "GELU": "gelu", "GELUTanh": "gelu_new", "ReLU": "relu", "SiLU": "silu", "QuickGELU": "silu",
-}  # fmt: skip
+TIMMS = {  # classes in timm's ViTs: f(x) is g(s x) / s, and g's name above, and s
+    "GELU": ("gelu", 1.0),
+    "GELUTanh": ("gelu_new", 1.0),
+    "ReLU": ("relu", 1.0),
+    "SiLU": ("silu", 1.0),
+    "QuickGELU": ("silu", 1.702),  # CLIP's: x * sigmoid(1.702 x)
+}
 
 
 class Packed(nn.Module):
@@ -50,7 +49,7 @@ class Packed(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str = ""):
         """``weight`` (m, k), ``bias`` (m,); ``activation``: one of `ACTIVATIONS`, or none."""
         super().__init__()
-        self.dtype, (self.kind, self.how, _) = weight.dtype, ACTIVATIONS[activation]
+        self.dtype, (self.kind, self.how) = weight.dtype, ACTIVATIONS[activation]
         tiles = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TILED_FOR)
         self.register_buffer("tiles", tiles, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
@@ -72,7 +71,8 @@ def packs(dtype: torch.dtype) -> bool:
     x, weight = x.view(3, 64), weight.view(32, 64)
     for bias in (ones, None):
         plain = F.linear(x, weight, bias).float()
-        for name, (_, _, then) in ACTIVATIONS.items():
+        for name in ACTIVATIONS:
+            then = decoder.ACTIVATIONS[name] if name else nn.Identity()
             try:
                 found = Packed(weight, bias, name)(x)
             except (AttributeError, RuntimeError):  # no such function; not on this processor
@@ -89,7 +89,7 @@ def packed(weight: Tensor, bias: Tensor | None = None, activation: str = "") -> 
     return Packed(weight, bias, activation)
 
 
-def pack_decoder(model: "Decoder") -> None:
+def pack_decoder(model: decoder.Decoder) -> None:
     """Packs a frozen decoder's linear layers and its head, where that is possible.
 
     Their weights cannot be read, saved, moved to another device or dtype, or trained from then on.
@@ -127,13 +127,15 @@ def pack_vit(model: nn.Module) -> None:
 
 
 def pack_mlp(block: Any) -> None:
-    """Packs timm's Mlp: with s = 1.702, QuickGELU(x) is SiLU(s x) / s, and its matrices take s."""
-    kind = activation_of(block.act) if type(block.norm) is nn.Identity else None
-    if kind is None:
+    """Packs timm's Mlp, its activation, too, if it is one of `TIMMS`: the matrices take the s."""
+    kind = type(block.act).__name__
+    if getattr(block.act, "approximate", "none") == "tanh":  # torch's own GELU
+        kind = "GELUTanh"
+    if kind not in TIMMS or type(block.norm) is not nn.Identity:
         return pack_linears(block)
-    s = QUICK if type(block.act).__name__ == "QuickGELU" else 1.0
+    name, s = TIMMS[kind]
     bias = block.fc1.bias
-    first = packed(s * block.fc1.weight, None if bias is None else s * bias, kind)
+    first = packed(s * block.fc1.weight, None if bias is None else s * bias, name)
     last = packed(block.fc2.weight / s, block.fc2.bias)
     if first is not None and last is not None:
         block.fc1, block.act, block.fc2 = first, nn.Identity(), last
@@ -144,10 +146,3 @@ def pack_linears(model: nn.Module) -> None:
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and (new := packed(linear.weight, linear.bias)) is not None:
             model.set_submodule(name, new)
-
-
-def activation_of(module: nn.Module) -> str | None:
-    """Its name in `ACTIVATIONS`: QuickGELU's is SiLU's. None: it has none."""
-    if getattr(module, "approximate", "none") == "tanh":
-        return "gelu_new"
-    return TIMMS.get(type(module).__name__)

@@ -4,8 +4,8 @@
 
 The bare encoder reads uint8 pictures from memory, in the same blocks and with the same threads:
 timm's model as timm builds it, in the same precision, and tinyvl's own, whose layers are fewer
-(`encoders_fold`). `extract` reads files and leaves a cache on disk. They take turns, in one
-process, so that what else the machine does strikes all. Two ratios of speeds are printed: of
+(`encoders_fold`, `packed`). `extract` reads files and leaves a cache on disk. They take turns, in
+one process, so that what else the machine does strikes all. Two ratios of speeds are printed: of
 wall-clock times, and of CPU seconds, workers included. Where decoding has no core of its own the
 second is what the first comes to on an idle machine; where it has, as beside a GPU, the first is
 the one to read.
